@@ -1,0 +1,36 @@
+# Needs only git, make, and a python3 of 3.11 or newer with access to the package index.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: train test test-all check clean
+
+train: $(VENV)/.ready  ## the quickstart, on a simulated mesh of 4 devices
+	$(RUN) train.py --config=configs/quickstart.py --simulate=4 --config.mesh.fsdp=2 --config.mesh.tensor=2
+
+test: $(VENV)/.ready  ## the tests that fit into 10 minutes on 2 cores
+	$(RUN) -m pytest
+
+test-all: $(VENV)/.ready-dev  ## the slow ones too, and the optional extras
+	$(RUN) -m pytest -m ""
+
+check: $(VENV)/.ready-dev  ## lint, format, types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+$(VENV)/.ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11: give a newer one, as in make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "error: this Python has no ensurepip, so it cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV)
