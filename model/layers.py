@@ -1,0 +1,120 @@
+"""The small parts: how a weight is declared, norms, and the feed-forward half of a block.
+
+B batch, T sequence, D model, F feed-forward.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+HIDDEN = ("batch", None, "mlp")
+
+# ── a weight on one line: name, shape, logical axes, initialiser ─────────────────────────────────────────────────
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+class Weights:
+    """Makes the weights of one module, each from a key of its own.
+
+    The key of a weight depends on its name alone, so that adding a weight, or reordering two lines, leaves every
+    other weight's initial value as it was.
+    """
+
+    def __init__(self, key: jax.Array):
+        self.key = key
+
+    def __call__(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer) -> nnx.Param:
+        assert len(shape) == len(axes), (name, shape, axes)
+        # Our own metadata key: nnx's `sharding` raises unless a mesh with those very names is in scope.
+        return nnx.Param(init(self.sub(name), shape, jnp.dtype("float32")), axes=axes)
+
+    def sub(self, name: str) -> jax.Array:
+        """The key of the weight or sub-module called `name`."""
+        return jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+
+
+def normal(std: float) -> Initializer:
+    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.ones(shape, dtype)
+
+
+# ── norms: over the last dimension, computed in at least float32 ─────────────────────────────────────────────────
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + eps) · scale (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, c, key: jax.Array, size: int, axis: str):
+        self.eps = c.norm_eps
+        self.scale = Weights(key)("scale", (size,), (axis,), ones)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * jnp.expand_dims(self.scale[...], range(x.ndim - 1))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x − mean) / sqrt(var + eps) · scale + bias (Ba et al. 2016)."""
+
+    def __init__(self, c, key: jax.Array, size: int, axis: str):
+        self.eps = c.norm_eps
+        self.scale = Weights(key)("scale", (size,), (axis,), ones)
+        self.bias = Weights(key)("bias", (size,), (axis,), zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (jnp.expand_dims(w[...], range(x.ndim - 1)) for w in (self.scale, self.bias))
+        return (y * scale + bias.astype(y.dtype)).astype(x.dtype)
+
+
+# ── feed-forward ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate x) · up x) (Shazeer 2020, eq. 6): Llama, Qwen."""
+
+    def __init__(self, c, key: jax.Array):
+        D, F, weight = c.model_dim, c.mlp_dim, Weights(key)
+        self.gate = weight("gate", (D, F), ("embed", "mlp"), normal(c.init_std))
+        self.up = weight("up", (D, F), ("embed", "mlp"), normal(c.init_std))
+        self.down = weight("down", (F, D), ("mlp", "embed"), normal(c.init_std / math.sqrt(2 * c.num_layers)))
+
+    def __call__(self, x_BTD: jax.Array, ctx) -> jax.Array:
+        gate_BTF = checkpoint_name(ctx.constrain(x_BTD @ self.gate[...], HIDDEN), "hidden")
+        up_BTF = checkpoint_name(ctx.constrain(x_BTD @ self.up[...], HIDDEN), "hidden")
+        return (jax.nn.silu(gate_BTF) * up_BTF) @ self.down[...]
+
+
+class GELU(nnx.Module):
+    """down(gelu(up x)), with GPT-2's tanh approximation and biases."""
+
+    def __init__(self, c, key: jax.Array):
+        D, F, weight = c.model_dim, c.mlp_dim, Weights(key)
+        self.up = weight("up", (D, F), ("embed", "mlp"), normal(c.init_std))
+        self.up_bias = weight("up_bias", (F,), ("mlp",), zeros) if c.bias else None
+        self.down = weight("down", (F, D), ("mlp", "embed"), normal(c.init_std / math.sqrt(2 * c.num_layers)))
+        self.down_bias = weight("down_bias", (D,), ("embed",), zeros) if c.bias else None
+
+    def __call__(self, x_BTD: jax.Array, ctx) -> jax.Array:
+        h_BTF = x_BTD @ self.up[...]
+        if self.up_bias is not None:
+            h_BTF = h_BTF + self.up_bias[None, None]
+        h_BTF = checkpoint_name(ctx.constrain(h_BTF, HIDDEN), "hidden")
+        y_BTD = jnp.dot(jax.nn.gelu(h_BTF, approximate=True), self.down[...])
+        return y_BTD if self.down_bias is None else y_BTD + self.down_bias[None, None]

@@ -1,0 +1,249 @@
+"""The network: a decoder-only transformer, one definition for GPT-2, Llama and Qwen.
+
+Weights live outside the modules, in a plain nested dict (`params`), so that every other room sees arrays and names
+only. Layers are stacked: each weight of a block is one array with a leading layer dimension, whether the layers run
+as a scan or unrolled. No mesh axis is named here; logical axes are, and `constrain` maps them (parallel/rules.py).
+
+B batch, T sequence, D model, H query heads, G key/value heads, K head size, F feed-forward, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.attention import Attention, rope_tables
+from model.layers import GELU, LayerNorm, RMSNorm, SwiGLU, Weights, normal
+from model.loss import cross_entropy
+
+Params = dict[str, Any]
+
+RESIDUAL = ("batch", "sequence", None)  # between blocks: sharded over the sequence too (sequence-parallel)
+GATHERED = ("batch", None, None)  # inside a block: whole sequences, sharded heads or features
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+MLPS = {"swiglu": SwiGLU, "gelu": GELU}
+POSITIONS = ("rope", "learned")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of rotary wavelengths."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_len: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the model *is*. Everything here changes its weights or its output."""
+
+    vocab_size: int
+    max_seq_len: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    norm: str
+    norm_eps: float
+    mlp: str
+    position: str
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    qk_norm: bool
+    bias: bool
+    tie_embeddings: bool
+    sliding_window: int
+    init_std: float
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the model is *executed*. Nothing here changes the mathematics."""
+
+    dtype: jnp.dtype
+    attention: str
+    remat: str
+    unroll: bool
+    loss_chunk_mib: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of one forward pass sees."""
+
+    constrain: Any
+    attention: str
+    rope: tuple[jax.Array, jax.Array] | None
+    segments_BT: jax.Array | None
+
+
+class Block(nnx.Module):
+    def __init__(self, c: ModelConfig, key: jax.Array):
+        sub, norm = Weights(key).sub, NORMS[c.norm]
+        self.attention_norm = norm(c, sub("attention_norm"), c.model_dim, "norm")
+        self.attention = Attention(c, sub("attention"))
+        self.mlp_norm = norm(c, sub("mlp_norm"), c.model_dim, "norm")
+        self.mlp = MLPS[c.mlp](c, sub("mlp"))
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        h_BTD = ctx.constrain(self.attention_norm(x_BTD), GATHERED)
+        x_BTD = ctx.constrain(x_BTD + self.attention(h_BTD, ctx), RESIDUAL)
+        h_BTD = ctx.constrain(self.mlp_norm(x_BTD), GATHERED)
+        return ctx.constrain(x_BTD + self.mlp(h_BTD, ctx), RESIDUAL)
+
+
+class Ends(nnx.Module):
+    """What is not a block: embedding, final norm, head."""
+
+    def __init__(self, c: ModelConfig, key: jax.Array):
+        weight, V, D = Weights(key), c.vocab_size, c.model_dim
+        self.embed = weight("embed", (V, D), ("vocab", "embed"), normal(c.init_std))
+        if c.position == "learned":
+            self.position = weight("position", (c.max_seq_len, D), (None, "embed"), normal(c.init_std))
+        self.final_norm = NORMS[c.norm](c, weight.sub("final_norm"), D, "norm")
+        if not c.tie_embeddings:
+            self.head = weight("head", (D, V), ("embed", "vocab"), normal(c.init_std))
+
+
+REMAT = {
+    "none": None,
+    # Keep the outputs of weight matmuls, recompute attention scores, norms and activations.
+    "matmuls": lambda: jax.checkpoint_policies.save_only_these_names("qkv", "context", "hidden"),
+    "dots": lambda: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": lambda: jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Transformer:
+    """Pure functions of `params`: init, forward, loss. Holds no array."""
+
+    def __init__(self, config: ModelConfig, compute: Compute, z_loss: float = 0.0):
+        self.config, self.compute, self.z_loss = config, compute, z_loss
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        ends = nnx.eval_shape(partial(Ends, config), key)
+        block = nnx.eval_shape(partial(Block, config), key)
+        self._ends, ends_state = nnx.split(ends)
+        self._block, block_state = nnx.split(block)
+        self.axes: Params = _axes(ends_state, ())  # same tree as params, a tuple of logical axes for each weight
+        self.axes["blocks"] = _axes(block_state, ("layers",))
+
+    def init(self, key: jax.Array) -> Params:
+        """Random params, float32. Layer l draws from fold_in(key, l): the same for scanned and unrolled layers."""
+        c = self.config
+        params = nnx.to_pure_dict(nnx.state(Ends(c, Weights(key).sub("ends"))))
+        keys_L = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(c.num_layers))
+        params["blocks"] = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(c, k))))(keys_L)
+        return params
+
+    def features(
+        self, params: Params, tokens_BT: jax.Array, constrain, segments_BT=None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Final features x_BTD and the head's weight [D, V], both in the compute dtype; logits are x_BTD @ head."""
+        c = self.config
+        params = _cast(params, self.compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
+        ends = nnx.merge(self._ends, {k: v for k, v in params.items() if k != "blocks"})
+        positions_BT = _positions(tokens_BT, segments_BT)
+        table_VD = constrain(ends.embed[...], ("vocab", None))
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        if c.position == "learned":
+            x_BTD = x_BTD + jnp.take(ends.position[...], positions_BT, axis=0)
+        x_BTD = constrain(x_BTD, RESIDUAL)
+        rope = None
+        if c.position == "rope":
+            rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling)
+        ctx = Context(constrain, self.compute.attention, rope, segments_BT)
+        x_BTD = self._run_blocks(params["blocks"], x_BTD, ctx)
+        x_BTD = constrain(ends.final_norm(x_BTD), GATHERED)
+        head_DV = ends.embed[...].T if c.tie_embeddings else ends.head[...]
+        return x_BTD, head_DV
+
+    def _run_blocks(self, blocks: Params, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+            return nnx.merge(self._block, weights)(x_BTD, ctx), None
+
+        policy = REMAT[self.compute.remat]
+        if policy is not None:
+            layer = jax.checkpoint(layer, policy=policy(), prevent_cse=self.compute.unroll)
+        if not self.compute.unroll:
+            return jax.lax.scan(layer, x_BTD, blocks)[0]
+        for index in range(self.config.num_layers):
+            x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w: w[index], blocks))  # noqa: B023
+        return x_BTD
+
+    def logits(self, params: Params, tokens_BT: jax.Array, constrain) -> jax.Array:
+        """Logits [B, T, V], at least float32. For sampling and tests: training never holds them (model/loss.py)."""
+        x_BTD, head_DV = self.features(params, tokens_BT, constrain)
+        dtype = jnp.promote_types(jnp.float32, x_BTD.dtype)
+        return jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=dtype)
+
+    def loss(self, params: Params, batch: dict[str, jax.Array], constrain) -> tuple[jax.Array, jax.Array]:
+        """Cross-entropy in nats, summed over the unmasked targets, and their number.
+
+        batch: tokens, targets int32 [B, T]; mask float32 [B, T]; optionally segments int32 [B, T], the number of the
+        document inside the window: positions attend within their document only.
+        """
+        x_BTD, head_DV = self.features(params, batch["tokens"], constrain, batch.get("segments"))
+        total = cross_entropy(
+            x_BTD,
+            head_DV,
+            batch["targets"],
+            batch["mask"],
+            constrain,
+            z_loss=self.z_loss,
+            chunk_bytes=self.compute.loss_chunk_mib << 20,
+        )
+        return total, jnp.sum(batch["mask"])
+
+    def flops_per_token(self, seq_len: int, causal: bool) -> float:
+        """Training FLOPs per token: 6 per matmul weight (the head counted once, look-ups not), plus attention's
+        12·L·H·K·T when the full T×T scores are counted, half of that when only the causal half is. A sliding window
+        of W keys counts as T×W, less the W²/2 before the text begins when causal."""
+        c = self.config
+        shapes = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+        matmul = c.vocab_size * c.model_dim
+        for path, x in jax.tree_util.tree_leaves_with_path(shapes["blocks"]):
+            matmul += x.size if x.ndim > 2 and not path[-1].key.endswith("bias") else 0
+        visible = min(seq_len, c.sliding_window or seq_len)  # keys that a query sees, on average
+        visible = visible - visible**2 / (2 * max(seq_len, 1)) if causal else visible
+        return 6 * matmul + 12 * c.num_layers * c.num_heads * c.head_dim * visible
+
+
+def _axes(state: nnx.State, leading: tuple[str, ...]) -> Params:
+    axes: Params = {}
+    for path, param in nnx.to_flat_state(state):
+        node = axes
+        for name in path[:-1]:
+            node = node.setdefault(str(name), {})
+        node[str(path[-1])] = (*leading, *param.get_metadata()["axes"])
+    return axes
+
+
+def _cast(params: Params, dtype: jnp.dtype) -> Params:
+    """Weights in the compute dtype; norm scales stay float32, where bf16 would round 1 + 0.003 to 1."""
+
+    def cast(path, w):
+        return w if path[-1].key == "scale" else w.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Position in the window, or in the document when documents are masked from each other."""
+    index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+    if segments_BT is None:
+        return index_BT
+    starts_BT = jnp.concatenate(
+        [jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
+    )
+    return index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
+
+
+LossFn = Callable[[Params, dict[str, jax.Array], Any], tuple[jax.Array, jax.Array]]
