@@ -1,0 +1,64 @@
+"""From rows on a host to global arrays on the mesh: each process builds its own devices' rows and no others."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Rows = Callable[[np.ndarray], dict[str, np.ndarray]]  # row numbers -> {name: [rows, T]}
+TRAIN = P(None, "replica", "fsdp")  # [K, R, B, T]
+EVAL = P("replica", "fsdp")  # [D, B, T]
+
+
+def place_train(mesh: Mesh, replicas: int, batch_size: int, rows: Rows) -> dict[str, jax.Array]:
+    """One step's batch [1, R, B, T]."""
+    return _place(mesh, replicas, batch_size, rows, TRAIN)
+
+
+def place_eval(mesh: Mesh, groups: int, batch_size: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch [D·B, T] that every process holds, as [D, B, T]."""
+    return _place(mesh, groups, batch_size, lambda ids: {name: x[ids] for name, x in batch.items()}, EVAL)
+
+
+def _place(mesh: Mesh, groups: int, batch_size: int, rows: Rows, spec: P) -> dict[str, jax.Array]:
+    """The batch as [1, groups, batch_size / groups, T] (or without the leading 1), sharded by `spec`.
+
+    Row number = group · rows per group + place in the group: which rows a step has does not depend on the mesh.
+    """
+    per_group = batch_size // groups
+    sharding = NamedSharding(mesh, spec)
+    leading = len(spec) - 2
+    built: dict[tuple[int, int, int, int], dict[str, np.ndarray]] = {}
+
+    def block(index) -> dict[str, np.ndarray]:
+        g0, g1, _ = index[leading].indices(groups)
+        b0, b1, _ = index[leading + 1].indices(per_group)
+        if (g0, g1, b0, b1) not in built:  # devices along `tensor` share their rows
+            numbers = np.arange(g0, g1)[:, None] * per_group + np.arange(b0, b1)[None, :]
+            built[g0, g1, b0, b1] = {
+                name: x.reshape((1,) * leading + (g1 - g0, b1 - b0) + x.shape[1:])
+                for name, x in rows(numbers.reshape(-1)).items()
+            }
+        return built[g0, g1, b0, b1]
+
+    shape = (1,) * leading + (groups, per_group)
+    indices = sharding.addressable_devices_indices_map(shape)
+    first = block(next(iter(indices.values())))
+    return {
+        name: jax.make_array_from_callback(
+            (*shape, *x.shape[leading + 2 :]), sharding, lambda index, name=name: block(index)[name]
+        )
+        for name, x in first.items()
+    }
+
+
+def abstract_batch(mesh: Mesh, groups: int, batch_size: int, seq_len: int, spec: P, document_mask: bool) -> dict:
+    """Shapes and shardings of what these return."""
+    shape = (1,) * (len(spec) - 2) + (groups, batch_size // groups, seq_len)
+    dtypes = {"tokens": np.int32, "targets": np.int32, "mask": np.float32}
+    if document_mask:
+        dtypes["segments"] = np.int32
+    sharding = NamedSharding(mesh, spec)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}

@@ -1,0 +1,119 @@
+"""From logical axes to mesh axes: one table, and errors that name the parameter."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Axes = Sequence[str | None]
+
+# Weights are sharded over `fsdp` by their model dimension and over `tensor` by heads, features or vocabulary.
+# Activations: the batch over `fsdp`; between blocks the sequence over `tensor`.
+RULES: dict[str, str | None] = {
+    "batch": "fsdp",
+    "sequence": "tensor",
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "norm": None,
+    "mlp": "tensor",
+    "layers": None,
+}
+
+
+def spec(axes: Axes) -> P:
+    """The PartitionSpec of an array with these logical axes (None: not sharded)."""
+    names = [None if axis is None else RULES[axis] for axis in axes]
+    used = [name for name in names if name is not None]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {tuple(axes)} put two dimensions on one mesh axis: {used}")
+    return P(*names)
+
+
+def specs(axes_tree: Any) -> Any:
+    """PartitionSpecs for a tree of logical axes."""
+    return jax.tree.map(spec, axes_tree, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def shardings(mesh: Mesh, specs_tree: Any) -> Any:
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs_tree, is_leaf=lambda x: isinstance(x, P))
+
+
+def check_divisible(shapes_tree: Any, axes_tree: Any, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError for the first parameter with a dimension that its mesh axis does not divide."""
+    axes_leaves = dict(jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=lambda x: isinstance(x, tuple)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_tree):
+        for size, axis in zip(leaf.shape, axes_leaves[path], strict=True):
+            mesh_axis = RULES[axis] if axis else None
+            count = sizes[mesh_axis] if mesh_axis else 1
+            if size % count:
+                below, above = size // count * count, -(-size // count) * count
+                legal = f"{below} or {above}" if below else f"{above}"
+                fits = ", ".join(str(d) for d in range(1, count + 1) if size % d == 0)
+                raise ValueError(
+                    f"parameter {path_name(path)}: its dimension '{axis}' of size {size} cannot be cut over "
+                    f"mesh.{mesh_axis}={count}. Nearest legal sizes: {legal}; or mesh.{mesh_axis} in {{{fits}}}"
+                )
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A parameter's path as one string: blocks/attention/q."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+class Constrain:
+    """What the model may ask of the mesh, in logical axes only. `mesh=None`: one device, everything is a no-op."""
+
+    def __init__(self, mesh: Mesh | None):
+        self.mesh = mesh
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """Fixes how an activation (or a gathered weight) is sharded."""
+        if self.mesh is None:
+            return x
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes)))
+
+    def manual(self, f: Callable, in_axes: Sequence[Axes], out_axes: Any, sums: Sequence[str] = ()) -> Callable:
+        """Runs `f` on each device's own shards (shard_map, manual over all mesh axes).
+
+        in_axes, out_axes: logical axes of each argument and result. sums[i]: the logical axis over which result i is
+        a partial sum; it is added up here, once, scattered if the result is sharded over that mesh axis.
+        """
+        if self.mesh is None:
+            return f
+        several = bool(sums) or isinstance(out_axes[0], tuple)
+        out_specs = tuple(map(spec, out_axes)) if several else spec(out_axes)
+
+        def body(*args):
+            results = f(*args)
+            if not sums:
+                return results
+            return tuple(_add_up(x, RULES[axis], s) for x, axis, s in zip(results, sums, out_specs, strict=True))
+
+        # check_vma=False: with it on, differentiation would add reductions of its own (and over `replica`, bytes).
+        return jax.shard_map(
+            body, mesh=self.mesh, in_specs=tuple(map(spec, in_axes)), out_specs=out_specs, check_vma=False
+        )
+
+    # Inside `manual` only:
+
+    def index(self, axis: str) -> jax.Array | int:
+        """This device's place along a logical axis."""
+        return 0 if self.mesh is None else lax.axis_index(RULES[axis])
+
+    def sum(self, x: jax.Array, axis: str) -> jax.Array:
+        return x if self.mesh is None else lax.psum(x, RULES[axis])
+
+    def max(self, x: jax.Array, axis: str) -> jax.Array:
+        return x if self.mesh is None else lax.pmax(x, RULES[axis])
+
+
+def _add_up(x: jax.Array, mesh_axis: str | None, out_spec: P) -> jax.Array:
+    if mesh_axis in out_spec:
+        return lax.psum_scatter(x, mesh_axis, scatter_dimension=list(out_spec).index(mesh_axis), tiled=True)
+    return lax.psum(x, mesh_axis)
