@@ -1,0 +1,216 @@
+"""From a config to the parts of a run: the one place that takes a config apart. Used by train.py and bench/."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from model import attention, decode, optimizer
+from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
+from parallel import codecs, placement, rules, strategies
+from parallel import mesh as meshes
+from parallel.cost import peak_flops
+from parallel.exchange import Exchange
+from runtime.config import UsageError, check_batch
+from runtime.console import human_bytes, human_count
+from runtime.digest import named_arrays
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before anything is compiled or any array exists."""
+
+    model: Transformer
+    mesh: Mesh
+    replicas: int
+    strategy: strategies.Sync
+    param_shapes: Any
+    state: Any  # abstract: shapes, dtypes, shardings
+    batch: Any  # abstract
+    eval_batch: Any  # abstract
+
+
+def build_model(c: Any, platform: str) -> Transformer:
+    """The network that config c describes. platform: where it will run; decides what `auto` means."""
+    fields = {k: v for k, v in c.model.items() if k != "rope_scaling"}
+    scaling = RopeScaling(**c.model.rope_scaling) if c.model.rope_scaling.factor else None
+    config = ModelConfig(vocab_size=c.data.vocab_size, max_seq_len=c.data.seq_len, rope_scaling=scaling, **fields)
+    dtype = c.compute.dtype if c.compute.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    kernel = c.compute.attention
+    if kernel == "auto":
+        kernel = attention.choose_kernel(platform, jnp.dtype(dtype), c.data.document_mask)
+    options = {k: v for k, v in c.compute.items() if k not in ("dtype", "attention")}
+    compute = Compute(dtype=jnp.dtype(dtype), attention=kernel, **options)
+    return Transformer(config, compute, z_loss=c.optimizer.z_loss)
+
+
+def build_optimizer(c: Any, axes: Any) -> optimizer.Optimizer:
+    o = c.optimizer
+    schedule = optimizer.schedule(o.schedule, o.lr, o.warmup_steps, c.steps, o.final_lr_fraction)
+    names = ("b1", "b2", "eps", "momentum", "weight_decay", "clip_norm")
+    return optimizer.build(o.name, schedule, axes, **{name: o[name] for name in names})
+
+
+def build(c: Any, mesh: Mesh) -> Parts:
+    """Checks everything that depends on the mesh, then puts the parts together.
+
+    Raises UsageError for a dimension or batch that the mesh does not divide.
+    """
+    model = build_model(c, mesh.devices.flat[0].platform)
+    replicas = c.sync.replicas or mesh.shape["replica"]
+    check_batch(c.data.batch_size, replicas, mesh.shape["fsdp"], c.optimizer.accumulate)
+    if c.data.seq_len % mesh.shape["tensor"]:
+        below = c.data.seq_len // mesh.shape["tensor"] * mesh.shape["tensor"]
+        raise UsageError(
+            f"data.seq_len={c.data.seq_len} cannot be cut over mesh.tensor={mesh.shape['tensor']} (between blocks the "
+            f"sequence is sharded over it). Nearest legal sizes: {below or ''} {below + mesh.shape['tensor']}"
+        )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(model.init, key)
+    specs = rules.specs(model.axes)
+    try:
+        rules.check_divisible(shapes, model.axes, mesh.shape)
+        exchange = Exchange(codecs.CODECS[c.sync.codec](), c.sync.algorithm, mesh, replicas, specs)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    strategy = strategies.STRATEGIES[c.sync.strategy](
+        loss_fn=model.loss,
+        optimizer=build_optimizer(c, model.axes),
+        exchange=exchange,
+        mesh=mesh,
+        specs=specs,
+        accumulate=c.optimizer.accumulate,
+        guard=optimizer.Guard(c.guard.zscore, c.guard.window),
+    )
+    state = jax.eval_shape(lambda key: strategy.init(model.init(key)), key)
+    shardings = rules.shardings(mesh, strategies.state_specs(state, specs))
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    size, length, masked = c.data.batch_size, c.data.seq_len, c.data.document_mask
+    batch = placement.abstract_batch(mesh, replicas, size, length, placement.TRAIN, masked)
+    eval_batch = placement.abstract_batch(mesh, mesh.shape["replica"], size, length, placement.EVAL, masked)
+    return Parts(model, mesh, replicas, strategy, shapes, state, batch, eval_batch)
+
+
+def shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def compile_step(parts: Parts) -> Any:
+    """The train step, compiled ahead of time: calling it can never compile again."""
+    replicated = rules.NamedSharding(parts.mesh, rules.P())
+    step = jax.jit(parts.strategy.step, donate_argnums=0, out_shardings=(shardings_of(parts.state), replicated))
+    return step.lower(parts.state, parts.batch).compile()
+
+
+class Evaluator:
+    """params -> (nats per token, bits per byte) of held-out text, the same batches each time."""
+
+    def __init__(self, parts: Parts, host_batches: list[dict[str, np.ndarray]], token_bytes: np.ndarray):
+        """token_bytes [V]: the bytes of text that each token stands for."""
+        size, groups = parts.batch["tokens"].size // parts.batch["tokens"].shape[-1], parts.mesh.shape["replica"]
+        self._parts, self._compiled = parts, None
+        self._bytes = sum(float(np.sum(token_bytes[b["targets"]] * b["mask"])) for b in host_batches)
+        self._batches = [placement.place_eval(parts.mesh, groups, size, b) for b in host_batches]
+
+    def __call__(self, params: Any) -> tuple[float, float]:
+        if self._compiled is None:  # at the first evaluation: earlier, it would delay the first step
+            evaluate = jax.jit(strategies.evaluation(self._parts.model.loss, self._parts.mesh))
+            self._compiled = evaluate.lower(self._parts.state.params, self._parts.eval_batch).compile()
+        sums = jax.device_get([self._compiled(params, batch) for batch in self._batches])
+        loss, tokens = np.array(sums, np.float64).sum(axis=0).tolist()
+        return loss / tokens, loss / math.log(2) / self._bytes
+
+
+def init_state(parts: Parts, seed: int) -> Any:
+    """A fresh state. Every array is born in its shards: no host ever holds a whole one."""
+
+    def init(seed: jax.Array) -> Any:
+        return parts.strategy.init(parts.model.init(jax.random.key(seed)))
+
+    return jax.jit(init, out_shardings=shardings_of(parts.state))(
+        jnp.uint32(seed) if jax.process_count() == 1 else seed
+    )
+
+
+def num_parameters(parts: Parts) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(parts.param_shapes))
+
+
+# ── what the user is told at the start ───────────────────────────────────────────────────────────────────────────
+
+
+def describe(parts: Parts, step: Any, wire_bytes: dict[str, int], phases: dict[str, float]) -> list[tuple[str, str]]:
+    """Rows of the start-up table. Memory and wire bytes are those of the compiled program, not estimates."""
+    mesh, seq_len = parts.mesh, parts.batch["tokens"].shape[-1]
+    memory = step.memory_analysis()
+    state = sum(_shard_bytes(x) for x in jax.tree.leaves(parts.state))
+    kinds = {d.device_kind for d in mesh.devices.flat}
+    rows = [
+        ("parameters", human_count(num_parameters(parts))),
+        ("mesh", f"{meshes.describe(mesh)} = {mesh.size} devices ({', '.join(sorted(kinds))})"),
+        ("replicas", f"{parts.replicas}, {_exchange(parts)}"),
+        ("tokens per step", human_count(math.prod(parts.batch["tokens"].shape))),
+        (
+            "FLOPs per token",
+            f"{human_count(parts.model.flops_per_token(seq_len, causal=False))} (training, full attention)",
+        ),
+        ("state per device", f"{human_bytes(state)}; as much again while a checkpoint is being copied"),
+        ("temporary per device", human_bytes(memory.temp_size_in_bytes)),
+        ("in all per device", human_bytes(memory.argument_size_in_bytes + memory.temp_size_in_bytes)),
+    ]
+    largest = sorted(named_arrays(parts.state.params).items(), key=lambda row: -math.prod(row[1].shape))[:4]
+    for name, x in largest:
+        rows.append((f"  {name}", f"{list(x.shape)} as {x.sharding.spec}, {human_bytes(_shard_bytes(x))} per device"))
+    for axis, size in wire_bytes.items():
+        if mesh.shape[axis] > 1:
+            rows.append((f"wire per step, {axis}", f"{human_bytes(size)} sent by each device"))
+    rows.append(("start-up", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())))
+    return rows
+
+
+def _exchange(parts: Parts) -> str:
+    exchange = parts.strategy.exchange
+    if parts.replicas == 1:
+        return "so nothing is exchanged"
+    predicted = human_bytes(exchange.wire_bytes(parts.param_shapes))
+    return f"codec {type(exchange.codec).__name__}, {exchange.resolved}, {predicted} per exchange predicted"
+
+
+def _shard_bytes(x: Any) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def full_speed(parts: Parts) -> float | None:
+    """FLOP/s of the whole mesh at its peak, None if the chip is not known."""
+    peak = peak_flops(parts.mesh.devices.flat[0].device_kind)
+    return peak * parts.mesh.size if peak else None
+
+
+def use_compilation_cache(cache_directory: Path) -> None:
+    """Compiled programs are kept in a private folder (whoever can write there runs code here), unless the user has
+    set JAX_COMPILATION_CACHE_DIR."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        folder = cache_directory / "xla"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def sample_text(c: Any, parts: Parts, params: Any, tokenizer: Any) -> str:
+    """A sample from the trained model. Called by every process: the parameters stay in their shards."""
+    if not c.sample.tokens:
+        return ""
+    prompt = np.asarray(tokenizer.encode(c.sample.prompt), np.int32)
+    prompt = prompt if len(prompt) else np.array([tokenizer.eos], np.int32)
+    compute = dataclasses.replace(
+        parts.model.compute, attention="reference"
+    )  # the other kernels run on a mesh's shards
+    model = Transformer(parts.model.config, compute)
+    ids = decode.sample(model, params, prompt, c.sample.tokens, c.data.seq_len, c.sample.temperature, c.seed)
+    return tokenizer.decode(ids)

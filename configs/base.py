@@ -1,0 +1,106 @@
+"""Every default, once. A variant calls `base.get_config()` and changes values.
+
+Override any of them on the command line: `--config.optimizer.lr=1e-3`.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> Any:
+    c: Any = ConfigDict()  # dynamic: type checkers cannot see its keys
+    c.seed = 0  # of the weights and of the data order
+    c.steps = 1000  # optimizer updates
+    c.log_every = 10  # steps between rows of metrics.jsonl
+    c.eval_every = 100  # steps between evaluations; 0: only at the end
+    c.eval_batches = 8  # batches of held-out text per evaluation
+
+    c.mesh = ConfigDict()
+    c.mesh.replica = 1  # machines joined by the slow link
+    c.mesh.fsdp = -1  # shards of the weights and of each replica's batch; -1: all devices that are left
+    c.mesh.tensor = 1  # shards of heads, features, vocabulary, and of the sequence between blocks
+
+    c.model = ConfigDict()
+    c.model.num_layers = 4
+    c.model.model_dim = 128
+    c.model.num_heads = 8
+    c.model.num_kv_heads = 8  # fewer than num_heads: grouped-query attention
+    c.model.head_dim = 16
+    c.model.mlp_dim = 512
+    c.model.norm = "rms"  # rms, layer
+    c.model.norm_eps = 1e-5
+    c.model.mlp = "swiglu"  # swiglu, gelu
+    c.model.position = "rope"  # rope, learned
+    c.model.rope_theta = 10_000.0
+    c.model.rope_scaling = ConfigDict()  # Llama 3.1's long-context stretching
+    c.model.rope_scaling.factor = 0.0  # 0: off
+    c.model.rope_scaling.low_freq_factor = 1.0
+    c.model.rope_scaling.high_freq_factor = 4.0
+    c.model.rope_scaling.original_max_len = 8192
+    c.model.qk_norm = False  # RMSNorm on queries and keys
+    c.model.bias = False  # GPT-2's, on the linear maps of attention and of the gelu MLP
+    c.model.tie_embeddings = True  # the head is the transposed embedding
+    c.model.sliding_window = 0  # positions that a query sees, itself included; 0: all before it
+    c.model.init_std = 0.02
+
+    c.compute = ConfigDict()  # how the model is executed: nothing here changes the mathematics
+    c.compute.dtype = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
+    c.compute.attention = "auto"  # auto: cudnn on GPU, splash on TPU, reference elsewhere
+    c.compute.remat = "matmuls"  # kept for the backward pass: none (everything), matmuls, dots, full (nothing)
+    c.compute.unroll = False  # compile each layer by itself: slower to compile, sometimes faster to run
+    c.compute.loss_chunk_mib = 32  # float32 logits that one device holds at a time
+
+    c.data = ConfigDict()
+    c.data.corpus = "stdlib"  # stdlib, asv
+    c.data.path = ""  # your own text: .txt, .jsonl, .parquet, a folder of them, or tokens in a flat .bin
+    c.data.tokenizer = "bytes"  # bytes, bpe, or the path of a Hugging Face tokenizer.json
+    c.data.vocab_size = 256  # rows of the embedding
+    c.data.seq_len = 256  # tokens per window
+    c.data.batch_size = 32  # windows per update, over all replicas and all micro-steps
+    c.data.eval_fraction = 0.05  # of the documents, held out
+    c.data.document_mask = False  # attend within a document only
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw, sgd, muon, lion
+    c.optimizer.lr = 1e-3
+    c.optimizer.schedule = "cosine"  # cosine, wsd, constant
+    c.optimizer.warmup_steps = 50
+    c.optimizer.final_lr_fraction = 0.1
+    c.optimizer.weight_decay = 0.1
+    c.optimizer.clip_norm = 1.0  # of the exchanged gradient; 0: off
+    c.optimizer.accumulate = 1  # micro-steps per update
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
+    c.optimizer.momentum = 0.95  # sgd, muon
+    c.optimizer.z_loss = 0.0  # weight of logsumexp²: keeps logits from drifting
+
+    c.guard = ConfigDict()  # against bad gradients: the update is skipped and counted
+    c.guard.zscore = 6.0  # a gradient norm so many deviations above the last ones is a spike; 0: only NaN and inf
+    c.guard.window = 64
+    c.guard.abort_after = 20  # skipped updates in a row that end the run
+
+    c.sync = ConfigDict()  # the slow axis
+    c.sync.replicas = 0  # R; 0: the size of mesh.replica. A multiple of it puts several replicas on each device
+    c.sync.strategy = "sync"
+    c.sync.codec = "none"  # none (float32), bf16
+    c.sync.algorithm = "auto"  # gather, two_stage, psum; auto: gather for 2 replicas, else two_stage
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 200  # steps; 0: only at the end
+    c.checkpoint.keep = 2  # the newest so many, and the best by eval loss
+    c.checkpoint.keep_every = 0  # and every so many steps for ever; 0: none
+
+    c.sample = ConfigDict()
+    c.sample.tokens = 256  # of text to write at the end; 0: none
+    c.sample.prompt = "def "
+    c.sample.temperature = 0.8
+
+    c.metrics = ConfigDict()
+    c.metrics.tensorboard = "auto"  # auto: when tensorboardX is installed; on, off
+    c.metrics.wandb = ""  # a Weights & Biases project; empty: off
+
+    c.profile = ConfigDict()
+    c.profile.steps = ""  # "10:13" writes an XProf trace of steps 10, 11 and 12
+    return c

@@ -1,0 +1,153 @@
+"""What a run tells while it trains: phases of the start, rows of metrics, traces."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from runtime.config import profile_range
+from runtime.console import Console
+from runtime.metrics import MetricsLog
+
+
+class RunAborted(RuntimeError):
+    """Training cannot go on; the message says why."""
+
+
+class Phases:
+    """Seconds of each phase since the process started."""
+
+    def __init__(self, started: float):
+        self._started = self._last = started
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        """The phase `name` ends now."""
+        now = time.time()
+        self.seconds[name] = round(now - self._last, 3)
+        self.seconds["total"] = round(now - self._started, 3)
+        self._last = now
+
+
+class Recorder:
+    """Reads each step's metrics one step late, so that the device never waits for the host; logs and shows them."""
+
+    def __init__(
+        self,
+        log: MetricsLog | None,
+        console: Console,
+        *,
+        log_every: int,
+        abort_after: int,
+        tokens_per_step: int,
+        flops_per_second_at_full_speed: float | None,
+        flops_per_token: float,
+        wire_bytes: dict[str, int],
+        train_seconds: float,
+    ):
+        self.log, self.console = log, console
+        self.log_every, self.abort_after = log_every, abort_after
+        self.tokens_per_step, self.wire_bytes = tokens_per_step, wire_bytes
+        self.flops_per_token, self.peak = flops_per_token, flops_per_second_at_full_speed
+        self.train_seconds = train_seconds  # of all starts of this run
+        self.last: dict[str, Any] = {}
+        self._pending: tuple[int, Any] | None = None
+        self._clock = time.perf_counter()
+        self._recent: list[float] = []
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of `step` (updates made) and reads those of the step before."""
+        self._read()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Reads the newest metrics now, waiting for the device."""
+        self._read()
+
+    def resume_clock(self) -> None:
+        """What has passed since the last step (an evaluation, a save) is not step time."""
+        self._clock = time.perf_counter()
+
+    def _read(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: x[-1] for name, x in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        self._recent.append(now - self._clock)
+        self.train_seconds += now - self._clock
+        self._clock = now
+        # The middle of the steps since the last row: one slow step does not make the row look slow.
+        seconds = statistics.median(self._recent)
+        speed = self.tokens_per_step / seconds
+        row = {
+            "step": step,
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            "param_norm": values["param_norm"],
+            "lr": values["lr"],
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": round(speed, 1),
+            "step_seconds": round(seconds, 6),
+            "mfu": round(speed * self.flops_per_token / self.peak, 4) if self.peak else None,
+            "wire_bytes": self.wire_bytes,
+            "skipped": int(values["skipped"]),
+            "train_seconds": round(self.train_seconds, 3),
+        }
+        self.last = row
+        self.console.step(row)
+        if step % self.log_every == 0:
+            self._recent = []
+            self._write(row)
+        if int(values["skipped_in_a_row"]) >= self.abort_after:
+            raise RunAborted(
+                f"the last {self.abort_after} updates were skipped (guard.abort_after): every gradient was NaN, "
+                f"infinite or a spike, up to step {step} (loss {values['loss']}, gradient norm {values['grad_norm']}). "
+                "The weights are those of the last good update. Lower optimizer.lr, look at the data around this step, "
+                "or raise guard.zscore."
+            )
+
+    def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        row = {"step": step, "eval_loss": loss, "eval_bits_per_byte": bits_per_byte}
+        self._write(row)
+        self.console.evaluation(row)
+
+    def finish(self) -> None:
+        """The last step is logged whatever log_every is."""
+        if self.last and self.last["step"] % self.log_every:
+            self._write(self.last)
+
+    def close(self) -> None:
+        self.console.close()
+        if self.log:
+            self.log.close()
+
+    def _write(self, row: dict) -> None:
+        if self.log:
+            self.log.write(row)
+
+
+class Profiler:
+    """Writes an XProf trace of the steps in `profile.steps` to workdir/profile."""
+
+    def __init__(self, steps: str, workdir: Path):
+        self._range = profile_range(steps) if steps else range(0)
+        self._folder = workdir / "profile"
+        self._tracing = False
+
+    def before(self, step: int, state: Any) -> None:
+        """Call before dispatching `step`."""
+        if step in self._range and not self._tracing:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+        elif self._tracing and step not in self._range:
+            self.stop(state)
+
+    def stop(self, state: Any) -> None:
+        if self._tracing:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._tracing = False

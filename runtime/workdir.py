@@ -1,0 +1,91 @@
+"""The folder of a run: a stable interface (docs/workdir.md)."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from runtime import config as configuration
+from runtime.config import UsageError
+from runtime.metrics import write_json
+
+
+def default_name(config_file: str, config: Any) -> str:
+    """runs/<config>-<date>-<hash>"""
+    text = json.dumps(config.to_dict(), sort_keys=True) + str(time.time_ns()) + str(os.getpid())
+    return f"runs/{Path(config_file).stem}-{time.strftime('%Y%m%d')}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def choose(asked: str | None, config_file: str, config: Any) -> Path:
+    """The workdir: the one asked for, or a new one that process 0 chooses and tells the others."""
+    import jax
+
+    name = (asked or default_name(config_file, config)).encode()
+    if jax.process_count() > 1:
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        padded = np.zeros(4096, np.uint8)
+        padded[: len(name)] = np.frombuffer(name, np.uint8)
+        name = bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0")
+    return Path(name.decode())
+
+
+class Workdir:
+    """`leader`: this process writes; the others only look."""
+
+    def __init__(self, path: Path, leader: bool):
+        self.path, self.leader = path, leader
+        self.checkpoints = path / "checkpoints"
+        self.resuming = self.has_run
+
+    @property
+    def has_run(self) -> bool:
+        return any((self.path / name).exists() for name in ("summary.json", "metrics.jsonl", "checkpoints"))
+
+    def open(self, config: Any, resume: bool) -> list[str]:
+        """Makes the folder, or checks that this config may go on with the run in it: the changes, one line each."""
+        if self.resuming:
+            if not resume:
+                raise UsageError(f"{self.path} already holds a run and --noresume was given: choose another --workdir")
+            if not (self.path / "config.json").is_file():
+                raise UsageError(
+                    f"{self.path} holds a run without its config.json, so it cannot be told what to resume"
+                )
+            return configuration.check_resume(configuration.read_json(self.path), config)
+        if not self.leader:
+            return []
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(f"--workdir={self.path} cannot be written: {error.strerror or error}") from error
+        return []
+
+    def summary(self) -> dict[str, Any]:
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def begin(self, config: Any, restored_step: int | None) -> None:
+        """Writes config.json and notes this start of a process in summary.json."""
+        starts = [*self.summary().get("starts", []), {"time": time.time(), "restored_step": restored_step}]
+        if self.leader:
+            write_json(self.path / "config.json", config.to_dict())
+        self.update_summary(starts=starts)
+
+    def update_summary(self, **entries: Any) -> None:
+        if self.leader:
+            write_json(self.path / "summary.json", {**self.summary(), **entries})
+
+    def must_restore(self, steps: list[int]) -> bool:
+        """Whether there is something to go on from. Once a step was committed, only a restore may follow: a run that
+        has lost its checkpoints must not begin again at step 0. Before that, nothing would be lost by it."""
+        return bool(steps) or bool(self.summary().get("committed"))
+
+    def note_commit(self) -> None:
+        if not self.summary().get("committed"):
+            self.update_summary(committed=True)

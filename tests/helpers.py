@@ -1,0 +1,124 @@
+"""What several test files need: small runs in this process, and real runs of train.py in others."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import assemble
+from data import corpus as corpora
+from data.loader import Loader
+from parallel import mesh as meshes
+from parallel import placement
+from runtime import config as configuration
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def factorings(devices: int) -> list[tuple[int, int, int]]:
+    """All (replica, fsdp, tensor) with this product."""
+    sizes = [d for d in range(1, devices + 1) if devices % d == 0]
+    return [(r, f, devices // r // f) for r in sizes for f in sizes if devices % (r * f) == 0]
+
+
+def name(mesh: tuple[int, int, int]) -> str:
+    return "r{}f{}t{}".format(*mesh)
+
+
+def tiny(**overrides: Any):
+    """The tiny config with overrides: tiny(optimizer__lr=1e-3)."""
+    from configs import tiny as module
+
+    config = module.get_config()
+    for key, value in overrides.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    configuration.validate(config)
+    return config
+
+
+def build(config, mesh: tuple[int, int, int]) -> assemble.Parts:
+    """On the first replica × fsdp × tensor of this process's devices."""
+    sizes = dict(zip(meshes.AXES, mesh, strict=True))
+    return assemble.build(config, meshes.build(sizes, jax.devices()[: int(np.prod(mesh))]))
+
+
+@cache
+def text() -> np.ndarray:
+    """Training tokens: bytes of the standard library."""
+    return corpora.load(
+        corpus="stdlib", path="", tokenizer="bytes", vocab_size=256, eval_fraction=0.05,
+        cache_dir=corpora.cache_directory(), seq_len=32,
+    ).train_N  # fmt: skip
+
+
+def batch(config, parts: assemble.Parts, step: int, uneven: bool = False) -> dict[str, jax.Array]:
+    """The batch of one step. uneven: row b keeps only b mod 5 fifths of its targets, so that replicas and
+    micro-steps have different numbers of tokens."""
+    loader = Loader(text(), seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.seed)
+
+    def rows(ids: np.ndarray) -> dict[str, np.ndarray]:
+        found = loader.rows(step, ids.tolist())
+        if uneven:
+            kept = ids % 5 * config.data.seq_len // 5
+            found["mask"] = (np.arange(config.data.seq_len)[None, :] < kept[:, None]).astype(np.float32)
+        return found
+
+    return placement.place_train(parts.mesh, parts.replicas, config.data.batch_size, rows)
+
+
+def losses(config, parts: assemble.Parts, steps: int, uneven: bool = False) -> np.ndarray:
+    state, step, found = assemble.init_state(parts, config.seed), assemble.compile_step(parts), []
+    for n in range(steps):
+        state, metrics = step(state, batch(config, parts, n, uneven))
+        found.append(float(jax.device_get(metrics["loss"])[0]))
+    return np.array(found)
+
+
+def first_gradients(config, parts: assemble.Parts, uneven: bool = False) -> dict[str, np.ndarray]:
+    """The exchanged mean gradient of step 0, by parameter."""
+    from runtime.digest import named_arrays
+
+    state = assemble.init_state(parts, config.seed)
+    grads = jax.jit(lambda s, b: parts.strategy.gradient(s.params, s.opt_state, b)[0])(
+        state, jax.tree.map(lambda x: x[0], batch(config, parts, 0, uneven))
+    )
+    return {k: np.asarray(g) for k, g in named_arrays(grads).items()}
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.max(np.abs(a - b) / np.abs(b)))
+
+
+# ── real runs ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def command(workdir: Path, *options: str, simulate: int = 8, processes: int = 1, config: str = "tiny") -> list[str]:
+    launcher = ["-m", "runtime.launch", f"--processes={processes}", "--"] if processes > 1 else []
+    flags = [f"--config=configs/{config}.py", f"--simulate={simulate}", f"--workdir={workdir}"]
+    return [sys.executable, *launcher, "train.py", *flags, *options]
+
+
+def train(workdir: Path, *options: str, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    """Runs train.py as a user would; returns what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        command(workdir, *options, **kwargs), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert not check or done.returncode == 0, f"rc {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def metric_losses(workdir: Path) -> dict[int, float]:
+    from runtime.metrics import read
+
+    return {row["step"]: row["loss"] for row in read(workdir / "metrics.jsonl") if "loss" in row}
+
+
+def without_gloo(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not re.search(r"\[Gloo\]", line))

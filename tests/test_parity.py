@@ -1,0 +1,69 @@
+"""The mesh, the micro-steps and the replicas change nothing: the same losses and the same gradients."""
+
+from functools import cache
+
+import helpers
+import numpy as np
+import pytest
+
+STEPS = 20
+BOTH = pytest.mark.parametrize("uneven", [False, True], ids=["full", "uneven"])
+
+
+@cache
+def one_device(uneven: bool):
+    """Losses and first gradients on one device: what everything else is compared with."""
+    config = helpers.tiny()
+    parts = helpers.build(config, (1, 1, 1))
+    return helpers.losses(config, parts, STEPS, uneven), helpers.first_gradients(config, parts, uneven)
+
+
+def check(mesh, uneven: bool, **overrides):
+    config = helpers.tiny(**overrides)
+    parts = helpers.build(config, mesh)
+    losses, gradients = one_device(uneven)
+    assert losses[-1] < 0.9 * losses[0], "the loss must fall, else equal losses show nothing"
+    assert helpers.relative(helpers.losses(config, parts, STEPS, uneven), losses) <= 5e-6
+    total = np.sqrt(sum(np.sum(g**2) for g in gradients.values()))
+    for name, ours in helpers.first_gradients(config, parts, uneven).items():
+        bound = 1e-5 * max(np.linalg.norm(gradients[name]), 1e-3 * total)
+        assert np.linalg.norm(ours - gradients[name]) <= bound, name
+
+
+@BOTH
+@pytest.mark.parametrize("mesh", helpers.factorings(8), ids=helpers.name)
+def test_every_mesh_of_eight_devices_trains_like_one_device(mesh, uneven):
+    check(mesh, uneven)
+
+
+@BOTH
+@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=helpers.name)
+def test_micro_steps_add_up_to_the_same_update(mesh, accumulate, uneven):
+    check(mesh, uneven, optimizer__accumulate=accumulate)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("replicas", "mesh"), [(4, (1, 1, 1)), (4, (2, 2, 1)), (8, (1, 1, 1)), (8, (2, 2, 2)), (8, (4, 1, 1))]
+)
+def test_several_replicas_on_one_device_train_like_one_device(replicas, mesh, uneven):
+    check(mesh, uneven, sync__replicas=replicas)
+
+
+@pytest.mark.parametrize("algorithm", ["gather", "two_stage", "psum"])
+def test_every_algorithm_of_the_exchange_trains_like_one_device(algorithm):
+    check((4, 2, 1), True, sync__algorithm=algorithm)
+
+
+def test_a_mean_of_means_would_be_noticed():
+    """The uneven masks do make replicas' mean losses differ from the mean over tokens."""
+    config = helpers.tiny()
+    parts = helpers.build(config, (4, 1, 1))
+    mask = np.asarray(helpers.batch(config, parts, 0, uneven=True)["mask"])[0]
+    tokens = mask.sum(axis=(1, 2))
+    assert tokens.max() > 1.2 * tokens.min()
+
+
+def test_unrolled_layers_and_remat_train_like_scanned_ones():
+    check((2, 2, 2), False, compute__unroll=True, compute__remat="full")

@@ -1,0 +1,265 @@
+"""Trains a language model on a mesh of devices, across slow links if there are any. Stop it anywhere, start it again.
+
+python train.py --config=configs/quickstart.py --simulate=8 --config.mesh.fsdp=4 --config.mesh.tensor=2
+python train.py --workdir=runs/quickstart-20261123-1a2b3c          (goes on with that run)
+"""
+
+import time
+
+STARTED = time.time()  # before the imports: they are a phase of the start, too
+
+import contextlib
+import dataclasses
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+import assemble
+from data import corpus as corpora
+from data.loader import Loader, eval_batches
+from parallel import mesh as meshes
+from parallel import placement, wire
+from runtime import config as configuration
+from runtime.config import UsageError
+from runtime.console import Console
+from runtime.digest import params_digest
+from runtime.metrics import MetricsLog, optional_writers, read
+from runtime.preemption import EXIT_CODE, PreemptionNotice
+from runtime.progress import Phases, Profiler, Recorder, RunAborted
+from runtime.workdir import Workdir, choose
+
+
+def main(argv: list[str]) -> int:
+    phases = Phases(STARTED)
+
+    # ── Config ───────────────────────────────────────────────────────────────────────────────────────────────────
+    config, flags = configuration.parse(argv, __doc__ or "")
+    configuration.validate(config)
+
+    # ── Devices ──────────────────────────────────────────────────────────────────────────────────────────────────
+    with bad_input():
+        if flags.simulate:
+            meshes.simulate(flags.simulate, flags.num_processes or 1)
+        warning = meshes.start_distributed(flags.coordinator, flags.num_processes, flags.process_id, flags.heartbeat)
+    notice = PreemptionNotice()
+    leader = jax.process_index() == 0
+    console = Console(config.steps, config.log_every, quiet=not leader)
+    if flags.simulate:
+        console.say(f"simulating {flags.simulate} devices on the CPU: right results, no speed-up")
+    if warning:
+        console.warn(warning)
+    with bad_input():
+        mesh = meshes.build(meshes.fill_sizes(config.mesh, len(jax.devices())))
+    parts = assemble.build(config, mesh)
+    assemble.use_compilation_cache(corpora.cache_directory())
+    phases.mark("import")
+
+    if flags.dry_run:
+        step = assemble.compile_step(parts)
+        phases.mark("compile")
+        wire_bytes = wire.per_axis(step.as_text(), mesh)
+        console.table(f"{flags.config_name}, dry run", assemble.describe(parts, step, wire_bytes, phases.seconds))
+        return 0
+
+    # ── Workdir ──────────────────────────────────────────────────────────────────────────────────────────────────
+    workdir = Workdir(choose(flags.workdir, flags.config_name, config), leader)
+    for change in workdir.open(config, flags.resume):
+        console.say(f"config changed since this run began: {change}")
+
+    # ── Compile, while the data is read ──────────────────────────────────────────────────────────────────────────
+    with ThreadPoolExecutor(1) as background:
+        compiling = background.submit(assemble.compile_step, parts)
+        corpus = load_corpus(config)
+        phases.mark("data")
+        step = compiling.result()
+    phases.mark("compile")
+
+    # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
+    from runtime.checkpoint import Checkpoints  # slow to import: after the compilation has begun
+
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
+    if workdir.resuming and workdir.must_restore(checkpoints.steps()):
+        state, start = checkpoints.restore(parts.state, console.warn)
+        console.say(f"resuming {workdir.path} from step {start}; every array has the digest it was saved with")
+    else:
+        state, start = assemble.init_state(parts, config.seed), None
+        console.say(f"starting {workdir.path}")
+    phases.mark("restore")
+    wire_bytes = wire.per_axis(step.as_text(), mesh)
+    console.table(f"{workdir.path}", assemble.describe(parts, step, wire_bytes, phases.seconds))
+
+    # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
+    recorder = make_recorder(config, parts, workdir, console, wire_bytes, start)
+    workdir.begin(config, start)
+    held_out = eval_batches(corpus.eval_N, **batch_shape(config, corpus), num_batches=config.eval_batches)
+    evaluate = assemble.Evaluator(parts, held_out, corpus.tokenizer.token_bytes())
+    meshes.wait_for_all("ready to train")
+    with contextlib.closing(recorder):
+        outcome = train(
+            config, parts, step, state, start, corpus, evaluate, checkpoints, recorder, notice, phases, workdir
+        )
+        recorder.finish()
+    checkpoints.close()
+    if outcome.interrupted:
+        console.say(f"stopped by SIGTERM after step {outcome.step}, saved; the same command goes on from there")
+        return EXIT_CODE
+
+    # ── Tell ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    finish(config, parts, corpus, outcome, workdir, console, wire_bytes, phases)
+    return 0
+
+
+@dataclasses.dataclass
+class Outcome:
+    state: Any
+    step: int
+    interrupted: bool
+    eval_loss: float
+    eval_bits_per_byte: float
+
+
+def train(
+    config, parts, step, state, start, corpus, evaluate, checkpoints, recorder, notice, phases, workdir
+) -> Outcome:
+    """The loop. Updates made so far are counted by `done`; a checkpoint's number is the updates it contains."""
+    loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
+    place = lambda n, rows: placement.place_train(parts.mesh, parts.replicas, loader.batch_size, rows)
+    profiler = Profiler(config.profile.steps, workdir.path)
+    if start is None and config.checkpoint.every:
+        checkpoints.save(0, state, None)
+    done, evaluated, stopping = start or 0, (math.nan, math.nan), False
+    recorder.resume_clock()
+    for batch in loader.batches(done, config.steps, place):
+        profiler.before(done, state)
+        with jax.transfer_guard("disallow"):
+            state, metrics = step(state, batch)
+        done += 1
+        recorder.step(done, metrics)  # reads the step before: the device never waits for the host
+        if "first step" not in phases.seconds:
+            recorder.flush()
+            phases.mark("first step")
+        ending, stopping = done == config.steps, notice.requested(done)
+        evaluating = ending or (config.eval_every and done % config.eval_every == 0)
+        saving = ending or stopping or (config.checkpoint.every and done % config.checkpoint.every == 0)
+        if evaluating:
+            recorder.flush()
+            evaluated = evaluate(state.params)
+            recorder.evaluation(done, *evaluated)
+        if saving:
+            recorder.flush()
+            checkpoints.save(done, state, evaluated[0] if evaluating else None)
+        if checkpoints.poll():
+            workdir.note_commit()
+        if evaluating or saving:
+            recorder.resume_clock()
+        if stopping:
+            break
+    profiler.stop(state)
+    recorder.flush()
+    checkpoints.finish()
+    if start == config.steps:  # the run was complete already
+        evaluated = evaluate(state.params)
+    return Outcome(state, done, stopping and done < config.steps, *evaluated)
+
+
+@contextlib.contextmanager
+def bad_input():
+    """Inside, what the rooms below find wrong is the user's input: shown as a message, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(str(error)) from error
+
+
+def load_corpus(config) -> corpora.Corpus:
+    data = config.data
+    names = ("corpus", "path", "tokenizer", "vocab_size", "eval_fraction", "seq_len")
+    with bad_input():
+        return corpora.load(cache_dir=corpora.cache_directory(), **{name: data[name] for name in names})
+
+
+def batch_shape(config, corpus) -> dict:
+    names = ("seq_len", "batch_size", "document_mask")
+    return {name: config.data[name] for name in names} | {"eos": corpus.tokenizer.eos}
+
+
+def make_recorder(config, parts, workdir, console, wire_bytes, start) -> Recorder:
+    log, train_seconds = None, 0.0
+    if workdir.leader:
+        flag = {"auto": None, "on": True, "off": False}[config.metrics.tensorboard]
+        log = MetricsLog(workdir.path, optional_writers(workdir.path, flag, config.metrics.wandb))
+        log.rewind(start if start is not None else 0 if workdir.resuming else None)
+        rows = [row for row in read(log.path) if "train_seconds" in row] if log.path.exists() else []
+        train_seconds = rows[-1]["train_seconds"] if rows else 0.0
+    return Recorder(
+        log,
+        console,
+        log_every=config.log_every,
+        abort_after=config.guard.abort_after,
+        tokens_per_step=config.data.batch_size * config.data.seq_len,
+        flops_per_second_at_full_speed=assemble.full_speed(parts),
+        flops_per_token=parts.model.flops_per_token(config.data.seq_len, causal=False),
+        wire_bytes=wire_bytes,
+        train_seconds=train_seconds,
+    )
+
+
+def finish(config, parts, corpus, outcome, workdir, console, wire_bytes, phases) -> None:
+    """Sample, summary and plot."""
+    digest = params_digest(outcome.state.params)
+    text = assemble.sample_text(config, parts, outcome.state.params, corpus.tokenizer)
+    if not workdir.leader:
+        return
+    if text:
+        (workdir.path / "samples.txt").write_text(text + "\n")
+        console.say(f"a sample:\n{text}")
+    unigram, bigram = corpora.ngram_bits_per_byte(corpus)
+    rows = read(workdir.path / "metrics.jsonl")
+    last = [row for row in rows if "loss" in row][-1]
+    phases.mark("training and end")
+    summary = workdir.summary()
+    wall = time.time() - summary["starts"][0]["time"]
+    workdir.update_summary(
+        parameters=assemble.num_parameters(parts),
+        mesh=dict(parts.mesh.shape),
+        steps=outcome.step,
+        tokens=outcome.step * config.data.batch_size * config.data.seq_len,
+        final_loss=last["loss"],
+        final_eval_loss=outcome.eval_loss,
+        final_eval_bits_per_byte=outcome.eval_bits_per_byte,
+        unigram_bits_per_byte=unigram,
+        bigram_bits_per_byte=bigram,
+        params_digest=digest,
+        wire_bytes_per_step=wire_bytes,
+        compiles=1,
+        phases=phases.seconds,
+        goodput=round(last["train_seconds"] / wall, 4),
+    )
+    from runtime.plot import plot_loss
+
+    nats = outcome.eval_loss / outcome.eval_bits_per_byte  # nats per token for one bit per byte
+    baselines = {"unigram": unigram * nats, "bigram": bigram * nats}
+    (workdir.path / "plots").mkdir(exist_ok=True)
+    plot_loss(rows, workdir.path / "plots" / "loss.png", workdir.path.name, baselines)
+    console.say(
+        f"held-out text: {outcome.eval_bits_per_byte:.3f} bits per byte (unigram {unigram:.2f}, bigram {bigram:.2f}); "
+        f"see {workdir.path}/plots/loss.png and summary.json"
+    )
+
+
+def run(argv: list[str]) -> int:
+    try:
+        return main(argv)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunAborted, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv))
