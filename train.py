@@ -11,24 +11,26 @@ STARTED = time.time()  # before the imports: they are a phase of the start, too
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
 import assemble
+import ending
 from data import corpus as corpora
 from data.loader import Loader, eval_batches
 from parallel import mesh as meshes
 from parallel import placement, wire
 from runtime import config as configuration
-from runtime.config import UsageError
+from runtime.config import RunError, UsageError
 from runtime.console import Console
-from runtime.digest import params_digest
 from runtime.metrics import MetricsLog, optional_writers, read
 from runtime.preemption import EXIT_CODE, PreemptionNotice
-from runtime.progress import Phases, Profiler, Recorder, RunAborted
+from runtime.progress import Phases, Profiler, Recorder
 from runtime.workdir import Workdir, choose
 
 
@@ -70,22 +72,25 @@ def main(argv: list[str]) -> int:
         console.say(f"config changed since this run began: {change}")
 
     # ── Compile, while the data is read ──────────────────────────────────────────────────────────────────────────
-    with ThreadPoolExecutor(1) as background:
-        compiling = background.submit(assemble.compile_step, parts)
-        corpus = load_corpus(config)
-        phases.mark("data")
-        step = compiling.result()
+    background = ThreadPoolExecutor(2)
+    compiling = background.submit(assemble.compile_step, parts)
+    initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
+    corpus = load_corpus(config)
+    loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
+    from runtime.checkpoint import Checkpoints  # slow to import
+
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
+    phases.mark("data")
+    step = compiling.result()
     phases.mark("compile")
 
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
-    from runtime.checkpoint import Checkpoints  # slow to import: after the compilation has begun
-
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
         state, start = checkpoints.restore(parts.state, console.warn)
         console.say(f"resuming {workdir.path} from step {start}; every array has the digest it was saved with")
     else:
-        state, start = assemble.init_state(parts, config.seed), None
+        init = initializing.result() if initializing else assemble.compile_init(parts)
+        state, start = init(np.uint32(config.seed)), None
         console.say(f"starting {workdir.path}")
     phases.mark("restore")
     wire_bytes = wire.per_axis(step.as_text(), mesh)
@@ -94,40 +99,51 @@ def main(argv: list[str]) -> int:
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
     recorder = make_recorder(config, parts, workdir, console, wire_bytes, start)
     workdir.begin(config, start)
-    held_out = eval_batches(corpus.eval_N, **batch_shape(config, corpus), num_batches=config.eval_batches)
-    evaluate = assemble.Evaluator(parts, held_out, corpus.tokenizer.token_bytes())
+    this = Run(config, parts, corpus, workdir, checkpoints, recorder, console, phases)
     meshes.wait_for_all("ready to train")
     with contextlib.closing(recorder):
-        outcome = train(
-            config, parts, step, state, start, corpus, evaluate, checkpoints, recorder, notice, phases, workdir
-        )
-        recorder.finish()
+        outcome = train(this, step, state, start, loader, notice)
+        if not outcome.interrupted:
+            recorder.finish()
     checkpoints.close()
     if outcome.interrupted:
         console.say(f"stopped by SIGTERM after step {outcome.step}, saved; the same command goes on from there")
         return EXIT_CODE
 
     # ── Tell ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    finish(config, parts, corpus, outcome, workdir, console, wire_bytes, phases)
+    ending.finish(config, parts, corpus, workdir, console, phases, outcome.state.params, outcome.evaluated)
     return 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop and the end of a run share."""
+
+    config: Any
+    parts: assemble.Parts
+    corpus: corpora.Corpus
+    workdir: Workdir
+    checkpoints: Any
+    recorder: Recorder
+    console: Console
+    phases: Phases
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     state: Any
     step: int
     interrupted: bool
-    eval_loss: float
-    eval_bits_per_byte: float
+    evaluated: tuple[float, float]  # nats per token, bits per byte
 
 
-def train(
-    config, parts, step, state, start, corpus, evaluate, checkpoints, recorder, notice, phases, workdir
-) -> Outcome:
+def train(run: Run, step, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
     """The loop. Updates made so far are counted by `done`; a checkpoint's number is the updates it contains."""
-    loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
-    place = lambda n, rows: placement.place_train(parts.mesh, parts.replicas, loader.batch_size, rows)
-    profiler = Profiler(config.profile.steps, workdir.path)
+    config, recorder, checkpoints = run.config, run.recorder, run.checkpoints
+    place = lambda n, rows: placement.place_train(run.parts.mesh, run.parts.replicas, loader.batch_size, rows)
+    held_out = eval_batches(run.corpus.eval_N, **batch_shape(config, run.corpus), num_batches=config.eval_batches)
+    evaluate = assemble.Evaluator(run.parts, held_out, run.corpus.tokenizer.token_bytes())
+    profiler = Profiler(config.profile.steps, run.workdir.path)
     if start is None and config.checkpoint.every:
         checkpoints.save(0, state, None)
     done, evaluated, stopping = start or 0, (math.nan, math.nan), False
@@ -138,31 +154,32 @@ def train(
             state, metrics = step(state, batch)
         done += 1
         recorder.step(done, metrics)  # reads the step before: the device never waits for the host
-        if "first step" not in phases.seconds:
+        if "first step" not in run.phases.seconds:
             recorder.flush()
-            phases.mark("first step")
-        ending, stopping = done == config.steps, notice.requested(done)
-        evaluating = ending or (config.eval_every and done % config.eval_every == 0)
-        saving = ending or stopping or (config.checkpoint.every and done % config.checkpoint.every == 0)
-        if evaluating:
-            recorder.flush()
-            evaluated = evaluate(state.params)
-            recorder.evaluation(done, *evaluated)
-        if saving:
-            recorder.flush()
-            checkpoints.save(done, state, evaluated[0] if evaluating else None)
-        if checkpoints.poll():
-            workdir.note_commit()
+            run.phases.mark("first step")
+        last, stopping = done == config.steps, notice.requested(done)
+        evaluating = last or (config.eval_every and done % config.eval_every == 0)
+        saving = last or stopping or (config.checkpoint.every and done % config.checkpoint.every == 0)
         if evaluating or saving:
+            recorder.flush()
+            evaluated = evaluate(state.params) if evaluating else evaluated
+            if evaluating:
+                recorder.evaluation(done, *evaluated)
+            if saving:
+                checkpoints.save(done, state, evaluated[0] if evaluating else None)
             recorder.resume_clock()
+        if checkpoints.poll():
+            run.workdir.note_commit()
         if stopping:
             break
     profiler.stop(state)
     recorder.flush()
     checkpoints.finish()
+    if checkpoints.steps():
+        run.workdir.note_commit()
     if start == config.steps:  # the run was complete already
         evaluated = evaluate(state.params)
-    return Outcome(state, done, stopping and done < config.steps, *evaluated)
+    return Outcome(state, done, stopping and done < config.steps, evaluated)
 
 
 @contextlib.contextmanager
@@ -207,59 +224,18 @@ def make_recorder(config, parts, workdir, console, wire_bytes, start) -> Recorde
     )
 
 
-def finish(config, parts, corpus, outcome, workdir, console, wire_bytes, phases) -> None:
-    """Sample, summary and plot."""
-    digest = params_digest(outcome.state.params)
-    text = assemble.sample_text(config, parts, outcome.state.params, corpus.tokenizer)
-    if not workdir.leader:
-        return
-    if text:
-        (workdir.path / "samples.txt").write_text(text + "\n")
-        console.say(f"a sample:\n{text}")
-    unigram, bigram = corpora.ngram_bits_per_byte(corpus)
-    rows = read(workdir.path / "metrics.jsonl")
-    last = [row for row in rows if "loss" in row][-1]
-    phases.mark("training and end")
-    summary = workdir.summary()
-    wall = time.time() - summary["starts"][0]["time"]
-    workdir.update_summary(
-        parameters=assemble.num_parameters(parts),
-        mesh=dict(parts.mesh.shape),
-        steps=outcome.step,
-        tokens=outcome.step * config.data.batch_size * config.data.seq_len,
-        final_loss=last["loss"],
-        final_eval_loss=outcome.eval_loss,
-        final_eval_bits_per_byte=outcome.eval_bits_per_byte,
-        unigram_bits_per_byte=unigram,
-        bigram_bits_per_byte=bigram,
-        params_digest=digest,
-        wire_bytes_per_step=wire_bytes,
-        compiles=1,
-        phases=phases.seconds,
-        goodput=round(last["train_seconds"] / wall, 4),
-    )
-    from runtime.plot import plot_loss
-
-    nats = outcome.eval_loss / outcome.eval_bits_per_byte  # nats per token for one bit per byte
-    baselines = {"unigram": unigram * nats, "bigram": bigram * nats}
-    (workdir.path / "plots").mkdir(exist_ok=True)
-    plot_loss(rows, workdir.path / "plots" / "loss.png", workdir.path.name, baselines)
-    console.say(
-        f"held-out text: {outcome.eval_bits_per_byte:.3f} bits per byte (unigram {unigram:.2f}, bigram {bigram:.2f}); "
-        f"see {workdir.path}/plots/loss.png and summary.json"
-    )
-
-
 def run(argv: list[str]) -> int:
+    """main, with what is the user's to mend shown as a message instead of a traceback."""
     try:
         return main(argv)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (RunAborted, OSError) as error:
+    except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv))
+    code = run(sys.argv)
+    os._exit(code) if code == 2 else sys.exit(code)  # 2: at once, though a compilation may be under way

@@ -33,7 +33,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class BF16:
-    """bfloat16, rounded to nearest even: 2 bytes an element, relative error up to 2^-9, unbiased over many values."""
+    """bfloat16, rounded to nearest even: 2 bytes an element, relative error up to 2^-8, unbiased over many values."""
 
     bytes_per_element = 2
     block = 1

@@ -6,6 +6,7 @@ machine's, or one fast network's, own: `stage`, `expert` and `context` will stan
 
 import math
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def fill_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
     raise ValueError(
         f"the mesh {asked} does not multiply to the {num_devices} devices there are "
-        f"(mesh.{', mesh.'.join(AXES)}). These do: {_factorings(num_devices)}"
+        f"(mesh.{', mesh.'.join(AXES)}). These do: {_factorings(num_devices)}. "
+        "On a CPU, --simulate=N gives N devices"
     )
 
 
@@ -98,8 +100,12 @@ def start_distributed(
         if num_processes is None or process_id is None:
             raise ValueError("--coordinator needs --num_processes and --process_id too")
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT, as in 10.0.0.1:8476")
+        if process_id >= num_processes:
+            raise ValueError(f"--process_id={process_id}: of {num_processes} processes the last is {num_processes - 1}")
+        if process_id == 0:
+            _check_own_address(coordinator, host, int(port))
         jax.distributed.initialize(
             coordinator,
             num_processes,
@@ -120,6 +126,20 @@ def start_distributed(
         f"{NOT_ENCRYPTED}; and the coordinator found by automatic detection listens on every interface of its host "
         "([::]): pass --coordinator, --num_processes and --process_id to bind it to one address"
     )
+
+
+def _check_own_address(coordinator: str, host: str, port: int) -> None:
+    """Whether process 0 can listen there: JAX crashes where it cannot."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as JAX does: restart without waiting
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"--coordinator={coordinator}: process 0 cannot listen there ({error.strerror or error}). "
+            "Give an address of its own machine that the others can reach, and a free port."
+        ) from error
 
 
 NOT_ENCRYPTED = "the processes' collectives are not encrypted: keep them on a private network"

@@ -59,10 +59,10 @@ class Sync:
         grads, opt_state, loss, tokens, finite = self.gradient(state.params, state.opt_state, batch_RBT)
         grad_norm = optax.tree.norm(grads)
         allowed = self.guard.allows(state.guard, grad_norm, finite & jnp.isfinite(grad_norm))
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(allowed, new, old),
-            self.optimizer.apply(grads, opt_state, state.params),
-            (state.params, state.opt_state),
+        params, opt_state = lax.cond(  # a where over all arrays would hold the old and the new ones at once
+            allowed,
+            lambda: self.optimizer.apply(grads, opt_state, state.params),
+            lambda: (state.params, state.opt_state),
         )
         counters = self.guard.update(state.guard, grad_norm, allowed)
         metrics = {

@@ -21,12 +21,13 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from runtime.config import RunError
 from runtime.digest import digest_all, named_arrays, to_hex
 
 COPIES = ("record.json", "record.copy.json")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A run cannot go on from its checkpoints. The message says why and what to do."""
 
 
@@ -50,6 +51,7 @@ class Checkpoints:
             policies.append(keep_policies.EveryNSteps(keep_every))
         self.directory = directory
         self._pending: Any = None
+        self._damaged: set[int] = set()  # found by restore; saved again when training comes by
         self._orbax = ocp.training.Checkpointer(
             str(directory.absolute()),
             save_decision_policy=save_policies.FixedIntervalPolicy(1),
@@ -60,7 +62,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, eval_loss: float | None) -> None:
         """Starts saving; returns when the state has been copied and may be donated. No-op if the step is there."""
         self.finish()
-        if step in self.steps():
+        if step in self.steps() and step not in self._damaged:
             return
         arrays = named_arrays(state)
         record = _make_record(step, arrays)
@@ -69,7 +71,9 @@ class Checkpoints:
                 step,
                 {"state": _nested(arrays), "record": _Record(record)},
                 metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+                overwrite=step in self._damaged,
             )
+            self._damaged.discard(step)
         except Exception as error:  # Orbax raises what its storage raises, of many types
             raise self._failed(error) from error
 
@@ -118,6 +122,7 @@ class Checkpoints:
             state, problems = self._load(step, abstract_state)
             if not _any_process(bool(problems)):
                 return state, step
+            self._damaged.add(step)
             found.append(_damage(step, problems))
             warn(found[-1])
         raise CheckpointError(

@@ -4,14 +4,19 @@ A Python config file is executed when it is given as --config. A config.json is 
 """
 
 import difflib
+import importlib.util
 import json
 import math
-from collections.abc import Iterator, Sequence
+import runpy
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
+
+BASE = str(Path(__file__).parent.parent / "configs" / "base.py")  # every key that there is
 
 CHOICES = {
     "model.norm": ("rms", "layer"),
@@ -39,8 +44,34 @@ NOT_NEGATIVE = (
     "sync.replicas checkpoint.every checkpoint.keep_every sample.tokens sample.temperature"
 ).split()
 
+# {key: {value: the keys that nothing reads then}}. To set one of them on the command line would be a mistake.
+UNREAD: dict[str, dict[Any, str]] = {
+    "model.position": {"learned": "model.rope_theta model.rope_scaling.factor"},
+    "model.rope_scaling.factor": {
+        0: "model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor model.rope_scaling.original_max_len"
+    },
+    "optimizer.name": {
+        "adamw": "optimizer.momentum",
+        "lion": "optimizer.momentum optimizer.eps",
+        "sgd": "optimizer.b1 optimizer.b2 optimizer.eps",
+    },
+    "optimizer.schedule": {"constant": "optimizer.final_lr_fraction"},
+    "guard.zscore": {0: "guard.window"},
+    "sample.tokens": {0: "sample.prompt sample.temperature"},
+}
+PARSERS = {
+    int: flags.IntegerParser(),
+    float: flags.FloatParser(),
+    bool: flags.BooleanParser(),
+    str: flags.ArgumentParser(),
+}
+
 # A change here makes another model: the checkpoint's weights mean something else.
 MODEL_KEYS = ("model.", "data.vocab_size", "data.tokenizer")
+
+
+class RunError(Exception):
+    """Training cannot go on; the message says why and what to do. No traceback is shown."""
 
 
 class UsageError(Exception):
@@ -59,71 +90,132 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=values, lower_bound=0)
-    flags.DEFINE_integer("heartbeat", 30, "Seconds after which a silent process is dead.", flag_values=values)
+    flags.DEFINE_integer(
+        "heartbeat", 30, "Seconds after which a silent process is dead.", flag_values=values, lower_bound=1
+    )
     flags.DEFINE_bool("help", False, "Show this help.", flag_values=values, short_name="h")
 
 
 def parse(argv: Sequence[str], doc: str) -> tuple[Any, Any]:
-    """argv (with the program's name first) -> (config, flags). Raises UsageError; prints help and exits if asked."""
+    """argv (with the program's name first) -> (config, flags). Raises UsageError; prints help and exits if asked.
+
+    Of an option given twice the last one counts.
+    """
     values = flags.FlagValues()
     define_flags(values)
-    given = [a.lstrip("-").partition("=") for a in argv[1:] if a.startswith("-")]
-    config_file = next((v for name, _, v in given if name == "config"), None)
-    workdir = next((v for name, _, v in given if name == "workdir"), None)
-    if any(name in ("help", "h") for name, _, _ in given):
-        print(f"{doc}\n{values.get_help()}\n  --config: a Python config file.\n  --config.KEY=VALUE: overrides.")
+    if {"-h", "-help", "--help"} & set(argv):
+        options = values.get_help(include_special_flags=False)
+        print(f"{doc}\n{options}\n  --config: a Python config file.\n  --config.KEY=VALUE: overrides one of its keys.")
         raise SystemExit(0)
+    given = dict(map(_split, argv[1:]))
+    workdir = given.get("workdir")
+    config_file = given.pop("config") or "" if "config" in given else None
+    if "workdir" in given and not workdir:
+        raise UsageError("--workdir needs a folder, as in --workdir=runs/first")
     if config_file is not None:
-        if not Path(config_file.split(":")[0]).is_file():
-            raise UsageError(f"--config={config_file}: there is no such file. Look into configs/.")
-        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
-        known = _load_for_checking(config_file)
+        config = _execute(config_file)
     elif workdir and (Path(workdir) / "config.json").is_file():
-        known = read_json(Path(workdir))
-        config_flags.DEFINE_config_dict("config", known, flag_values=values, lock_config=True)
+        config = read_json(Path(workdir))
     elif workdir:
         raise UsageError(f"--workdir={workdir} has no config.json to resume from: give a --config=configs/….py")
     else:
         raise UsageError("--config is missing, as in --config=configs/quickstart.py (or --workdir of an earlier run)")
-    _check_override_names([name for name, _, _ in given], known, values)
-    try:
-        rest = values(list(argv))
-    except (flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UsageError(f"the command line cannot be read: {error}") from error
-    if len(rest) > 1:
-        raise UsageError(f"unexpected argument {rest[1]!r}: options start with -- and take their value after =")
-    flags.DEFINE_string("config_name", config_file or str(workdir), "", flag_values=values)
+    before = dict(flatten(config))
+    _check_names(given, before, values)
+    wrong, overridden = [], {}
+    for name, text in given.items():
+        key = name.removeprefix("config.")
+        try:
+            if key != name:
+                overridden[key] = _value(name, text, PARSERS.get(type(before[key]), PARSERS[str]))
+            elif name in values:
+                setattr(values, name, _value(name, text, values[name].parser))
+            else:  # --noresume
+                setattr(values, name.removeprefix("no"), not _value(name, text, flags.BooleanParser()))
+        except ValueError as error:
+            wrong.append(str(error))
+    config.update_from_flattened_dict(overridden)
+    wrong += _unread(dict(flatten(config)), [key for key, value in overridden.items() if value != before[key]])
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    flags.DEFINE_string("config_name", config_file or workdir, "", flag_values=values)
     values.mark_as_parsed()
-    return values["config"].value, values
+    return config.lock(), values
 
 
-def _load_for_checking(config_file: str) -> Any:
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+def _split(argument: str) -> tuple[str, str | None]:
+    if not argument.startswith("-"):
+        raise UsageError(f"unexpected argument {argument!r}: options start with -- and take their value after =")
+    name, equals, value = argument.lstrip("-").partition("=")
+    return name, value if equals else None
+
+
+def _value(name: str, text: str | None, parser: Any) -> Any:
+    """What `text` means to this option; an option without = is a switch, turned on."""
+    expected = parser.syntactic_help or ("true or false" if isinstance(parser, flags.BooleanParser) else "a value")
+    if text is None and expected != "true or false":
+        raise ValueError(f"--{name} needs {expected}, as in --{name}=…")
     try:
-        values(["train.py", f"--config={config_file}"])
-        return values["config"].value
+        return parser.parse("true" if text is None else text)
+    except (ValueError, TypeError):
+        raise ValueError(f"--{name}={text}: expected {expected}") from None
+
+
+def _execute(config_file: str) -> Any:
+    """What get_config() in this Python file returns."""
+    if not Path(config_file).is_file():
+        raise UsageError(f"--config={config_file}: there is no such file. Look into configs/.")
+    try:
+        config = runpy.run_path(config_file)["get_config"]()
     except Exception as error:  # whatever the user's own Python file raises
-        raise UsageError(f"--config={config_file} cannot be loaded: {type(error).__name__}: {error}") from error
+        if isinstance(error, KeyError) and error.args == ("get_config",):
+            raise UsageError(f"--config={config_file} has no function get_config(): see configs/tiny.py") from error
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == config_file]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UsageError(f"--config={config_file} fails{where}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"--config={config_file}: get_config() returns {config!r}, not a config: see configs/tiny.py")
+    keys, known = [key for key, _ in flatten(config)], [key for key, _ in flatten(runpy.run_path(BASE)["get_config"]())]
+    for key in keys:
+        if key not in known:
+            raise UsageError(f"--config={config_file} sets the {_unknown(key, known)}")
+    if missing := [key for key in known if key not in keys]:
+        raise UsageError(f"--config={config_file} has no {', '.join(missing)}: start from base.get_config()")
+    return config
 
 
-def _check_override_names(names: list[str], config: Any, values: flags.FlagValues) -> None:
-    keys = [key for key, _ in flatten(config)]
-    groups = {key.rpartition(".")[0] for key in keys}
-    for name in names:
+def _check_names(given: Iterable[str], config: dict[str, Any], values: flags.FlagValues) -> None:
+    keys = list(config)
+    groups = {".".join(parts[:n]) for parts in (key.split(".") for key in keys) for n in range(1, len(parts))}
+    for name in given:
         if name.startswith("config."):
             key = name.removeprefix("config.")
             if key in groups:
-                raise UsageError(
-                    f"--config.{key} is a group; set one of its keys, as in --config.{_nearest(key, keys)}=…"
-                )
+                example = next(k for k in keys if k.startswith(f"{key}."))
+                raise UsageError(f"--config.{key} is a group; set one of its keys, as in --config.{example}=…")
             if key not in keys:
-                raise UsageError(
-                    f"unknown config key {key!r}: did you mean {_nearest(key, keys)!r}? See configs/base.py."
-                )
-        elif name != "config" and name not in values and name.removeprefix("no") not in values:
+                raise UsageError(_unknown(key, keys))
+        elif name not in values and not (name.startswith("no") and name[2:] in values and values[name[2:]].boolean):
             options = [*(f for f in values if len(f) > 1), "config"]
             raise UsageError(f"unknown option --{name}: did you mean --{_nearest(name, options)}? See --help.")
+
+
+def _unread(flat: dict[str, Any], changed: list[str]) -> Iterator[str]:
+    """One line for each changed key that nothing reads."""
+    deciders = {key: name for name, cases in UNREAD.items() for key in cases.get(flat.get(name), "").split()}
+    if flat.get("data.path"):
+        deciders["data.corpus"] = "data.path"
+    for key in changed:
+        if key in deciders:
+            name = deciders[key]
+            yield f"{key}={flat[key]} is not read when {name}={flat[name]}: leave it out, or change {name}"
+
+
+def _unknown(key: str, keys: list[str]) -> str:
+    group = key.rpartition(".")[0]
+    siblings = ", ".join(k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == group)
+    where = f"{group} has {siblings}" if group and siblings else "see configs/base.py"
+    return f"unknown config key {key!r}: did you mean {_nearest(key, keys)!r}? ({where})"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -146,22 +238,34 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_json(workdir: Path) -> Any:
-    return ConfigDict(json.loads((workdir / "config.json").read_text()))
+    path = workdir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is damaged ({error}). Restore it from a backup, or start a new run with another --workdir."
+        ) from error
+    return ConfigDict(config)
 
 
 def validate(config: Any) -> None:
     """Every check that needs no device; all that is wrong in one UsageError."""
     flat = dict(flatten(config))
     wrong = []
+    for key in (*POSITIVE, *NOT_NEGATIVE, *CHOICES):
+        if key not in flat:
+            raise UsageError(f"this config has no {key}: was it made by another version? See configs/base.py.")
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             wrong.append(f"{key}={value}: must be a finite number")
-    for key in POSITIVE:
-        if not flat[key] > 0:
-            wrong.append(f"{key}={flat[key]}: must be greater than 0")
-    for key in NOT_NEGATIVE:
-        if flat[key] < 0:
-            wrong.append(f"{key}={flat[key]}: must not be negative")
+        elif key in (*POSITIVE, *NOT_NEGATIVE) and not isinstance(value, (int, float)):
+            wrong.append(f"{key}={value!r}: must be a number")
+        elif key in POSITIVE and not value > 0:
+            wrong.append(f"{key}={value}: must be greater than 0")
+        elif key in NOT_NEGATIVE and value < 0:
+            wrong.append(f"{key}={value}: must not be negative")
     for key, choices in CHOICES.items():
         if flat[key] not in choices:
             near = _nearest(str(flat[key]), choices)
@@ -186,11 +290,22 @@ def _relations(flat: dict[str, Any]) -> Iterator[str]:
         yield "compute.attention=cudnn cannot mask documents: set compute.attention=reference"
     if flat["sync.algorithm"] == "psum" and flat["sync.codec"] != "none":
         yield "sync.algorithm=psum adds up on the wire and knows no codec: set sync.codec=none or another algorithm"
+    if flat["compute.attention"] == "cudnn" and flat["compute.dtype"] == "float32":
+        yield "compute.attention=cudnn knows no compute.dtype=float32: set bfloat16, or compute.attention=reference"
+    if flat["seed"] >= 2**32:
+        yield f"seed={flat['seed']}: must be less than 2**32"
     if flat["profile.steps"]:
         try:
-            profile_range(flat["profile.steps"])
+            if profile_range(flat["profile.steps"]).start >= flat["steps"]:
+                yield f"profile.steps={flat['profile.steps']}: the run ends before, at steps={flat['steps']}"
         except ValueError:
             yield f"profile.steps={flat['profile.steps']!r}: expected FIRST:LAST, as in 10:13"
+    for key, wanted, package in (
+        ("metrics.tensorboard", flat["metrics.tensorboard"] == "on", "tensorboardX"),
+        ("metrics.wandb", flat["metrics.wandb"], "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            yield f"{key}={flat[key]} needs {package}, which is not installed: `pip install {package}`, or turn it off"
 
 
 def profile_range(text: str) -> range:
@@ -203,12 +318,16 @@ def profile_range(text: str) -> range:
 def check_batch(batch_size: int, replicas: int, fsdp: int, accumulate: int) -> None:
     unit = replicas * fsdp * accumulate
     if batch_size % unit:
-        below = batch_size // unit * unit
-        legal = f"{below} or {below + unit}" if below else f"{unit}"
         raise UsageError(
             f"data.batch_size={batch_size} cannot be cut into {replicas} replicas × mesh.fsdp={fsdp} × "
-            f"optimizer.accumulate={accumulate} = {unit} equal parts. Nearest legal sizes: {legal}"
+            f"optimizer.accumulate={accumulate} = {unit} equal parts. "
+            f"Nearest legal sizes: {nearest_multiples(batch_size, unit)}"
         )
+
+
+def nearest_multiples(size: int, unit: int) -> str:
+    below = size // unit * unit
+    return f"{below} or {below + unit}" if below else f"{unit}"
 
 
 def difference(old: Any, new: Any) -> list[tuple[str, Any, Any]]:

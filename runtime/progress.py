@@ -7,13 +7,9 @@ from typing import Any
 
 import jax
 
-from runtime.config import profile_range
+from runtime.config import RunError, profile_range
 from runtime.console import Console
 from runtime.metrics import MetricsLog
-
-
-class RunAborted(RuntimeError):
-    """Training cannot go on; the message says why."""
 
 
 class Phases:
@@ -26,8 +22,9 @@ class Phases:
     def mark(self, name: str) -> None:
         """The phase `name` ends now."""
         now = time.time()
+        self.seconds.pop("total", None)
         self.seconds[name] = round(now - self._last, 3)
-        self.seconds["total"] = round(now - self._started, 3)
+        self.seconds["total"] = round(now - self._started, 3)  # the last one
         self._last = now
 
 
@@ -102,7 +99,7 @@ class Recorder:
             self._recent = []
             self._write(row)
         if int(values["skipped_in_a_row"]) >= self.abort_after:
-            raise RunAborted(
+            raise RunError(
                 f"the last {self.abort_after} updates were skipped (guard.abort_after): every gradient was NaN, "
                 f"infinite or a spike, up to step {step} (loss {values['loss']}, gradient norm {values['grad_norm']}). "
                 "The weights are those of the last good update. Lower optimizer.lr, look at the data around this step, "

@@ -46,29 +46,41 @@ class Workdir:
         return any((self.path / name).exists() for name in ("summary.json", "metrics.jsonl", "checkpoints"))
 
     def open(self, config: Any, resume: bool) -> list[str]:
-        """Makes the folder, or checks that this config may go on with the run in it: the changes, one line each."""
+        """Checks that the folder can be made, or that this config may go on with the run in it: the changes, one line
+        each. Writes nothing that stays: the data may yet turn out to be bad."""
         if self.resuming:
             if not resume:
                 raise UsageError(f"{self.path} already holds a run and --noresume was given: choose another --workdir")
             if not (self.path / "config.json").is_file():
                 raise UsageError(
-                    f"{self.path} holds a run without its config.json, so it cannot be told what to resume"
+                    f"{self.path} holds a run without its config.json, so it cannot be told what to resume: "
+                    "restore config.json from a backup, or choose another --workdir"
                 )
             return configuration.check_resume(configuration.read_json(self.path), config)
         if not self.leader:
             return []
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.write_text("")
             probe.unlink()
+            for folder in missing:
+                folder.rmdir()
         except OSError as error:
-            raise UsageError(f"--workdir={self.path} cannot be written: {error.strerror or error}") from error
+            raise UsageError(
+                f"--workdir={self.path} cannot be written ({error.strerror or error}): choose another folder"
+            ) from error
         return []
 
     def summary(self) -> dict[str, Any]:
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            return json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise UsageError(
+                f"{path} is damaged ({error}). Restore it from a backup, or start a new run with another --workdir."
+            ) from error
 
     def begin(self, config: Any, restored_step: int | None) -> None:
         """Writes config.json and notes this start of a process in summary.json."""
@@ -76,6 +88,9 @@ class Workdir:
         if self.leader:
             write_json(self.path / "config.json", config.to_dict())
         self.update_summary(starts=starts)
+
+    def seconds_since_first_start(self) -> float:
+        return time.time() - self.summary()["starts"][0]["time"]
 
     def update_summary(self, **entries: Any) -> None:
         if self.leader:

@@ -72,8 +72,21 @@ def batch(config, parts: assemble.Parts, step: int, uneven: bool = False) -> dic
     return placement.place_train(parts.mesh, parts.replicas, config.data.batch_size, rows)
 
 
+QUICKLY = {"xla_backend_optimization_level": 0}  # half the compile time; the collectives are the same
+
+
+def compile_quickly(parts: assemble.Parts) -> Any:
+    """The compiled train step, for reading its text."""
+    step = jax.jit(parts.strategy.step, out_shardings=(assemble.shardings_of(parts.state), None), donate_argnums=0)
+    return step.lower(parts.state, parts.batch).compile(compiler_options=QUICKLY)
+
+
+def init_state(config, parts: assemble.Parts) -> Any:
+    return assemble.compile_init(parts)(np.uint32(config.seed))
+
+
 def losses(config, parts: assemble.Parts, steps: int, uneven: bool = False) -> np.ndarray:
-    state, step, found = assemble.init_state(parts, config.seed), assemble.compile_step(parts), []
+    state, step, found = init_state(config, parts), assemble.compile_step(parts), []
     for n in range(steps):
         state, metrics = step(state, batch(config, parts, n, uneven))
         found.append(float(jax.device_get(metrics["loss"])[0]))
@@ -84,8 +97,9 @@ def first_gradients(config, parts: assemble.Parts, uneven: bool = False) -> dict
     """The exchanged mean gradient of step 0, by parameter."""
     from runtime.digest import named_arrays
 
-    state = assemble.init_state(parts, config.seed)
-    grads = jax.jit(lambda s, b: parts.strategy.gradient(s.params, s.opt_state, b)[0])(
+    state = init_state(config, parts)
+    gradient = lambda s, b: parts.strategy.gradient(s.params, s.opt_state, b)[0]
+    grads = jax.jit(gradient, compiler_options=QUICKLY)(
         state, jax.tree.map(lambda x: x[0], batch(config, parts, 0, uneven))
     )
     return {k: np.asarray(g) for k, g in named_arrays(grads).items()}

@@ -1,0 +1,135 @@
+"""Seconds from the start of the process to the first step, and how compilation grows with the layers.
+
+python bench/startup.py
+python bench/startup.py --pairs=1 --parts=start
+
+train.py on bench/gpt12m.py, with an empty compilation cache (cold) and a filled one (warm), in turn; the tokens are
+cached already. Beside it the hand-written script of the same model, which reads no data and saves nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench import common, gpt12m  # noqa: E402
+
+CONFIG = "bench/gpt12m.py"
+
+
+def warm_tokens() -> Path:
+    """Makes the tokens in the user's cache, if they are not there yet. Returns its folder."""
+    from data import corpus as corpora
+
+    data = gpt12m.get_config().data
+    names = ("corpus", "path", "tokenizer", "vocab_size", "eval_fraction", "seq_len")
+    corpora.load(cache_dir=corpora.cache_directory(), **{name: data[name] for name in names})
+    return corpora.cache_directory()
+
+
+def run_train(cache: Path, workdir: Path) -> dict[str, float]:
+    """The phases of one start of train.py, up to the first step, and `to first step`: their sum and Python's start."""
+    command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}"]
+    done = subprocess.run(
+        command, cwd=common.ROOT, env=os.environ | {"SLACKLINE_CACHE": str(cache)}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"train.py failed:\n{done.stdout}{done.stderr}")
+    phases = json.loads((workdir / "summary.json").read_text())["phases"]
+    names = [name for name in phases if name != "total"]
+    names = names[: names.index("first step") + 1]
+    return {name: phases[name] for name in names} | {"to first step": math.fsum(phases[name] for name in names)}
+
+
+def run_handwritten(cache: Path) -> float:
+    command = [sys.executable, "bench/handwritten.py", f"--cache={cache}"]
+    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[0])
+
+
+def measure_start(report: common.Report, pairs: int) -> None:
+    tokens = warm_tokens()
+    found: dict[str, list[Any]] = {"cold": [], "warm": [], "hand cold": [], "hand warm": []}
+    with tempfile.TemporaryDirectory() as folder:
+        run_train(tokens, Path(folder) / "run")  # fills the page cache and the .pyc files
+    for _ in range(pairs):
+        with tempfile.TemporaryDirectory() as folder:
+            cache, hand_cache = Path(folder) / "cache", Path(folder) / "hand"
+            shutil.copytree(tokens, cache, ignore=shutil.ignore_patterns("xla"))
+            cache.chmod(0o700)
+            for temperature in ("cold", "warm"):
+                found[temperature].append(run_train(cache, Path(folder) / temperature))
+                found[f"hand {temperature}"].append(run_handwritten(hand_cache))
+    python = statistics.median(common.clock(subprocess.run, [sys.executable, "-c", ""])[0] for _ in range(5))
+    for temperature, limit in (("cold", 10), ("warm", 4)):
+        runs = found[temperature]
+        total = python + statistics.median(run["to first step"] for run in runs)
+        report.row(f"{temperature}: to the first step", total, "s", at_most=limit)
+        for phase in runs[0]:
+            if phase != "to first step":
+                report.row(f"{temperature}:   {phase}", statistics.median(run[phase] for run in runs), "s")
+        hand = python + statistics.median(found[f"hand {temperature}"])
+        report.row(f"{temperature}: the hand-written script", hand, "s")
+    report.details["start"] = found | {"start of python": python}
+
+
+def compile_seconds(layers: int) -> float:
+    """Tracing, lowering and compiling the step of bench/gpt12m.py with so many layers, without any cache."""
+    import assemble
+    from parallel import mesh as meshes
+
+    config = gpt12m.get_config()
+    config.model.num_layers = layers
+    parts = assemble.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}))
+    return common.clock(assemble.compile_step, parts)[0]
+
+
+def measure_compilation(report: common.Report, pairs: int) -> None:
+    timing = common.in_turn(lambda: compile_seconds(24), lambda: compile_seconds(2), pairs, warmup=1)
+    report.row("compilation: 24 layers", timing["a_seconds"]["median"], "s")
+    report.row("compilation: 2 layers", timing["b_seconds"]["median"], "s")
+    report.row("compilation: 24 layers / 2 layers", timing["ratio"], at_most=1.5)
+    report.details["compilation"] = timing
+
+
+def import_times() -> list[tuple[str, float]]:
+    """The packages that take longest to import for train.py, each with what it imports first: seconds."""
+    code = "import train; from runtime import checkpoint, plot"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], cwd=common.ROOT, capture_output=True, text=True
+    )
+    rows = []
+    for line in done.stderr.splitlines():
+        parts = line.removeprefix("import time:").split("|")
+        if len(parts) == 3 and parts[1].strip().isdigit():
+            rows.append((parts[2].strip(), int(parts[1]) / 1e6))
+    return sorted(rows, key=lambda row: -row[1])[:40]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--parts", default="start,compilation,imports", help="of start, compilation, imports")
+    args = parser.parse_args()
+    report, parts = common.Report("startup"), args.parts.split(",")
+    if "start" in parts:
+        measure_start(report, args.pairs)
+    if "compilation" in parts:
+        measure_compilation(report, args.pairs)
+    if "imports" in parts:
+        report.details["imports, seconds with all they import"] = rows = import_times()
+        print("  imports, seconds with all they import: " + ", ".join(f"{name} {s:.2f}" for name, s in rows[:16]))
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

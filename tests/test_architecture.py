@@ -1,0 +1,279 @@
+"""The code keeps to docs/architecture.md, and the documents speak of what exists."""
+
+import ast
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import helpers
+import jax
+import pytest
+
+from configs import base
+from runtime import config as configuration
+from runtime import launch
+
+ROOT = helpers.ROOT
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PER_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+# ── the source tree ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sources() -> Iterator[Path]:
+    """Every Python file of the project, relative to its root; virtual environments and runs are not the project's."""
+    for folder, subfolders, names in os.walk(ROOT):
+        here = Path(folder)
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if not name.startswith((".", "__")) and name != "runs" and not (here / name / "pyvenv.cfg").exists()
+        )
+        yield from ((here / name).relative_to(ROOT) for name in sorted(names) if name.endswith(".py"))
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse((ROOT / file).read_text())
+
+
+def room(file: Path) -> str:
+    return file.parts[0].removesuffix(".py")
+
+
+SOURCES = list(sources())
+PER_FILE = pytest.mark.parametrize("file", SOURCES, ids=str)
+NOT_TESTS = pytest.mark.parametrize("file", [file for file in SOURCES if room(file) != "tests"], ids=str)
+
+# ── 1. one training step is 9 files and 1,500 lines ──────────────────────────────────────────────────────────────
+
+
+def files_run_by(call: Callable[[], object]) -> set[str]:
+    """Names of the project's files with a function that runs during the call."""
+    found: set[str] = set()
+
+    def note(frame, event, argument):
+        found.add(frame.f_code.co_filename)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return {str(file) for file in SOURCES if str(ROOT / file) in found and room(file) != "tests"}
+
+
+@cache
+def files_of_one_step() -> frozenset[str]:
+    parts = helpers.build(helpers.tiny(sync__codec="bf16"), (2, 2, 2))
+    return frozenset(files_run_by(lambda: jax.jit(parts.strategy.step).lower(parts.state, parts.batch)))
+
+
+def test_one_training_step_is_read_in_9_files_and_1500_lines():
+    lines = {file: len((ROOT / file).read_text().splitlines()) for file in files_of_one_step()}
+    listing = "\n".join(f"{number:5} {file}" for file, number in sorted(lines.items()))
+    assert len(lines) <= 9, f"{len(lines)} files run while a step is traced:\n{listing}"
+    assert sum(lines.values()) <= 1500, f"{sum(lines.values())} lines:\n{listing}"
+
+
+def test_the_architecture_page_lists_these_files():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = text.split("## The life of one training step\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)) == files_of_one_step()
+
+
+# ── 2. imports point one way ─────────────────────────────────────────────────────────────────────────────────────
+
+MAY_IMPORT = {
+    "model": {"model"},
+    "parallel": {"parallel"},
+    "data": {"data"},
+    "runtime": {"runtime"},
+    "configs": {"configs"},
+    "assemble": {"model", "parallel", "runtime"},
+    "ending": {"assemble", "data", "runtime"},
+    "train": {"assemble", "ending", "model", "parallel", "data", "runtime"},
+}
+FREE = {"tests", "bench"}  # these may use everything, and nothing may use them
+
+
+def imported_rooms(tree: ast.Module, own: str) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(own if node.level else (node.module or "").split(".")[0])
+    return found & (MAY_IMPORT.keys() | FREE)
+
+
+@PER_FILE
+def test_imports_point_one_way(file):
+    own = room(file)
+    if own in FREE:
+        return
+    assert own in MAY_IMPORT, f"{file} is in a new room: say in MAY_IMPORT and docs/architecture.md what it may import"
+    wrong = imported_rooms(parsed(file), own) - MAY_IMPORT[own]
+    assert not wrong, f"{file} imports {', '.join(sorted(wrong))}; docs/architecture.md says what it may import"
+
+
+def test_an_import_against_the_arrows_is_noticed():
+    code = "def f():\n    from parallel.rules import RULES\n    import configs.tiny, numpy"
+    assert imported_rooms(ast.parse(code), "model") == {"parallel", "configs"}
+
+
+# ── 3. files and functions stay short ────────────────────────────────────────────────────────────────────────────
+
+
+@NOT_TESTS
+def test_no_file_is_longer_than_500_lines_and_no_function_than_80(file):
+    assert len((ROOT / file).read_text().splitlines()) <= 500
+    if file == Path("configs/base.py"):
+        return  # one function, but a list: every default, once
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 80, f"{file}: {node.name} has {length} lines"
+
+
+# ── 4. nothing that executes data, nothing private of JAX ────────────────────────────────────────────────────────
+
+FORBIDDEN_MODULES = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "jax._src")
+
+
+def forbidden(tree: ast.Module) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            names = []
+        found += [n for n in names if n == "torch.load" or any(f"{n}.".startswith(f"{m}.") for m in FORBIDDEN_MODULES)]
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called.removeprefix("builtins.") in ("eval", "exec"):
+                found.append(called)
+            found += [
+                f"{called}(allow_pickle=…)"
+                for keyword in node.keywords
+                if keyword.arg == "allow_pickle" and getattr(keyword.value, "value", None) is not False
+            ]
+    return found
+
+
+@PER_FILE
+def test_nothing_executes_data_or_uses_what_jax_keeps_private(file):
+    assert not forbidden(parsed(file))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import pickle as p",
+        "from jax._src import core",
+        "from jax import _src",
+        "import jax._src.core",
+        "jax._src.core.Tracer",
+        "eval('1')",
+        "builtins.exec(text)",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=flag)",
+        "torch.load(path)",
+        "from torch import load",
+    ],
+)
+def test_each_forbidden_name_is_noticed(code):
+    assert forbidden(ast.parse(code))
+
+
+@pytest.mark.parametrize("code", ["model.eval()", "np.load(path)", "np.load(path, allow_pickle=False)", "jax.jit(f)"])
+def test_what_only_looks_like_one_is_allowed(code):
+    assert not forbidden(ast.parse(code))
+
+
+# ── 5. the documents speak of what exists ────────────────────────────────────────────────────────────────────────
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The shell commands in the fenced blocks of a document, as words."""
+    blocks = re.findall(r"^```(?:sh|bash|shell|console)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    parts = [part for line in lines for part in line.removeprefix("$ ").split("&&")]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
+
+
+@PER_DOCUMENT
+def test_every_relative_link_leads_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (document.parent / target.split("#")[0]).exists(), f"{document.name} links to {target}"
+
+
+@PER_DOCUMENT
+def test_every_file_that_is_named_exists(document):
+    text = document.read_text()
+    rooms = sorted({file.parts[0] for file in SOURCES if len(file.parts) > 1} | {"docs"})
+    named = re.findall(rf"(?<![\w./])((?:{'|'.join(rooms)})/[\w./-]*\w)", text)
+    named += re.findall(r"(?<![\w./*-])(\w+\.(?:py|md))\b", text)
+    for name in named:
+        assert (ROOT / name).exists() or (document.parent / name).exists(), f"{document.name} names {name}"
+
+
+@PER_DOCUMENT
+def test_every_config_key_exists(document):
+    keys = {key for key, _ in configuration.flatten(base.get_config())}
+    named = set(re.findall(r"--config\.([a-z0-9_.]*[a-z0-9_])", document.read_text()))
+    assert named <= keys, f"{document.name} sets {', '.join(sorted(named - keys))}"
+
+
+@PER_DOCUMENT
+def test_every_training_command_can_be_read(document, tmp_path, monkeypatch):
+    """Parsed and validated, not run. A run that is resumed by its workdir alone is taken to be a quickstart."""
+    monkeypatch.chdir(ROOT)
+    for words in commands(document):
+        if "runtime.launch" in words:
+            launch.parse(words[words.index("runtime.launch") + 1 :])
+        if "train.py" not in words:
+            continue
+        argv = words[words.index("train.py") :]
+        if not any(word.startswith("--config=") for word in argv):
+            saved = configuration.parse(["train.py", "--config=configs/quickstart.py"], "")[0]
+            (tmp_path / "config.json").write_text(saved.to_json())
+            argv = [f"--workdir={tmp_path}" if word.startswith("--workdir=") else word for word in argv]
+        config, _ = configuration.parse(argv, "")
+        configuration.validate(config)
+
+
+@PER_DOCUMENT
+def test_every_make_target_exists(document):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in commands(document):
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets, words
+
+
+def test_commands_are_found_in_a_document(tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text("```sh\nmake test  # all\npython train.py \\\n    --a=1 && ls\n```\n\n```text\nnot this\n```\n")
+    assert commands(document) == [["make", "test"], ["python", "train.py", "--a=1"], ["ls"]]
+
+
+def test_the_readme_has_commands_to_check():
+    assert sum("train.py" in words for words in commands(ROOT / "README.md")) >= 3
+
+
+def test_the_picture_is_small():
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 150_000, picture.name

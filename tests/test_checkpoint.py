@@ -1,0 +1,293 @@
+"""Checkpoints: what is restored is what was saved, to the bit, or it is named as damaged."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from parallel import mesh as meshes
+from runtime import checkpoint
+from runtime.checkpoint import CheckpointError, Checkpoints
+from runtime.digest import digest, digest_all, named_arrays, params_digest, to_hex
+
+SPECS = {"step": P(), "params": {"w": P("fsdp", "tensor"), "b": P(), "half": P(None, "fsdp")}, "count": P()}
+
+
+def mesh(*sizes: int) -> jax.sharding.Mesh:
+    return meshes.build(dict(zip(meshes.AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+
+
+def values(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "step": np.int32(seed),
+        "params": {
+            "w": rng.standard_normal((64, 48), np.float32),
+            "b": rng.standard_normal(7, np.float32),
+            "half": rng.standard_normal((3, 32)).astype(jnp.bfloat16),
+        },
+        "count": np.uint32(2**32 - 1 - seed),
+    }
+
+
+def place(tree: dict, on: jax.sharding.Mesh) -> dict:
+    return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(on, s)), tree, SPECS)
+
+
+def abstract(on: jax.sharding.Mesh) -> dict:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), place(values(0), on))
+
+
+def same(a: dict, b: dict) -> bool:
+    equal = lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype
+    return all(jax.tree.leaves(jax.tree.map(equal, a, b)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A directory with steps 1 and 2."""
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    checkpoints = Checkpoints(directory, keep=3)
+    for step in (1, 2):
+        checkpoints.save(step, place(values(step), mesh(1, 4, 2)), eval_loss=None)
+    checkpoints.close()
+    return directory
+
+
+def restore(directory: Path, on=None) -> tuple[dict, int, list[str]]:
+    warnings: list[str] = []
+    checkpoints = Checkpoints(directory, keep=3)
+    try:
+        state, step = checkpoints.restore(abstract(on or mesh(1, 1, 1)), warnings.append)
+    finally:
+        checkpoints.close()
+    return state, step, warnings
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2), (2, 2, 2), (8, 1, 1)], ids=helpers.name)
+def test_a_step_restores_on_any_mesh_to_the_same_bits(saved, sizes):
+    state, step, warnings = restore(saved, mesh(*sizes))
+    assert step == 2 and same(state, values(2)) and not warnings
+    assert state["params"]["w"].sharding.spec == SPECS["params"]["w"]
+
+
+def test_retention_keeps_the_newest_the_best_and_every_so_many(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, keep_every=4)
+    for step in range(1, 8):
+        checkpoints.save(step, place(values(step), mesh(1, 1, 1)), eval_loss=float(abs(step - 2)))
+    checkpoints.close()
+    assert checkpoints.steps() == [2, 4, 6, 7]
+
+
+def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
+    on = mesh(1, 4, 2)
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state = place(values(5), on)
+    checkpoints.save(1, state, eval_loss=None)
+    for _ in range(20):
+        state = advance(state)
+    checkpoints.close()
+    assert same(restore(tmp_path / "checkpoints")[0], values(5))
+
+
+# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def files_of(step: Path) -> list[Path]:
+    return sorted(p for p in step.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def damage(file: Path, rng: np.random.Generator) -> str:
+    """Flips one bit, or cuts the file."""
+    content = bytearray(file.read_bytes())
+    if rng.random() < 0.25:
+        size = int(rng.integers(len(content)))
+        file.write_bytes(content[:size])
+        return f"{file} cut to {size} bytes"
+    position, bit = int(rng.integers(len(content))), int(rng.integers(8))
+    content[position] ^= 1 << bit
+    file.write_bytes(content)
+    return f"{file} byte {position} bit {bit}"
+
+
+def test_every_flip_and_cut_that_changes_a_value_is_detected_and_the_array_named(saved, tmp_path):
+    """96 random flips and truncations over all files of a step."""
+    rng = np.random.default_rng(7)
+    files = [p.relative_to(saved / "2") for p in files_of(saved / "2")]
+    names = set(named_arrays(values(0)))
+    detected = 0
+    for trial in range(96):
+        directory = tmp_path / str(trial)
+        shutil.copytree(saved, directory)
+        what = damage(directory / "2" / files[trial % len(files)], rng)
+        state, step, warnings = restore(directory)
+        if step == 2:
+            assert same(state, values(2)), f"silently wrong: {what}"
+            assert not warnings
+        else:
+            assert same(state, values(1)) and "step 2 is corrupt" in warnings[0], what
+            assert any(f"array {name} " in warnings[0] for name in names), f"no array named: {warnings[0]} ({what})"
+            detected += 1
+        shutil.rmtree(directory)
+    assert detected >= 20, "the damage must reach the arrays, else this shows nothing"
+
+
+def test_without_the_digests_flips_would_load_silently(saved, tmp_path, monkeypatch):
+    """The test above tests our digests: Orbax alone lets flipped array bits through."""
+    monkeypatch.setattr(checkpoint, "compare", lambda record, arrays: [])
+    wrong = 0
+    for trial in range(8):
+        directory = tmp_path / str(trial)
+        shutil.copytree(saved, directory)
+        data = max(files_of(directory / "2" / "state"), key=lambda p: p.stat().st_size)
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2 + trial] ^= 1
+        data.write_bytes(content)
+        state, step, _ = restore(directory)
+        wrong += step == 2 and not same(state, values(2))
+    assert wrong >= 4
+
+
+def test_if_no_step_is_intact_training_stops(saved, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for step in ("1", "2"):
+        data = max(files_of(directory / step / "state"), key=lambda p: p.stat().st_size)
+        data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"(?s)no checkpoint .* is intact.*step 2 is corrupt.*step 1 is corrupt"):
+        restore(directory)
+
+
+def test_a_record_damaged_in_one_copy_does_no_harm(saved, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    (directory / "2" / "record" / checkpoint.COPIES[0]).write_text("{")
+    assert restore(directory)[1] == 2
+    (directory / "2" / "record" / checkpoint.COPIES[1]).unlink()
+    _, step, warnings = restore(directory)
+    assert step == 1 and "record of digests" in warnings[0]
+
+
+def test_another_model_is_refused_with_every_array_and_both_shapes(saved):
+    wanted = abstract(mesh(1, 1, 1))
+    wanted["params"]["w"] = jax.ShapeDtypeStruct((64, 50), np.float32)
+    wanted["params"]["new"] = jax.ShapeDtypeStruct((3,), np.float32)
+    del wanted["count"]
+    with pytest.raises(CheckpointError) as error:
+        Checkpoints(saved, keep=3).restore(wanted, print)
+    text = str(error.value)
+    assert "params/w: [64, 48] float32 in the checkpoint, [64, 50] float32 in this config" in text
+    assert "params/new: absent in the checkpoint, [3] float32 in this config" in text
+    assert "count: [] uint32 in the checkpoint, absent in this config" in text
+    assert "corrupt" not in text
+
+
+def test_verify_lists_damage(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "checkpoints")
+    verify = lambda: subprocess.run(
+        [sys.executable, "-m", "runtime.checkpoint", "verify", tmp_path],
+        cwd=helpers.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    done = verify()
+    assert (done.returncode, done.stdout) == (0, "step 1: intact\nstep 2: intact\n"), done.stderr
+    data = max(files_of(tmp_path / "checkpoints" / "1" / "state"), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    done = verify()
+    assert done.returncode == 1 and "step 1 is corrupt: array params/w" in done.stdout
+    assert "step 2: intact" in done.stdout
+    assert Path(tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_a_full_disk_stops_training_and_leaves_the_previous_step_intact(tmp_path):
+    """A file-size limit stands in for the full disk."""
+    helpers.train(tmp_path, "--config.steps=4", "--config.checkpoint.every=4", "--config.sample.tokens=0")
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; import train, runtime.checkpoint as c\n"
+        "save = c.Checkpoints.save\n"
+        "def limited(self, step, *rest):\n"
+        "    if step == 8: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "    return save(self, step, *rest)\n"
+        "c.Checkpoints.save = limited; sys.exit(train.run(sys.argv))\n"
+    )
+    options = ["--config.steps=500", "--config.checkpoint.every=4", "--config.sample.tokens=0"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *helpers.command(tmp_path, *options)[2:]],
+        cwd=helpers.ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "saving a checkpoint" in done.stderr and "step 4" in done.stderr and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 500
+    rows = dict(checkpoint.verify(tmp_path))
+    assert rows[4] == [] and 8 not in rows
+
+
+# ── digests ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_any_flipped_bit_changes_the_digest(dtype):
+    rng = np.random.default_rng(0)
+    x = (
+        (rng.standard_normal((5, 7)) * 9 > 0)
+        if dtype == "bool"
+        else rng.standard_normal((5, 7)).astype(jnp.dtype(dtype))
+    )
+    of = jax.jit(digest)
+    before = np.asarray(of(x))
+    for _ in range(40):
+        y = x.copy()
+        flat = y.reshape(-1).view(np.uint8)
+        flat[rng.integers(flat.size)] ^= 1 if dtype == "bool" else 1 << int(rng.integers(8))
+        after = np.asarray(of(y))
+        assert np.all(before != after), "each of the four sums sees each flip"
+
+
+def test_swapped_elements_change_the_digest():
+    x = np.arange(64, dtype=np.float32).reshape(8, 8)
+    assert to_hex(digest(jnp.asarray(x))) != to_hex(digest(jnp.asarray(x.T)))
+
+
+def test_the_digest_is_of_the_logical_array_whatever_the_mesh():
+    sums = {
+        sizes: {k: to_hex(v) for k, v in digest_all(named_arrays(place(values(3), mesh(*sizes)))).items()}
+        for sizes in [(1, 1, 1), (1, 4, 2), (2, 2, 2), (1, 8, 1)]
+    }
+    assert len({json.dumps(s, sort_keys=True) for s in sums.values()}) == 1
+
+
+def test_params_digest_sees_names_shapes_dtypes_and_bits():
+    x = {"a": jnp.zeros(4), "b": jnp.zeros((2, 2))}
+    digests = {
+        params_digest(t)
+        for t in (
+            x,
+            {"a": jnp.zeros(4), "c": jnp.zeros((2, 2))},
+            {"a": jnp.zeros(4), "b": jnp.zeros((4, 1))},
+            {"a": jnp.zeros(4, jnp.int32), "b": jnp.zeros((2, 2))},
+            {"a": jnp.zeros(4), "b": -jnp.zeros((2, 2))},
+        )
+    }
+    assert len(digests) == 5
+
+
+def test_a_digest_gathers_nothing():
+    from parallel import wire
+
+    x = jax.ShapeDtypeStruct((1024, 1024), np.float32, sharding=NamedSharding(mesh(1, 4, 2), P("fsdp", "tensor")))
+    hlo = jax.jit(digest).lower(x).compile().as_text()
+    assert sum(wire.per_axis(hlo, mesh(1, 4, 2)).values()) <= 256, (
+        "sixteen bytes, added up over the mesh; a shard has half a megabyte"
+    )

@@ -1,0 +1,151 @@
+"""One run as a user makes it: what it writes, what it shows, and that the device never waits for the host."""
+
+import json
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+import assemble
+from runtime.metrics import read
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    options = ["--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.eval_every=10"]
+    return workdir, helpers.train(workdir, *options, "--config.checkpoint.every=10", "--config.profile.steps=3:5")
+
+
+def test_the_workdir_holds_what_is_promised(finished):
+    workdir, _ = finished
+    for name in ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "plots/loss.png", "samples.txt"):
+        assert (workdir / name).exists(), name
+    assert list((workdir / "profile").rglob("*.xplane.pb")), "the trace that was asked for"
+
+
+def test_the_summary_has_its_keys(finished):
+    workdir, _ = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    for key in (
+        "parameters mesh steps tokens final_loss final_eval_loss final_eval_bits_per_byte unigram_bits_per_byte "
+        "bigram_bits_per_byte params_digest wire_bytes_per_step compiles phases goodput starts"
+    ).split():
+        assert key in summary, key
+    assert summary["mesh"] == {"replica": 2, "fsdp": 2, "tensor": 2} and summary["steps"] == 20
+    assert summary["tokens"] == 20 * 32 * 32 and summary["compiles"] == 1
+    assert len(summary["params_digest"]) == 64 and 0 < summary["goodput"] <= 1
+    assert summary["starts"][0]["restored_step"] is None
+    assert {"import", "data", "compile", "restore", "first step", "total"} <= summary["phases"].keys()
+    assert 4 < summary["unigram_bits_per_byte"] < 5.5 and summary["bigram_bits_per_byte"] < 4.2
+
+
+def test_each_row_of_metrics_has_its_keys(finished):
+    workdir, _ = finished
+    rows = read(workdir / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 21))
+    for row in steps:
+        for key in "loss grad_norm param_norm lr tokens tokens_per_second step_seconds mfu wire_bytes".split():
+            assert key in row, key
+        assert row["mfu"] is None and set(row["wire_bytes"]) == {"replica", "fsdp", "tensor"}
+        assert repr(row["loss"]) == str(np.float32(row["loss"])), "full float32 precision, and no more"
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [10, 20]
+    assert evaluations[-1]["eval_loss"] == json.loads((workdir / "summary.json").read_text())["final_eval_loss"]
+
+
+def test_the_user_sees_the_table_and_the_steps(finished):
+    _, done = finished
+    for text in (
+        "simulating 8 devices", "parameters", "replica 2 × fsdp 2 × tensor 2 = 8 devices", "codec Identity, gather",
+        "FLOPs per token", "temporary per device", "wire per step, replica", "start-up", "step 20/20", "MFU n/a",
+        "ETA", "bits per byte", "a sample:",
+    ):  # fmt: skip
+        assert text in done.stdout, text
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_compiles_and_trains_nothing(tmp_path):
+    done = helpers.train(tmp_path / "never", "--dry_run", "--config.mesh.fsdp=8")
+    assert "dry run" in done.stdout and "temporary per device" in done.stdout and "step 1/" not in done.stdout
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.slow
+def test_llama3_8b_is_described_on_64_simulated_devices():
+    import subprocess
+    import sys
+
+    command = [sys.executable, "train.py", "--config=configs/llama3_8b.py", "--simulate=64", "--dry_run"]
+    done = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and "8.0 B" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_bad_gradient_is_skipped_counted_and_leaves_no_trace():
+    config = helpers.tiny(sync__codec="bf16")
+    parts = helpers.build(config, (2, 2, 1))
+    step, state = assemble.compile_step(parts), helpers.init_state(config, parts)
+    good = helpers.batch(config, parts, 0)
+    bad = dict(good, mask=good["mask"] * np.float32("nan"))
+    before = jax.device_get((state.params, state.opt_state))
+    state, metrics = step(state, bad)
+    assert int(metrics["skipped"][0]) == 1 and int(metrics["skipped_in_a_row"][0]) == 1
+    after = jax.device_get((state.params, state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    state, metrics = step(state, good)
+    assert int(metrics["skipped"][0]) == 1 and int(metrics["skipped_in_a_row"][0]) == 0
+    assert np.isfinite(float(metrics["loss"][0]))
+
+
+def test_a_run_of_bad_gradients_ends_with_a_message(tmp_path):
+    options = ["--config.optimizer.lr=1e30", "--config.optimizer.clip_norm=0.0", "--config.guard.abort_after=3"]
+    done = helpers.train(tmp_path, *options, check=False)
+    assert done.returncode == 1 and "the last 3 updates were skipped" in done.stderr
+    assert "guard.abort_after" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
+    """When step n is dispatched, step n−1 has not been read yet."""
+    from runtime.console import Console
+    from runtime.progress import Recorder
+
+    reads = []
+    monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x["step"]) or x)
+    options = {"log_every": 1, "abort_after": 9, "tokens_per_step": 1, "flops_per_token": 1, "wire_bytes": {}}
+    recorder = Recorder(
+        None, Console(9, 1, quiet=True), flops_per_second_at_full_speed=None, train_seconds=0.0, **options
+    )
+    names = ("loss", "grad_norm", "param_norm", "lr", "skipped", "skipped_in_a_row")
+    for step in (1, 2, 3):
+        recorder.step(step, {"step": step, **dict.fromkeys(names, [0])} | {"step": [step]})
+        assert [int(r[0]) for r in reads] == list(range(1, step)), "one behind"
+    recorder.flush()
+    assert [int(r[0]) for r in reads] == [1, 2, 3]
+
+
+def test_nothing_compiles_after_the_first_step():
+    config = helpers.tiny()
+    parts = helpers.build(config, (2, 2, 1))
+    step, state = assemble.compile_step(parts), helpers.init_state(config, parts)
+    batches = [helpers.batch(config, parts, n) for n in range(4)]
+    state, metrics = step(state, batches[0])
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    for batch in batches[1:]:
+        with jax.transfer_guard("disallow"):
+            state, metrics = step(state, batch)
+        jax.device_get(metrics)
+    assert compiled == []
+
+
+def test_the_model_and_the_exchange_trace_under_strict_promotion():
+    """No silent float64, no silent broadcasting of ranks."""
+    config = helpers.tiny()
+    parts = helpers.build(config, (2, 2, 1))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(parts.strategy.gradient, parts.state.params, parts.state.opt_state,
+                       jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts.batch))  # fmt: skip
