@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import jax
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 import assemble  # noqa: E402

@@ -8,8 +8,8 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.steps = 600
-    c.eval_every = 100
+    c.steps = 450
+    c.eval_every = 75
     c.model.num_layers = 4
     c.model.model_dim = 160
     c.model.num_heads = 8

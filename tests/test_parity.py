@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 STEPS = 20
+SLOW = pytest.mark.slow
 BOTH = pytest.mark.parametrize("uneven", [False, True], ids=["full", "uneven"])
 
 
@@ -37,21 +38,28 @@ def test_every_mesh_of_eight_devices_trains_like_one_device(mesh, uneven):
 
 
 @BOTH
-@pytest.mark.parametrize("accumulate", [2, 4])
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=helpers.name)
+@pytest.mark.parametrize(
+    ("accumulate", "mesh"),
+    [(4, (2, 2, 2)), *(pytest.param(*case, marks=SLOW) for case in [(2, (1, 1, 1)), (4, (1, 1, 1)), (2, (2, 2, 2))])],
+)
 def test_micro_steps_add_up_to_the_same_update(mesh, accumulate, uneven):
     check(mesh, uneven, optimizer__accumulate=accumulate)
 
 
 @BOTH
 @pytest.mark.parametrize(
-    ("replicas", "mesh"), [(4, (1, 1, 1)), (4, (2, 2, 1)), (8, (1, 1, 1)), (8, (2, 2, 2)), (8, (4, 1, 1))]
+    ("replicas", "mesh"),
+    [
+        (4, (1, 1, 1)),
+        (8, (2, 2, 2)),
+        *(pytest.param(*case, marks=SLOW) for case in [(4, (2, 2, 1)), (8, (1, 1, 1)), (8, (4, 1, 1))]),
+    ],
 )
 def test_several_replicas_on_one_device_train_like_one_device(replicas, mesh, uneven):
     check(mesh, uneven, sync__replicas=replicas)
 
 
-@pytest.mark.parametrize("algorithm", ["gather", "two_stage", "psum"])
+@pytest.mark.parametrize("algorithm", ["psum", *(pytest.param(name, marks=SLOW) for name in ("gather", "two_stage"))])
 def test_every_algorithm_of_the_exchange_trains_like_one_device(algorithm):
     check((4, 2, 1), True, sync__algorithm=algorithm)
 

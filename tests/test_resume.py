@@ -121,7 +121,11 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_it_used(tmp_path):
     assert dict(verify(tmp_path))[6] == [], "the damaged step was saved again when training came by"
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2), (1, 8, 1)], ids=helpers.name)
+@pytest.mark.parametrize(
+    "mesh",
+    [(2, 1, 2), pytest.param((1, 1, 1), marks=pytest.mark.slow), pytest.param((1, 8, 1), marks=pytest.mark.slow)],
+    ids=helpers.name,
+)
 def test_another_mesh_goes_on_with_the_same_parameters_and_losses(tmp_path, mesh, uninterrupted):
     """The digest of the restored parameters is checked array by array; the losses that follow are compared here."""
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("replica", "fsdp", "tensor"), mesh, strict=True)]

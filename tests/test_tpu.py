@@ -1,0 +1,53 @@
+"""The train step compiled for TPUs, on a machine without one: libtpu compiles for a topology that it is told."""
+
+import helpers
+import jax
+import pytest
+
+import assemble
+from parallel import mesh as meshes
+from parallel import wire
+
+pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -r requirements-dev.txt on Python 3.12 or newer")
+
+
+@pytest.fixture(scope="module", params=["v5e:2x4"])
+def chips(request):
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices
+
+
+def build(chips, **overrides):
+    config = helpers.tiny(
+        model__model_dim=256, model__head_dim=128, model__num_heads=4, model__num_kv_heads=2, model__mlp_dim=512,
+        data__seq_len=512, data__batch_size=32, **overrides,
+    )  # fmt: skip
+    sizes = {"replica": 2, "fsdp": 2, "tensor": 2}
+    return assemble.build(config, meshes.build(sizes, chips))
+
+
+@pytest.mark.parametrize("codec", ["none", "bf16"])
+def test_the_bytes_over_replica_are_the_closed_form_on_tpu_too(chips, codec):
+    parts = build(chips, sync__codec=codec)
+    found = wire.collectives(assemble.compile_step(parts).as_text(), parts.mesh)
+    slow = [c for c in found if c.axis == "replica" and "scalars_step" not in c.scope]
+    exchange = parts.strategy.exchange
+    assert sum(c.sent for c in slow) == exchange.wire_bytes(parts.param_shapes)
+    assert {c.dtype for c in slow} == {exchange.codec.wire_dtype}
+
+
+def test_tpu_runs_splash_attention_in_bf16_and_gathers_weights_in_bf16(chips):
+    parts = build(chips)
+    assert parts.model.compute.attention == "splash" and parts.model.compute.dtype == jax.numpy.bfloat16
+    compiled = assemble.compile_step(parts)
+    text = compiled.as_text()
+    assert "tpu_custom_call" in text, "the Pallas kernel is in the program"
+    gathered = wire.count(text, parts.mesh)["fsdp"]
+    assert gathered.get("bf16", 0) > gathered.get("f32", 0), gathered
+    assert compiled.memory_analysis().temp_size_in_bytes > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_document_masks_and_windows_compile_for_tpu(chips, masked):
+    assemble.compile_step(build(chips, data__document_mask=masked, model__sliding_window=128))
