@@ -8,7 +8,9 @@ import assemble
 from parallel import mesh as meshes
 from parallel import wire
 
-pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -r requirements-dev.txt on Python 3.12 or newer")
+pytest.importorskip(
+    "libtpu", reason="libtpu is not installed: pip install -r requirements-dev.txt on Python 3.12 or newer"
+)
 
 
 @pytest.fixture(scope="module", params=["v5e:2x4"])

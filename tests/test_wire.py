@@ -117,3 +117,14 @@ def test_fsdp_and_tensor_parallel_bytes_are_counted_too():
     shards = sum(np.prod(x.shape) for x in jax.tree.leaves(parts.param_shapes)) * 4 / 2
     assert sizes["fsdp"] > 2 * 3 / 4 * shards, "weights are gathered for both passes, gradients scattered"
     assert sizes["tensor"] > 0 and sizes["replica"] == 0
+
+
+def test_a_loop_of_a_tpu_program_names_its_trips_in_its_condition(mesh):
+    others = (
+        "%body (x: f32[100]) -> f32[100] {\n"
+        "  %g = f32[100]{0} all-gather(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}\n}\n\n"
+        "%cond (x: (s32[])) -> pred[] {\n  %c.1 = s32[]{:T(128)} constant(7)\n"
+        "  ROOT %lt = pred[]{:T(512)} compare(%i, %c.1), direction=LT\n}\n"
+    )
+    hlo = program("%a = f32[100] while(%p), condition=%cond, body=%body", others=others)
+    assert wire.count(hlo, mesh) == {"replica": {"f32": 7 * 200}}
