@@ -108,9 +108,9 @@ def _trips(rest: str, condition: list[str]) -> int:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
         return int(known[1])
     text = "\n".join(condition)
-    if compared := re.search(r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", text):
-        if bound := re.search(rf"%{re.escape(compared[1])} = s32\[\]\S* constant\((\d+)\)", text):
-            return int(bound[1])
+    compared = re.search(r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", text)
+    if compared and (bound := re.search(rf"%{re.escape(compared[1])} = s32\[\]\S* constant\((\d+)\)", text)):
+        return int(bound[1])
     raise ValueError(f"a loop with collectives has no known trip count, so its bytes are unknown: {rest[:300]}")
 
 
