@@ -67,9 +67,10 @@ def main(argv: list[str]) -> int:
         return 0
 
     # ── Workdir ──────────────────────────────────────────────────────────────────────────────────────────────────
-    workdir = Workdir(choose(flags.workdir, flags.config_name, config), leader)
+    workdir = Workdir(*choose(flags.workdir, flags.config_name, config), leader)
     for change in workdir.open(config, flags.resume):
         console.say(f"config changed since this run began: {change}")
+    meshes.wait_for_all("workdir checked")
 
     # ── Compile, while the data is read ──────────────────────────────────────────────────────────────────────────
     background = ThreadPoolExecutor(2)
@@ -238,4 +239,7 @@ def run(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     code = run(sys.argv)
-    os._exit(code) if code == 2 else sys.exit(code)  # 2: at once, though a compilation may be under way
+    if code in (1, 2):  # at once: a compilation may be under way, and the other processes would be waited for
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

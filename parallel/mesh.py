@@ -95,7 +95,8 @@ def start_distributed(
     With explicit flags the coordinator listens on its own address only; JAX's default is every interface, where a
     stray connection can end the job.
     """
-    options: dict = {"heartbeat_timeout_seconds": heartbeat_seconds}
+    # Where one process has failed, the others' exit waits for it: not JAX's 300 s.
+    options: dict = {"heartbeat_timeout_seconds": heartbeat_seconds, "shutdown_timeout_seconds": 2 * heartbeat_seconds}
     if coordinator:
         if num_processes is None or process_id is None:
             raise ValueError("--coordinator needs --num_processes and --process_id too")

@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from runtime import config as configuration
 from runtime.config import UsageError
 from runtime.metrics import write_json
@@ -18,32 +21,34 @@ def default_name(config_file: str, config: Any) -> str:
     return f"runs/{Path(config_file).stem}-{time.strftime('%Y%m%d')}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def choose(asked: str | None, config_file: str, config: Any) -> Path:
-    """The workdir: the one asked for, or a new one that process 0 chooses and tells the others."""
-    import jax
-
-    name = (asked or default_name(config_file, config)).encode()
+def choose(asked: str | None, config_file: str, config: Any) -> tuple[Path, bool]:
+    """The workdir: the one asked for, or a new one; and whether it holds a run. Process 0 decides both and tells the
+    others: looking for themselves, they could see what it, or one of them, has just made."""
+    path = Path(asked or default_name(config_file, config))
+    resuming = holds_run(path)
     if jax.process_count() > 1:
-        import numpy as np
         from jax.experimental import multihost_utils
 
+        name = f"{int(resuming)}{path}".encode()
         padded = np.zeros(4096, np.uint8)
         padded[: len(name)] = np.frombuffer(name, np.uint8)
-        name = bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0")
-    return Path(name.decode())
+        name = bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0").decode()
+        path, resuming = Path(name[1:]), name[0] == "1"
+    return path, resuming
+
+
+def holds_run(path: Path) -> bool:
+    """Whether training has begun there. A folder without a committed step or a row is what an early kill left."""
+    written = any((path / name).exists() for name in ("summary.json", "metrics.jsonl"))
+    return written or any(step.name.isdigit() for step in (path / "checkpoints").glob("*"))
 
 
 class Workdir:
     """`leader`: this process writes; the others only look."""
 
-    def __init__(self, path: Path, leader: bool):
-        self.path, self.leader = path, leader
+    def __init__(self, path: Path, resuming: bool, leader: bool):
+        self.path, self.resuming, self.leader = path, resuming, leader
         self.checkpoints = path / "checkpoints"
-        self.resuming = self.has_run
-
-    @property
-    def has_run(self) -> bool:
-        return any((self.path / name).exists() for name in ("summary.json", "metrics.jsonl", "checkpoints"))
 
     def open(self, config: Any, resume: bool) -> list[str]:
         """Checks that the folder can be made, or that this config may go on with the run in it: the changes, one line
