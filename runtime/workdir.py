@@ -104,7 +104,8 @@ class Workdir:
     def must_restore(self, steps: list[int]) -> bool:
         """Whether there is something to go on from. Once a step was committed, only a restore may follow: a run that
         has lost its checkpoints must not begin again at step 0. Before that, nothing would be lost by it."""
-        return bool(steps) or bool(self.summary().get("committed"))
+        committed = self.summary().get("committed", False)  # read in any case: a damaged summary stops the run here
+        return bool(steps) or committed
 
     def note_commit(self) -> None:
         if not self.summary().get("committed"):

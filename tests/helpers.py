@@ -94,7 +94,9 @@ def losses(config, parts: assemble.Parts, steps: int, uneven: bool = False) -> n
 
 
 def first_gradients(config, parts: assemble.Parts, uneven: bool = False) -> dict[str, np.ndarray]:
-    """The exchanged mean gradient of step 0, by parameter."""
+    """The exchanged mean gradient of step 0, by parameter; whole on every process."""
+    from jax.experimental import multihost_utils
+
     from runtime.digest import named_arrays
 
     state = init_state(config, parts)
@@ -102,7 +104,7 @@ def first_gradients(config, parts: assemble.Parts, uneven: bool = False) -> dict
     grads = jax.jit(gradient, compiler_options=QUICKLY)(
         state, jax.tree.map(lambda x: x[0], batch(config, parts, 0, uneven))
     )
-    return {k: np.asarray(g) for k, g in named_arrays(grads).items()}
+    return {k: multihost_utils.process_allgather(g, tiled=True) for k, g in named_arrays(grads).items()}
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,5 +1,7 @@
-"""The mesh, the micro-steps and the replicas change nothing: the same losses and the same gradients."""
+"""The mesh, the processes, the micro-steps and the replicas change nothing: the same losses, the same gradients."""
 
+import subprocess
+import sys
 from functools import cache
 
 import helpers
@@ -22,19 +24,37 @@ def one_device(uneven: bool):
 def check(mesh, uneven: bool, **overrides):
     config = helpers.tiny(**overrides)
     parts = helpers.build(config, mesh)
-    losses, gradients = one_device(uneven)
-    assert losses[-1] < 0.9 * losses[0], "the loss must fall, else equal losses show nothing"
-    assert helpers.relative(helpers.losses(config, parts, STEPS, uneven), losses) <= 5e-6
-    total = np.sqrt(sum(np.sum(g**2) for g in gradients.values()))
-    for name, ours in helpers.first_gradients(config, parts, uneven).items():
-        bound = 1e-5 * max(np.linalg.norm(gradients[name]), 1e-3 * total)
-        assert np.linalg.norm(ours - gradients[name]) <= bound, name
+    compare(helpers.losses(config, parts, STEPS, uneven), helpers.first_gradients(config, parts, uneven), uneven)
+
+
+def compare(losses, gradients, uneven: bool):
+    """With one device's."""
+    wanted, wanted_gradients = one_device(uneven)
+    assert wanted[-1] < 0.9 * wanted[0], "the loss must fall, else equal losses show nothing"
+    assert helpers.relative(losses, wanted) <= 5e-6
+    total = np.sqrt(sum(np.sum(g**2) for g in wanted_gradients.values()))
+    assert set(gradients) == set(wanted_gradients)
+    for name, wanted in wanted_gradients.items():
+        bound = 1e-5 * max(np.linalg.norm(wanted), 1e-3 * total)
+        assert np.linalg.norm(gradients[name] - wanted) <= bound, name
 
 
 @BOTH
 @pytest.mark.parametrize("mesh", helpers.factorings(8), ids=helpers.name)
 def test_every_mesh_of_eight_devices_trains_like_one_device(mesh, uneven):
     check(mesh, uneven)
+
+
+@pytest.mark.parametrize(
+    ("processes", "mesh"), [(2, (2, 1, 2)), *(pytest.param(*c, marks=SLOW) for c in [(2, (1, 2, 1)), (4, (2, 2, 1))])]
+)
+def test_several_processes_train_like_one_device(processes, mesh, tmp_path):
+    script = [f"{helpers.ROOT}/tests/one_of_several.py", f"{tmp_path}/out.npz", ",".join(map(str, mesh))]
+    launch = [sys.executable, "-m", "runtime.launch", f"--processes={processes}", "--", *script]
+    done = subprocess.run(launch, cwd=helpers.ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = dict(np.load(tmp_path / "out.npz"))
+    compare(found.pop("losses"), found, uneven=True)
 
 
 @BOTH
