@@ -30,6 +30,12 @@ def script(folder: Path, body: str, before_ready: str = "") -> str:
     return str(path)
 
 
+def default_signals() -> None:
+    """These tests may themselves run under nohup or in a shell's background, where such signals are ignored."""
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
+
+
 def start(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "runtime.launch", *arguments],
@@ -38,6 +44,7 @@ def start(*arguments: str) -> subprocess.Popen:
         text=True,
         cwd=REPOSITORY,
         env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        preexec_fn=default_signals,
     )
 
 
