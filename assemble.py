@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from jax.sharding import Mesh
 
 from model import attention, decode, optimizer
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
-from parallel import codecs, placement, rules, strategies
+from parallel import codecs, local, placement, residuals, rules, stale, strategies, units, wire
 from parallel import mesh as meshes
-from parallel.cost import peak_flops
-from parallel.exchange import Exchange
+from parallel.cost import exchange_bytes, peak_flops
+from parallel.exchange import Feedback, is_round
+from parallel.state_specs import state_specs
+from runtime import config as configuration
 from runtime.config import UsageError, check_batch, nearest_multiples
 from runtime.console import human_bytes, human_count
 from runtime.digest import named_arrays
@@ -29,7 +32,7 @@ class Parts:
     model: Transformer
     mesh: Mesh
     replicas: int
-    strategy: strategies.Sync
+    strategy: strategies.Strategy
     param_shapes: Any
     state: Any  # abstract: shapes, dtypes, shardings
     batch: Any  # abstract
@@ -79,39 +82,83 @@ def build(c: Any, mesh: Mesh) -> Parts:
         )
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(model.init, key)
-    specs = rules.specs(model.axes)
     try:
         rules.check_divisible(shapes, model.axes, mesh.shape)
-        exchange = Exchange(codecs.CODECS[c.sync.codec](), c.sync.algorithm, mesh, replicas, specs)
+        strategy = build_strategy(c, model, mesh, replicas, shapes)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    strategy = strategies.STRATEGIES[c.sync.strategy](
-        loss_fn=model.loss,
-        optimizer=build_optimizer(c, model.axes),
-        exchange=exchange,
-        mesh=mesh,
-        specs=specs,
-        accumulate=c.optimizer.accumulate,
-        guard=optimizer.Guard(c.guard.zscore, c.guard.window),
-    )
     state = jax.eval_shape(lambda key: strategy.init(model.init(key)), key)
-    shardings = rules.shardings(mesh, strategies.state_specs(state, specs))
+    shardings = rules.shardings(mesh, state_specs(strategy, state))
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    size, length, masked = c.data.batch_size, c.data.seq_len, c.data.document_mask
-    batch = placement.abstract_batch(mesh, replicas, size, length, placement.TRAIN, masked)
-    eval_batch = placement.abstract_batch(mesh, mesh.shape["replica"], size, length, placement.EVAL, masked)
+    sizes, masked = (c.data.batch_size, c.data.seq_len), c.data.document_mask
+    leading = (strategy.steps_per_call,)
+    batch = placement.abstract_batch(mesh, leading, replicas, *sizes, placement.TRAIN, masked)
+    eval_batch = placement.abstract_batch(mesh, (), mesh.shape["replica"], *sizes, placement.EVAL, masked)
     return Parts(model, mesh, replicas, strategy, shapes, state, batch, eval_batch)
+
+
+def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any) -> strategies.Strategy:
+    """The strategy of config group `sync`, with its exchange. Raises ValueError, with the config's keys."""
+    s = c.sync
+    if replicas == 1 and (s.strategy, s.codec, s.algorithm) != ("sync", "none", "auto"):
+        raise ValueError(
+            f"sync.strategy={s.strategy}, sync.codec={s.codec}, sync.algorithm={s.algorithm} with one replica: nothing "
+            "is exchanged. Set mesh.replica or sync.replicas to 2 or more, or leave these three as they are by default"
+        )
+    kind = codecs.CODECS[s.codec]
+    names = {field.name for field in dataclasses.fields(kind)} & configuration.CODEC_KEYS
+    codec = kind(**{name: s[name] for name in names if s[name] != -1})
+    wanted = codec.wants_error_feedback if s.error_feedback == "auto" else s.error_feedback == "on"
+    feedback = Feedback(s.decay, s.residual_dtype) if wanted and replicas > 1 else None
+    leaves = units.leaves(shapes, model.axes)
+
+    def exchange(leaves: Any) -> Any:
+        return residuals.build(codec, s.algorithm, mesh, replicas, leaves, feedback, c.seed)
+
+    shared = {
+        "loss_fn": model.loss,
+        "optimizer": build_optimizer(c, model.axes),
+        "mesh": mesh,
+        "specs": rules.specs(model.axes),
+        "accumulate": c.optimizer.accumulate,
+        "guard": optimizer.Guard(c.guard.zscore, c.guard.window),
+    }
+    if s.strategy == "sync":
+        return strategies.Sync(exchange=exchange(leaves), **shared)
+    if s.strategy == "stale":
+        late = {"staleness": s.staleness, "compensation": s.compensation}
+        return stale.Stale(exchange=exchange(leaves), **late, **shared)
+    shared |= {"interval": s.interval, "outer": local.outer_optimizer(**s.outer.to_dict())}
+    if s.strategy == "diloco":
+        return local.DiLoCo(exchange=exchange(leaves), **shared)
+    layers = jax.tree.map(lambda leaf: leaf.with_layers(c.model.num_layers // s.fragments), leaves["blocks"])
+    rest = exchange({name: leaf for name, leaf in leaves.items() if name != "blocks"})
+    parts = {"fragments": s.fragments, "overlap": s.overlap, "mix": s.mix}
+    return local.Streaming(exchange=exchange({"blocks": layers}), rest=rest, **parts, **shared)
 
 
 def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def compile_step(parts: Parts) -> Any:
-    """The train step, compiled ahead of time: calling it can never compile again."""
-    replicated = rules.NamedSharding(parts.mesh, rules.P())
-    step = jax.jit(parts.strategy.step, donate_argnums=0, out_shardings=(shardings_of(parts.state), replicated))
-    return step.lower(parts.state, parts.batch).compile()
+def compile_steps(parts: Parts) -> dict[str, Any]:
+    """The strategy's programs, compiled ahead of time: calling them can never compile again."""
+    outputs = (shardings_of(parts.state), None)
+    with ThreadPoolExecutor(2) as pool:
+        compile_one = lambda f: (
+            jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(parts.state, parts.batch).compile()
+        )
+        found = {name: pool.submit(compile_one, f) for name, f in parts.strategy.programs().items()}
+        return {name: future.result() for name, future in found.items()}
+
+
+def wire_bytes(parts: Parts, programs: dict[str, Any], steps: int) -> dict[str, float]:
+    """{mesh axis: bytes that one device sends per step}, on average over a run of so many steps."""
+    K = parts.strategy.steps_per_call
+    calls = [parts.strategy.program_at(step, steps) for step in range(0, steps, K)]
+    sizes = {name: wire.per_axis(program.as_text(), parts.mesh) for name, program in programs.items()}
+    total = {axis: sum(sizes[name][axis] for name in calls) for axis in parts.mesh.axis_names}
+    return {axis: round(size / (len(calls) * K)) for axis, size in total.items()}
 
 
 class Evaluator:
@@ -119,7 +166,7 @@ class Evaluator:
 
     def __init__(self, parts: Parts, host_batches: list[dict[str, np.ndarray]], token_bytes: np.ndarray):
         """token_bytes [V]: the bytes of text that each token stands for."""
-        size, groups = parts.batch["tokens"].size // parts.batch["tokens"].shape[-1], parts.mesh.shape["replica"]
+        size, groups = math.prod(parts.batch["tokens"].shape[1:3]), parts.mesh.shape["replica"]
         self._parts, self._compiled = parts, None
         self._bytes = sum(float(np.sum(token_bytes[b["targets"]] * b["mask"])) for b in host_batches)
         self._batches = [placement.place_eval(parts.mesh, groups, size, b) for b in host_batches]
@@ -127,7 +174,7 @@ class Evaluator:
     def __call__(self, params: Any) -> tuple[float, float]:
         if self._compiled is None:  # at the first evaluation: earlier, it would delay the first step
             model = Transformer(self._parts.model.config, self._parts.model.compute)  # plain cross-entropy: no z-loss
-            evaluate = jax.jit(strategies.evaluation(model.loss, self._parts.mesh))
+            evaluate = jax.jit(placement.evaluation(model.loss, self._parts.mesh))
             self._compiled = evaluate.lower(self._parts.state.params, self._parts.eval_batch).compile()
         sums = jax.device_get([self._compiled(params, batch) for batch in self._batches])
         loss, tokens = np.array(sums, np.float64).sum(axis=0).tolist()
@@ -153,17 +200,19 @@ def num_parameters(parts: Parts) -> int:
 # ── what the user is told at the start ───────────────────────────────────────────────────────────────────────────
 
 
-def describe(parts: Parts, step: Any, wire_bytes: dict[str, int], phases: dict[str, float]) -> list[tuple[str, str]]:
-    """Rows of the start-up table. Memory and wire bytes are those of the compiled program, not estimates."""
+def describe(
+    parts: Parts, programs: dict[str, Any], per_step: dict[str, float], phases: dict[str, float]
+) -> list[tuple[str, str]]:
+    """Rows of the start-up table. Memory and wire bytes are those of the compiled programs, not estimates."""
     mesh, seq_len = parts.mesh, parts.batch["tokens"].shape[-1]
-    memory = step.memory_analysis()
+    memory = max((p.memory_analysis() for p in programs.values()), key=lambda m: m.temp_size_in_bytes)
     state = sum(_shard_bytes(x) for x in jax.tree.leaves(parts.state))
     kinds = {d.device_kind for d in mesh.devices.flat}
     rows = [
         ("parameters", human_count(num_parameters(parts))),
         ("mesh", f"{meshes.describe(mesh)} = {mesh.size} devices ({', '.join(sorted(kinds))})"),
         ("replicas", f"{parts.replicas}, {_exchange(parts)}"),
-        ("tokens per step", human_count(math.prod(parts.batch["tokens"].shape))),
+        ("tokens per step", human_count(math.prod(parts.batch["tokens"].shape[1:]))),
         (
             "FLOPs per token",
             f"{human_count(parts.model.flops_per_token(seq_len, causal=False))} (training, full attention)",
@@ -175,20 +224,31 @@ def describe(parts: Parts, step: Any, wire_bytes: dict[str, int], phases: dict[s
     largest = sorted(named_arrays(parts.state.params).items(), key=lambda row: -math.prod(row[1].shape))[:4]
     for name, x in largest:
         rows.append((f"  {name}", f"{list(x.shape)} as {x.sharding.spec}, {human_bytes(_shard_bytes(x))} per device"))
-    for axis, size in wire_bytes.items():
+    for axis, size in per_step.items():
         if mesh.shape[axis] > 1:
             rows.append((f"wire per step, {axis}", f"{human_bytes(size)} sent by each device"))
+    if len(programs) > 1:
+        for name, program in programs.items():
+            size = wire.per_axis(program.as_text(), mesh)["replica"]
+            rows.append((f"  {name}", f"{human_bytes(size)} over replica per call"))
     rows.append(("start-up", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())))
     return rows
 
 
 def _exchange(parts: Parts) -> str:
-    exchange = parts.strategy.exchange
+    strategy, exchange = parts.strategy, parts.strategy.exchange
     if parts.replicas == 1:
-        unread = type(exchange.codec) is not codecs.Identity or exchange.algorithm != "auto"
-        return "so nothing is exchanged" + (": sync.codec and sync.algorithm have no effect" if unread else "")
-    predicted = human_bytes(exchange.wire_bytes(parts.param_shapes))
-    return f"codec {type(exchange.codec).__name__}, {exchange.resolved}, {predicted} per exchange predicted"
+        return "so nothing is exchanged"
+    kinds = {
+        type(unit.codec).__name__: exchange.net.form(unit.codec) for unit in exchange.units if not is_round(unit.codec)
+    }
+    kinds |= {type(unit.codec).__name__: "in rounds" for unit in exchange.units if is_round(unit.codec)}
+    size = sum(exchange_bytes(exchange).values())
+    if isinstance(strategy, local.Streaming):
+        size += sum(exchange_bytes(strategy.rest).values())
+    how = ", ".join(f"{name} ({form})" for name, form in kinds.items())
+    feedback = ", error feedback" if exchange.feedback else ""
+    return f"{type(strategy).__name__}, {how}{feedback}, {human_bytes(size)} per exchange predicted"
 
 
 def _shard_bytes(x: Any) -> int:

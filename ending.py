@@ -33,7 +33,7 @@ def finish(config, parts, corpus, workdir, console, phases, params, evaluated: t
         bigram_bits_per_byte=bigram,
         params_digest=digest,
         wire_bytes_per_step=last["wire_bytes"],
-        compiles=1,  # compiled ahead of time: the executable cannot compile again
+        compiles=len(parts.strategy.programs()),  # ahead of time: the executables cannot compile again
         phases=phases.seconds,
         goodput=round(last["train_seconds"] / workdir.seconds_since_first_start(), 4),
     )

@@ -10,6 +10,7 @@ STARTED = time.time()  # before the imports: they are a phase of the start, too
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -24,7 +25,7 @@ import ending
 from data import corpus as corpora
 from data.loader import Loader, eval_batches
 from parallel import mesh as meshes
-from parallel import placement, wire
+from parallel import placement
 from runtime import config as configuration
 from runtime.config import RunError, UsageError
 from runtime.console import Console
@@ -60,10 +61,10 @@ def main(argv: list[str]) -> int:
     phases.mark("import")
 
     if flags.dry_run:
-        step = assemble.compile_step(parts)
+        programs = assemble.compile_steps(parts)
         phases.mark("compile")
-        wire_bytes = wire.per_axis(step.as_text(), mesh)
-        console.table(f"{flags.config_name}, dry run", assemble.describe(parts, step, wire_bytes, phases.seconds))
+        wire_bytes = assemble.wire_bytes(parts, programs, config.steps)
+        console.table(f"{flags.config_name}, dry run", assemble.describe(parts, programs, wire_bytes, phases.seconds))
         return 0
 
     # ── Workdir ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
 
     # ── Compile, while the data is read ──────────────────────────────────────────────────────────────────────────
     background = ThreadPoolExecutor(2)
-    compiling = background.submit(assemble.compile_step, parts)
+    compiling = background.submit(assemble.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
     corpus = load_corpus(config)
     loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> int:
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
     phases.mark("data")
-    step = compiling.result()
+    programs = compiling.result()
     phases.mark("compile")
 
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
@@ -94,8 +95,8 @@ def main(argv: list[str]) -> int:
         state, start = init(np.uint32(config.seed)), None
         console.say(f"starting {workdir.path}")
     phases.mark("restore")
-    wire_bytes = wire.per_axis(step.as_text(), mesh)
-    console.table(f"{workdir.path}", assemble.describe(parts, step, wire_bytes, phases.seconds))
+    wire_bytes = assemble.wire_bytes(parts, programs, config.steps)
+    console.table(f"{workdir.path}", assemble.describe(parts, programs, wire_bytes, phases.seconds))
 
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
     recorder = make_recorder(config, parts, workdir, console, wire_bytes, start)
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> int:
     this = Run(config, parts, corpus, workdir, checkpoints, recorder, console, phases)
     meshes.wait_for_all("ready to train")
     with contextlib.closing(recorder):
-        outcome = train(this, step, state, start, loader, notice)
+        outcome = train(this, programs, state, start, loader, notice)
         if not outcome.interrupted:
             recorder.finish()
     checkpoints.close()
@@ -138,10 +139,13 @@ class Outcome:
     evaluated: tuple[float, float]  # nats per token, bits per byte
 
 
-def train(run: Run, step, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
+def train(run: Run, programs, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
     """The loop. Updates made so far are counted by `done`; a checkpoint's number is the updates it contains."""
     config, recorder, checkpoints = run.config, run.recorder, run.checkpoints
-    place = lambda n, rows: placement.place_train(run.parts.mesh, run.parts.replicas, loader.batch_size, rows)
+    strategy, place = (
+        run.parts.strategy,
+        functools.partial(placement.place_train, run.parts.mesh, run.parts.replicas, loader.batch_size),
+    )
     held_out = eval_batches(run.corpus.eval_N, **batch_shape(config, run.corpus), num_batches=config.eval_batches)
     evaluate = assemble.Evaluator(run.parts, held_out, run.corpus.tokenizer.token_bytes())
     profiler = Profiler(config.profile.steps, run.workdir.path)
@@ -149,11 +153,12 @@ def train(run: Run, step, state, start: int | None, loader: Loader, notice: Pree
         checkpoints.save(0, state, None)
     done, evaluated, stopping = start or 0, (math.nan, math.nan), False
     recorder.resume_clock()
-    for batch in loader.batches(done, config.steps, place):
+    for batch in loader.batches(done, config.steps, place, strategy.steps_per_call):
         profiler.before(done, state)
+        program = programs[strategy.program_at(done, config.steps)]
         with jax.transfer_guard("disallow"):
-            state, metrics = step(state, batch)
-        done += 1
+            state, metrics = program(state, batch)
+        done += strategy.steps_per_call
         recorder.step(done, metrics)  # reads the step before: the device never waits for the host
         if "first step" not in run.phases.seconds:
             recorder.flush()

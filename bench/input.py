@@ -4,6 +4,7 @@ python bench/input.py
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -36,11 +37,10 @@ def main() -> None:
     parts = assemble.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}))
     loader = Loader(corpus.train_N, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.seed)
 
-    def place(n, rows):
-        return placement.place_train(parts.mesh, parts.replicas, loader.batch_size, lambda ids: rows(ids.tolist()))
+    place = functools.partial(placement.place_train, parts.mesh, parts.replicas, loader.batch_size)
 
     batches = loader.batches(0, FOR_EVER, place)
-    step, state = assemble.compile_step(parts), assemble.compile_init(parts)(np.uint32(config.seed))
+    step, state = assemble.compile_steps(parts)["step"], assemble.compile_init(parts)(np.uint32(config.seed))
     batch = next(batches)
 
     def read() -> float:

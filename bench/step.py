@@ -20,14 +20,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import optax  # noqa: E402
 
 import assemble  # noqa: E402
 from bench import common, handwritten  # noqa: E402
 from bench.torch_gpt import TorchChild  # noqa: E402
 from parallel import mesh as meshes  # noqa: E402
 from parallel import placement  # noqa: E402
-from parallel.strategies import State, Sync  # noqa: E402
+from parallel.strategies import Sync  # noqa: E402
 
 MODELS = {"quickstart": "configs.quickstart", "gpt12m": "bench.gpt12m"}
 NUM_BATCHES = 8
@@ -40,34 +39,17 @@ class NoReplicas(Sync):
     def step(self, state, batch_KRBT):
         batch_BT = jax.tree.map(lambda x: x[0, 0], batch_KRBT)
         tokens = jnp.maximum(jnp.sum(batch_BT["mask"]), 1)
-        loss, grads = self._gradient(state.params, batch_BT)
+        loss, grads = self.loss_and_gradient(state.params, batch_BT)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        allowed = self.guard.allows(state.guard, grad_norm, finite)
-        updated = self.optimizer.apply(grads, state.opt_state, state.params)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(allowed, new, old), updated, (state.params, state.opt_state)
-        )
-        counters = self.guard.update(state.guard, grad_norm, allowed)
-        metrics = {
-            "loss": loss / tokens,
-            "grad_norm": grad_norm,
-            "param_norm": optax.global_norm(params),
-            "lr": jnp.asarray(self.optimizer.schedule(state.guard.applied), jnp.float32),
-            "tokens": tokens,
-            "skipped": counters.skipped,
-            "skipped_in_a_row": counters.in_a_row,
-        }
-        state = State(state.step + 1, params, opt_state, state.strategy, counters)
-        return state, jax.tree.map(lambda x: x[None], metrics)
+        state, metrics = self.update(state, grads, state.opt_state, state.codec, jnp.isfinite(loss))
+        return state, jax.tree.map(lambda x: x[None], metrics | {"loss": loss / tokens, "tokens": tokens})
 
 
 class Ours:
     """Our compiled step, with its state and batches. Calling it makes a step and returns the loss."""
 
     def __init__(self, parts: assemble.Parts, batches: np.ndarray, seed: int = 0):
-        self.compiled = assemble.compile_step(parts)
+        self.compiled = assemble.compile_steps(parts)["step"]
         self.state = assemble.compile_init(parts)(np.uint32(seed))
         self.batches = [place(parts, batch) for batch in batches]
         self.count = 0
@@ -105,7 +87,7 @@ def place(parts: assemble.Parts, batch: np.ndarray) -> dict[str, jax.Array]:
         mask = np.ones((len(ids), batch.shape[1] - 1), np.float32)
         return {"tokens": batch[ids, :-1], "targets": batch[ids, 1:], "mask": mask}
 
-    return placement.place_train(parts.mesh, parts.replicas, len(batch), rows)
+    return placement.place_train(parts.mesh, parts.replicas, len(batch), [rows])
 
 
 def load(name: str) -> Any:

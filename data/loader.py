@@ -7,6 +7,7 @@ any step, and the batch does not depend on who asks.
 Shapes: N tokens, B batch, R rows asked for, T sequence.
 """
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -80,23 +81,27 @@ class Loader:
         self,
         start: int,
         stop: int,
-        place: Callable[[int, Callable[[RowIds], Batch]], Any],
+        place: Callable[[list[Callable[[RowIds], Batch]]], Any],
+        steps_per_call: int = 1,
         prefetch: int = 2,
     ) -> "Prefetched":
-        """place(step, rows of that step) for each step in [start, stop), built ahead by a background thread.
+        """place(rows of the K steps of a call) for the calls of [start, stop), built ahead by a background thread.
 
         `place` runs on that thread, where contexts of the caller such as `jax.set_mesh` do not hold: it must name its
         shardings. What it raises is raised by the `next` that would have given its result.
 
         Args:
-            place: puts a batch where the step needs it; gets the step and a function from row ids to their arrays.
+            place: puts a call's batch where it is needed; gets, for each of its K steps, a function from row ids to
+                their arrays.
+            steps_per_call: K, which divides stop - start.
             prefetch: how many results wait ready at most.
         """
 
-        def build(step: int) -> Any:
-            return place(step, lambda row_ids: self.rows(step, row_ids))
+        def build(call: int) -> Any:
+            first = start + call * steps_per_call
+            return place([functools.partial(self.rows, step) for step in range(first, first + steps_per_call)])
 
-        return Prefetched(build, start, stop, prefetch)
+        return Prefetched(build, 0, (stop - start) // steps_per_call, prefetch)
 
 
 class Prefetched(Iterator[Any]):

@@ -1,4 +1,9 @@
-"""What the hardware can do: peak rates for model FLOPs utilisation (MFU)."""
+"""What things cost: peak rates of chips, and the bytes of an exchange in closed form."""
+
+import functools
+from typing import Any
+
+from parallel.exchange import FLOAT32, is_round
 
 # Dense bf16 FLOP/s of one JAX device, by a part of its device_kind. First match wins.
 PEAK_BF16 = {
@@ -21,3 +26,30 @@ PEAK_BF16 = {
 def peak_flops(device_kind: str) -> float | None:
     """bf16 FLOP/s of one device, or None for a chip that is not in the table (a CPU, say): its MFU is not known."""
     return next((peak for name, peak in PEAK_BF16.items() if name.lower() in device_kind.lower()), None)
+
+
+def wire(net: Any, n: int, codec: Any = FLOAT32) -> dict[str, float]:
+    """Closed form: bytes by dtype that one device sends for the mean of n elements, w bytes when encoded.
+
+    R replicas on D devices, k = R/D: two_stage (k+1)(D−1)/D · w; gather (R−k) · w; psum 2(D−1)/D · w; 0 when D = 1.
+    """
+    R, D, form = net.replicas, net.devices, net.form(codec)
+    if D == 1:
+        return {}
+    k = R // D
+    factor = {"psum": 2 * (D - 1) / D, "gather": R - k, "two_stage": (k + 1) * (D - 1) / D}[form]
+    encoded = codec.wire(n if form == "psum" else net.padded(n, codec))
+    return {dtype: factor * size for dtype, size in encoded.items()}
+
+
+def exchange_bytes(exchange: Any) -> dict[str, float]:
+    """Closed form of the bytes by dtype that one device sends over `replica` in one exchange."""
+    total: dict[str, float] = {}
+    for unit in exchange.units:
+        if exchange.net.devices == 1:
+            break
+        send = functools.partial(wire, exchange.net)
+        sizes = unit.codec.wire(unit.local, send) if is_round(unit.codec) else send(unit.size, unit.codec)
+        for dtype, size in sizes.items():
+            total[dtype] = total.get(dtype, 0) + size
+    return total

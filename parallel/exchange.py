@@ -1,9 +1,11 @@
-"""The exchange: the mean over replicas of one tensor per replica, through a codec.
+"""The exchange: the mean over replicas of a tree of arrays, through a codec, with error feedback.
 
 It is a shard_map that is manual over all mesh axes: every device encodes the shard it already holds, bytes move over
 `replica` only, every device decodes. Nothing is gathered over a fast axis, whatever the model parallelism.
 
-R replicas on D devices of the `replica` axis, k = R/D of them on each. n elements of one device's shard.
+R replicas on D devices of the `replica` axis, k = R/D of them on each. N elements of one device's shard of what is
+encoded together (a Unit), C = N/R of one chunk. Sums are float32 in the order of the replicas whatever the layout, so
+that R replicas give the same bits on any number of devices.
 """
 
 import math
@@ -17,65 +19,171 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from parallel.codecs import BF16, Identity
+from parallel.codecs.plain import Identity
 
 AXIS = "replica"
-SMALL = 2**14  # shards of fewer elements share one bucket: a collective costs about as much as 64 KiB more to send
 ALGORITHMS = ("auto", "gather", "two_stage", "psum")
+FLOAT32 = Identity()
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What a replica could not send is added to what it sends next (Seide et al. 2014): p = x + decay · residual."""
+
+    decay: float = 1.0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Arrays that are encoded together (parallel/units.py)."""
+
+    name: str
+    leaves: tuple[int, ...]  # their places in the flattened tree
+    shapes: tuple[tuple[int, ...], ...]  # of one device's shard of each
+    axes: tuple[str, ...]  # the fast mesh axes they are sharded over: one unit never mixes
+    size: int  # of one device's shard of the unit
+    local: Any  # that shard as a Leaf, for the codecs that want matrices
+    codec: Any
+    salt: int  # of its random keys
+
+
+@dataclass(frozen=True)
+class Net:
+    """The wire: means over `replica` of one flat vector per replica. Inside a shard_map only.
+
+    gather: every device gets all messages and adds them up. R−k messages sent, one quantisation, one hop.
+    two_stage: each device adds up one R-th of the vector and sends the sum on: all_to_all, sum, all_gather. About two
+    messages sent whatever R, two quantisations, two hops.
+    psum: XLA's all-reduce, without a codec: for comparison.
+    auto: gather for 2 replicas (the same bytes in one hop), else two_stage. Sparse messages are gathered always.
+    """
+
+    algorithm: str
+    replicas: int
+    devices: int
+
+    def form(self, codec: Any) -> str:
+        if codec.sparse:
+            return "gather"
+        return self.algorithm if self.algorithm != "auto" else "gather" if self.replicas <= 2 else "two_stage"
+
+    def mean(self, x_kN: jax.Array, codec: Any = FLOAT32, with_sent: bool = False) -> Any:
+        """[k, N] -> [N], the same on every device; with_sent: and what this device's replicas have sent, decoded."""
+        received, message = self.start(x_kN, codec, None)
+        mean_N, _ = self.finish(received, x_kN.shape[1], codec, None, None, 1.0)
+        return (mean_N, self.sent(message, x_kN.shape, codec)) if with_sent else mean_N
+
+    def start(self, x_kN: jax.Array, codec: Any, key: jax.Array | None) -> tuple[Any, Any]:
+        """The first hop: (what was received, this device's own messages)."""
+        k, n = x_kN.shape
+        if (form := self.form(codec)) == "psum":
+            return lax.psum(jnp.sum(x_kN, axis=0), AXIS), {"values": x_kN}
+        x_kN = jnp.pad(x_kN, ((0, 0), (0, self.padded(n, codec) - n)))
+        keys_k = None if key is None else self._keys(key, 1)
+        if form == "gather":
+            message = jax.vmap(codec.encode)(x_kN, keys_k)
+            return jax.tree.map(lambda m: lax.all_gather(m, AXIS, tiled=True), message), message  # [R, …]
+        x_kRC = x_kN.reshape(k, self.replicas, -1)  # chunk c is owned by the device of replica c
+        keys_kR = None if keys_k is None else jax.vmap(lambda key: jax.random.split(key, self.replicas))(keys_k)
+        message = jax.vmap(jax.vmap(codec.encode))(x_kRC, keys_kR)
+        # [k, R, …] -> [R, k, …]: from every replica, the chunks that this device owns.
+        exchange = lambda m: lax.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True)
+        return jax.tree.map(exchange, message), message
+
+    def sent(self, message: Any, shape: tuple[int, int], codec: Any) -> jax.Array:
+        """Own messages decoded: [k, N]."""
+        decode = jax.vmap(jax.vmap(codec.decode)) if self.form(codec) == "two_stage" else jax.vmap(codec.decode)
+        return decode(message).reshape(shape[0], -1)[:, : shape[1]]
+
+    def finish(self, received: Any, n: int, codec: Any, key: jax.Array | None, server_kC: Any, decay: float) -> Any:
+        """(mean [N], server residual [k, C]): the second hop, if the algorithm has one.
+
+        server_kC: what the owners of the chunks still owe from rounding the sum; None without error feedback.
+        """
+        R = self.replicas
+        if (form := self.form(codec)) == "psum":
+            return received / R, server_kC
+        if form == "gather":
+            return (self._sum_in_order(received, codec) / R)[:n], server_kC
+        mean_kC = jax.vmap(lambda m: self._sum_in_order(m, codec), in_axes=1)(received) / R
+        if server_kC is not None:
+            mean_kC = mean_kC + decay * server_kC.astype(jnp.float32)
+        second = jax.vmap(codec.encode)(mean_kC, None if key is None else self._keys(key, 2))
+        gathered = jax.tree.map(lambda m: lax.all_gather(m, AXIS, tiled=True), second)  # [R, …]
+        if server_kC is not None:
+            k, C = mean_kC.shape
+            place_kC = (lax.axis_index(AXIS) * k + jnp.arange(k))[:, None] * C + jnp.arange(C)
+            owed_kC = jnp.where(place_kC < n, mean_kC - jax.vmap(codec.decode)(second), 0.0)  # padding owes nothing
+            server_kC = owed_kC.astype(server_kC.dtype)
+        return jax.vmap(codec.decode)(gathered).reshape(-1)[:n], server_kC
+
+    def _sum_in_order(self, message_R: Any, codec: Any) -> jax.Array:
+        """Decodes and adds replica 0, 1, …, R−1. The barriers keep XLA from reassociating or fusing the chain: a
+        plain mean differs in the last bit between layouts in a third of the outputs."""
+
+        def decoded(r: int) -> jax.Array:
+            return lax.optimization_barrier(codec.decode(jax.tree.map(lambda m: m[r], message_R)))
+
+        total = decoded(0)
+        for r in range(1, self.replicas):
+            total = lax.optimization_barrier(total + decoded(r))
+        return total
+
+    def _keys(self, key: jax.Array, hop: int) -> jax.Array:
+        """One key for each replica of this device."""
+        k = self.replicas // self.devices
+        replicas_k = lax.axis_index(AXIS) * k + jnp.arange(k)
+        return jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, hop), r))(replicas_k)
+
+    def padded(self, n: int, codec: Any) -> int:
+        """n rounded up so that each of the R chunks (two-stage) or the vector (gather) is a whole number of blocks."""
+        unit = codec.block * (self.replicas if self.form(codec) == "two_stage" else 1)
+        return -(-n // unit) * unit
 
 
 @dataclass(frozen=True)
 class Exchange:
     """Mean over replicas of a tree of arrays [R, …], whose leaves are sharded as P("replica", *spec).
 
-    gather: every device gets all messages and adds them up. R−k messages sent, one quantisation.
-    two_stage: each device adds up one R-th of the vector and sends the sum on: all_to_all, sum, all_gather. Twice
-    a message sent whatever R, two quantisations.
-    psum: XLA's all-reduce, without a codec: for comparison.
-
-    Sums are float32 in the order of the replicas whatever the layout, so that R replicas give the same bits on any
-    number of devices.
+    leaves: the tree of units.Leaf. units: which of them travel together, and how (parallel/units.py). state_specs: of
+    the residuals and the codec's own state (parallel/residuals.py). feedback: None, or how residuals are kept.
+    seed: of the codecs that draw.
     """
 
-    codec: Identity | BF16
-    algorithm: str
+    net: Net
     mesh: Mesh
-    replicas: int
-    specs: Any
-
-    def __post_init__(self):
-        devices = self.mesh.shape[AXIS]
-        if self.replicas % devices:
-            raise ValueError(
-                f"sync.replicas={self.replicas} is not a multiple of mesh.replica={devices}: "
-                "each device of the slow axis holds the same number of replicas"
-            )
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"sync.algorithm={self.algorithm!r} is none of {', '.join(ALGORITHMS)}")
-        if self.algorithm == "psum" and not isinstance(self.codec, Identity):
-            raise ValueError("sync.algorithm=psum adds up on the wire and knows no codec: set sync.codec=none")
+    leaves: Any
+    units: tuple[Unit, ...]
+    state_specs: Any
+    feedback: Feedback | None = None
+    seed: int = 0
 
     @property
-    def resolved(self) -> str:
-        """The algorithm that `auto` means: at R = 2 both send the same bytes, and gather rounds once, in one hop."""
-        if self.algorithm != "auto":
-            return self.algorithm
-        return "gather" if self.replicas <= 2 else "two_stage"
+    def replicas(self) -> int:
+        return self.net.replicas
 
-    def mean(self, tree_R: Any) -> Any:
-        """Leaves [R, …] float32 -> […], replicated over `replica`, sharded over the fast axes as before."""
-        leaves, treedef = jax.tree.flatten(tree_R)
-        specs = treedef.flatten_up_to(self.specs)
+    def mean(self, tree_R: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
+        """(leaves [R, …] float32 -> […], replicated over `replica`, sharded over the fast axes as before; state)."""
         if self.replicas == 1:
-            return jax.tree.map(lambda x: x[0], tree_R)  # there is nobody to exchange with
+            return jax.tree.map(lambda x: x[0], tree_R), state  # there is nobody to exchange with
+        body = lambda tree, state, step: self._finish(*self._start(tree, state, step), step)
+        return self._on_devices(body, self._sharded(AXIS), self._sharded())(tree_R, state, step)
 
-        def body(*shards):
-            with jax.named_scope("exchange"):
-                return tuple(self._mean_shards(shards))
+    def start(self, tree_R: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
+        """The first hop of `mean` by itself: (what is in flight, state). `finish` is the rest."""
 
-        in_specs = tuple(P(AXIS, *spec) for spec in specs)
-        means = jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=tuple(specs), check_vma=False)(*leaves)
-        return treedef.unflatten(means)
+        def body(tree, state, step):
+            flight, state = self._start(tree, state, step)
+            return jax.tree.map(lambda x: x[(None,) * len(self.mesh.axis_names)], flight), state
+
+        return self._on_devices(body, self._sharded(AXIS), P(*self.mesh.axis_names))(tree_R, state, step)
+
+    def finish(self, flight: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
+        def body(flight, state, step):
+            return self._finish(jax.tree.map(lambda x: x[(0,) * len(self.mesh.axis_names)], flight), state, step)
+
+        return self._on_devices(body, P(*self.mesh.axis_names), self._sharded())(flight, state, step)
 
     def scalars(self, x_RM: jax.Array, name: str) -> jax.Array:
         """Sum over replicas of a few float32 scalars [R, M] -> [M], named in the compiled program."""
@@ -86,90 +194,84 @@ class Exchange:
 
         return jax.shard_map(body, mesh=self.mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False)(x_RM)
 
-    def _mean_shards(self, shards: Sequence[jax.Array]) -> list[jax.Array]:
-        """Each large shard [k, …] by itself, so that memory is bounded by the largest; the small ones in one bucket."""
-        small, large = self._plan([shard.size // shard.shape[0] for shard in shards])
-        means: list[Any] = [None] * len(shards)
-        for i in large:
-            means[i] = self._mean_flat(shards[i].reshape(shards[i].shape[0], -1)).reshape(shards[i].shape[1:])
-        if small:
-            bucket_kN = jnp.concatenate([shards[i].reshape(shards[i].shape[0], -1) for i in small], axis=1)
-            mean_N, start = self._mean_flat(bucket_kN), 0
-            for i in small:
-                size = math.prod(shards[i].shape[1:])
-                means[i] = mean_N[start : start + size].reshape(shards[i].shape[1:])
-                start += size
-        return means
+    def _sharded(self, *leading: str) -> Any:
+        return jax.tree.map(lambda leaf: P(*leading, *leaf.spec), self.leaves)
 
-    def _plan(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-        small = [i for i, size in enumerate(sizes) if size < SMALL]
-        return small, [i for i in range(len(sizes)) if i not in set(small)]
+    def _on_devices(self, body: Any, in_spec: Any, out_spec: Any) -> Any:
+        def named(*args):
+            with jax.named_scope("exchange"):
+                return body(*args)
 
-    def _mean_flat(self, x_kN: jax.Array) -> jax.Array:
-        n = x_kN.shape[1]
-        if self.resolved == "psum":
-            return lax.psum(jnp.sum(x_kN, axis=0), AXIS) / self.replicas
-        x_kN = jnp.pad(x_kN, ((0, 0), (0, self._padded(n) - n)))
-        return (self._gather(x_kN) if self.resolved == "gather" else self._two_stage(x_kN))[:n]
+        specs = {"in_specs": (in_spec, self.state_specs, P()), "out_specs": (out_spec, self.state_specs)}
+        return jax.shard_map(named, mesh=self.mesh, check_vma=False, **specs)
 
-    def _gather(self, x_kN: jax.Array) -> jax.Array:
-        message = jax.vmap(self.codec.encode)(x_kN)
-        gathered = jax.tree.map(lambda m: lax.all_gather(m, AXIS, tiled=True), message)  # [R, …]
-        return self._sum_in_order(gathered) / self.replicas
+    # ── on one device ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _two_stage(self, x_kN: jax.Array) -> jax.Array:
-        R, (k, n) = self.replicas, x_kN.shape
-        x_kRC = x_kN.reshape(k, R, n // R)  # chunk c is owned by the device of replica c
-        message = jax.vmap(jax.vmap(self.codec.encode))(x_kRC)
-        # [k, R, …] -> [R, k, …]: from every replica, the chunks that this device owns.
-        received = jax.tree.map(
-            lambda m: lax.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True),
-            message,
-        )
-        mean_kC = jax.vmap(self._sum_in_order, in_axes=1)(received) / R
-        second = jax.vmap(self.codec.encode)(mean_kC)
-        gathered = jax.tree.map(lambda m: lax.all_gather(m, AXIS, tiled=True), second)  # [R, …]
-        return jax.vmap(self.codec.decode)(gathered).reshape(n)
+    def _start(self, tree_k: Any, state: Any, step: jax.Array) -> tuple[dict[str, Any], Any]:
+        """({unit: what is in flight}, state with the workers' new residuals)."""
+        leaves, (worker, treedef), flights = jax.tree.leaves(tree_k), jax.tree.flatten(state["worker"]), {}
+        for unit in self.units:
+            p_kN = _join(unit, leaves)
+            if self.feedback:
+                p_kN = p_kN + self.feedback.decay * _join(unit, worker).astype(jnp.float32)
+            if is_round(unit.codec):
+                flights[unit.name] = p_kN
+                continue
+            flights[unit.name], message = self.net.start(p_kN, unit.codec, self._key(unit, step))
+            if self.feedback:
+                sent_kN = self.net.sent(message, p_kN.shape, unit.codec)
+                _part(unit, (p_kN - sent_kN).astype(self.feedback.dtype), worker)
+        return flights, state | {"worker": treedef.unflatten(worker)}
 
-    def _sum_in_order(self, message_R: Any) -> jax.Array:
-        """Decodes and adds replica 0, 1, …, R−1. The barriers keep XLA from reassociating or fusing the chain: a
-        plain mean differs in the last bit between layouts in a third of the outputs."""
+    def _finish(self, flights: dict[str, Any], state: Any, step: jax.Array) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(self.leaves)
+        means: list[Any] = [None] * len(leaves)
+        worker, worker_treedef = jax.tree.flatten(state["worker"])
+        server, rounds = dict(state["server"]), dict(state["rounds"])
+        for unit in self.units:
+            key, n = self._key(unit, step), unit.size
+            if is_round(unit.codec):
+                p_kN, own = flights[unit.name], jax.tree.map(lambda x: x[0, 0], rounds[unit.name])
+                mean_N, sent_kN, own = unit.codec.mean(p_kN, own, key, unit.local, self.net)
+                rounds[unit.name] = jax.tree.map(lambda x: x[None, None], own)
+                if self.feedback:
+                    _part(unit, (p_kN - sent_kN).astype(self.feedback.dtype), worker)
+            elif unit.name in server:
+                assert self.feedback
+                owed_kC = server[unit.name][:, 0, 0]
+                decay = self.feedback.decay
+                mean_N, owed_kC = self.net.finish(flights[unit.name], n, unit.codec, key, owed_kC, decay)
+                server[unit.name] = owed_kC[:, None, None]
+            else:
+                mean_N, _ = self.net.finish(flights[unit.name], n, unit.codec, key, None, 1.0)
+            _part(unit, mean_N, means)
+        state = {"worker": worker_treedef.unflatten(worker), "server": server, "rounds": rounds}
+        return treedef.unflatten(means), state
 
-        def decoded(r: int) -> jax.Array:
-            return lax.optimization_barrier(self.codec.decode(jax.tree.map(lambda m: m[r], message_R)))
+    def _key(self, unit: Unit, step: jax.Array) -> jax.Array | None:
+        """One key a step, unit and shard. No axis is folded in over which the unit is not sharded: the copies of a
+        replicated array would silently become different. Replicas are told apart by Net."""
+        if not is_round(unit.codec) and not unit.codec.uses_key:
+            return None
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), unit.salt), step)
+        for axis in unit.axes:
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+        return key
 
-        total = decoded(0)
-        for r in range(1, self.replicas):
-            total = lax.optimization_barrier(total + decoded(r))
-        return total
 
-    def _padded(self, n: int) -> int:
-        """n rounded up so that each of the R chunks (two-stage) or the vector (gather) is a whole number of blocks."""
-        unit = self.codec.block * (self.replicas if self.resolved == "two_stage" else 1)
-        return -(-n // unit) * unit
+def is_round(codec: Any) -> bool:
+    return hasattr(codec, "mean")
 
-    # ── what it costs ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def wire_bytes(self, tree: Any) -> float:
-        """Closed form of the bytes that one device sends over `replica` in one exchange of `tree` (shapes without R).
+def _join(unit: Unit, leaves: Sequence[jax.Array]) -> jax.Array:
+    """[k, N] of a unit, out of all leaves [k, …]."""
+    return jnp.concatenate([leaves[i].reshape(leaves[i].shape[0], -1) for i in unit.leaves], axis=1)
 
-        two_stage (k+1)(D−1)/D · w · n; gather (R−k) · w · n; psum 2(D−1)/D · 4 · n, n padded; 0 when D = 1.
-        """
-        R, D = self.replicas, self.mesh.shape[AXIS]
-        k, w = R // D, self.codec.bytes_per_element
-        leaves, treedef = jax.tree.flatten(tree)
-        sizes = [
-            self._shard_size(leaf.shape, spec)
-            for leaf, spec in zip(leaves, treedef.flatten_up_to(self.specs), strict=True)
-        ]
-        small, large = self._plan(sizes)
-        vectors = [sizes[i] for i in large] + ([sum(sizes[i] for i in small)] if small else [])
-        if self.resolved == "psum":
-            return sum(2 * (D - 1) / D * 4 * n for n in vectors)
-        if self.resolved == "gather":
-            return sum((R - k) * w * self._padded(n) for n in vectors)
-        return sum((k + 1) * (D - 1) / D * w * self._padded(n) for n in vectors)
 
-    def _shard_size(self, shape: Sequence[int], spec: P) -> int:
-        axes = [axis for axis in spec if axis is not None]
-        return math.prod(shape) // math.prod(self.mesh.shape[axis] for axis in axes)
+def _part(unit: Unit, x_N: jax.Array, leaves: list) -> None:
+    """[..., N] of a unit into its places among all leaves."""
+    start = 0
+    for i, shape in zip(unit.leaves, unit.shapes, strict=True):
+        size = math.prod(shape)
+        leaves[i] = x_N[..., start : start + size].reshape(*x_N.shape[:-1], *shape)
+        start += size

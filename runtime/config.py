@@ -18,6 +18,26 @@ from ml_collections import ConfigDict
 
 BASE = str(Path(__file__).parent.parent / "configs" / "base.py")  # every key that there is
 
+# What each strategy and each codec reads of the group sync; tests hold this against the classes' fields.
+LOCAL = {"interval", "outer.optimizer", "outer.lr", "outer.momentum"}
+STRATEGIES = {
+    "sync": set(),
+    "stale": {"staleness", "compensation"},
+    "diloco": LOCAL,
+    "streaming": LOCAL | {"fragments", "overlap", "mix"},
+}
+STRATEGY_KEYS = set.union(*STRATEGIES.values())
+CODECS = {
+    **dict.fromkeys(("none", "bf16"), set()),
+    **dict.fromkeys(("fp8", "fp4", "int8", "int4", "int2"), {"block", "stochastic"}),
+    "sign": {"block"},
+    "topk": {"density", "bits"},
+    "randk": {"density"},
+    "demo": {"density"},
+    "powersgd": {"rank"},
+}
+CODEC_KEYS = set.union(*CODECS.values())
+
 CHOICES = {
     "model.norm": ("rms", "layer"),
     "model.mlp": ("swiglu", "gelu"),
@@ -28,20 +48,24 @@ CHOICES = {
     "data.corpus": ("stdlib", "asv"),
     "optimizer.name": ("adamw", "sgd", "muon", "lion"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
-    "sync.strategy": ("sync",),
-    "sync.codec": ("none", "bf16"),
+    "sync.strategy": tuple(STRATEGIES),
+    "sync.codec": tuple(CODECS),
     "sync.algorithm": ("auto", "gather", "two_stage", "psum"),
+    "sync.error_feedback": ("auto", "on", "off"),
+    "sync.residual_dtype": ("float32", "bfloat16"),
+    "sync.outer.optimizer": ("nesterov", "sgd", "adam"),
     "metrics.tensorboard": ("auto", "on", "off"),
 }
 POSITIVE = (
     "steps log_every eval_batches model.num_layers model.model_dim model.num_heads model.num_kv_heads model.head_dim "
     "model.mlp_dim model.norm_eps model.rope_theta model.init_std compute.loss_chunk_mib data.vocab_size data.seq_len "
-    "data.batch_size optimizer.accumulate guard.window guard.abort_after checkpoint.keep"
+    "data.batch_size optimizer.accumulate guard.window guard.abort_after checkpoint.keep sync.interval sync.fragments"
 ).split()
 NOT_NEGATIVE = (
     "seed eval_every model.sliding_window model.rope_scaling.factor optimizer.lr optimizer.warmup_steps "
     "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss guard.zscore "
-    "sync.replicas checkpoint.every checkpoint.keep_every sample.tokens sample.temperature"
+    "sync.replicas sync.staleness sync.compensation sync.overlap sync.mix sync.decay sync.outer.lr sync.outer.momentum "
+    "checkpoint.every checkpoint.keep_every sample.tokens sample.temperature"
 ).split()
 
 # {key: {value: the keys that nothing reads then}}. To set one of them on the command line would be a mistake.
@@ -58,6 +82,12 @@ UNREAD: dict[str, dict[Any, str]] = {
     "optimizer.schedule": {"constant": "optimizer.final_lr_fraction"},
     "guard.zscore": {0: "guard.window"},
     "sample.tokens": {0: "sample.prompt sample.temperature"},
+    "sync.strategy": {
+        name: " ".join(f"sync.{key}" for key in sorted(STRATEGY_KEYS - read)) for name, read in STRATEGIES.items()
+    },
+    "sync.codec": {name: " ".join(f"sync.{key}" for key in sorted(CODEC_KEYS - read)) for name, read in CODECS.items()},
+    "sync.error_feedback": {"off": "sync.decay sync.residual_dtype"},
+    "sync.outer.optimizer": {"sgd": "sync.outer.momentum"},
 }
 PARSERS = {
     int: flags.IntegerParser(),
@@ -272,6 +302,9 @@ def validate(config: Any) -> None:
             wrong.append(f"{key}={flat[key]!r} is none of {', '.join(choices)}: did you mean {near!r}?")
     if not wrong:
         wrong += _relations(flat)
+        base = dict(flatten(runpy.run_path(BASE)["get_config"]()))
+        changed = [key for key, value in flat.items() if key.startswith("sync.") and value != base.get(key, value)]
+        wrong += _unread(flat, changed)
     if wrong:
         raise UsageError("\n".join(wrong))
 
@@ -292,6 +325,7 @@ def _relations(flat: dict[str, Any]) -> Iterator[str]:
         yield "sync.algorithm=psum adds up on the wire and knows no codec: set sync.codec=none or another algorithm"
     if flat["compute.attention"] == "cudnn" and flat["compute.dtype"] == "float32":
         yield "compute.attention=cudnn knows no compute.dtype=float32: set bfloat16, or compute.attention=reference"
+    yield from _sync_relations(flat)
     if flat["seed"] >= 2**32:
         yield f"seed={flat['seed']}: must be less than 2**32"
     if flat["profile.steps"]:
@@ -306,6 +340,36 @@ def _relations(flat: dict[str, Any]) -> Iterator[str]:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             yield f"{key}={flat[key]} needs {package}, which is not installed: `pip install {package}`, or turn it off"
+
+
+def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
+    codec, strategy = flat["sync.codec"], flat["sync.strategy"]
+    if flat["sync.error_feedback"] == "on" and codec == "none":
+        yield "sync.error_feedback=on: sync.codec=none loses nothing that could be fed back"
+    if flat["sync.decay"] > 1:
+        yield f"sync.decay={flat['sync.decay']}: residuals would grow without end; must be between 0 and 1"
+    if flat["sync.mix"] > 1:
+        yield f"sync.mix={flat['sync.mix']}: must be between 0 (global parameters) and 1 (the replica's own)"
+    if strategy != "streaming":
+        return
+    H, fragments, layers = flat["sync.interval"], flat["sync.fragments"], flat["model.num_layers"]
+    legal = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+    if layers % fragments:
+        yield f"sync.fragments={fragments} does not divide model.num_layers={layers}: choose one of {legal}"
+    if H % fragments:
+        yield f"sync.interval={H} is not a multiple of sync.fragments={fragments}. Nearest legal sizes: " + (
+            nearest_multiples(H, fragments)
+        )
+        return
+    K = H // fragments
+    if flat["sync.overlap"] > K:
+        yield f"sync.overlap={flat['sync.overlap']}: one fragment is on the wire at a time, for at most {K} steps"
+    for key in ("steps", "eval_every", "checkpoint.every"):
+        if flat[key] % K:
+            yield (
+                f"{key}={flat[key]} is not a multiple of sync.interval / sync.fragments = {K}, the steps between two "
+                f"exchanges. Nearest legal sizes: {nearest_multiples(flat[key], K)}"
+            )
 
 
 def profile_range(text: str) -> range:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from runtime.config import RunError, profile_range
 from runtime.console import Console
@@ -55,7 +56,7 @@ class Recorder:
         self._recent: list[float] = []
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of `step` (updates made) and reads those of the step before."""
+        """Takes the metrics [K] of the K steps that end with `step` (updates made); reads those of the call before."""
         self._read()
         self._pending = step, metrics
 
@@ -71,11 +72,15 @@ class Recorder:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: x[-1] for name, x in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        self._recent.append(now - self._clock)
-        self.train_seconds += now - self._clock
-        self._clock = now
+        values = on_host(metrics)
+        now, K = time.perf_counter(), len(values["loss"])
+        seconds, self._clock = (now - self._clock) / K, now
+        for i in range(K):
+            self._record(step - K + 1 + i, seconds, {name: x[i] for name, x in values.items()})
+
+    def _record(self, step: int, seconds: float, values: dict[str, Any]) -> None:
+        self._recent.append(seconds)
+        self.train_seconds += seconds
         # The middle of the steps since the last row: one slow step does not make the row look slow.
         seconds = statistics.median(self._recent)
         speed = self.tokens_per_step / seconds
@@ -124,6 +129,17 @@ class Recorder:
     def _write(self, row: dict) -> None:
         if self.log:
             self.log.write(row)
+
+
+def on_host(metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Metrics [K], read at once. What each replica has for itself, [K, R], is averaged over the replicas of this
+    process: to add it up over the slow link at every step would cost what local strategies save."""
+    shared = jax.device_get({name: x for name, x in metrics.items() if x.is_fully_replicated})
+    for name, x in metrics.items():
+        if name not in shared:
+            own = {str(shard.index): np.asarray(shard.data) for shard in x.addressable_shards}
+            shared[name] = np.concatenate(list(own.values()), axis=1)
+    return {name: x.mean(axis=1) if x.ndim == 2 else x for name, x in shared.items()}
 
 
 class Profiler:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import assemble
@@ -17,6 +18,7 @@ from data.loader import Loader
 from parallel import mesh as meshes
 from parallel import placement
 from runtime import config as configuration
+from runtime.progress import on_host
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,15 +71,16 @@ def batch(config, parts: assemble.Parts, step: int, uneven: bool = False) -> dic
             found["mask"] = (np.arange(config.data.seq_len)[None, :] < kept[:, None]).astype(np.float32)
         return found
 
-    return placement.place_train(parts.mesh, parts.replicas, config.data.batch_size, rows)
+    return placement.place_train(parts.mesh, parts.replicas, config.data.batch_size, [rows])
 
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # half the compile time; the collectives are the same
 
 
 def compile_quickly(parts: assemble.Parts) -> Any:
-    """The compiled train step, for reading its text."""
-    step = jax.jit(parts.strategy.step, out_shardings=(assemble.shardings_of(parts.state), None), donate_argnums=0)
+    """The dearest of the compiled programs (an exchange's), for reading its text."""
+    program = list(parts.strategy.programs().values())[-1]
+    step = jax.jit(program, out_shardings=(assemble.shardings_of(parts.state), None), donate_argnums=0)
     return step.lower(parts.state, parts.batch).compile(compiler_options=QUICKLY)
 
 
@@ -86,11 +89,20 @@ def init_state(config, parts: assemble.Parts) -> Any:
 
 
 def losses(config, parts: assemble.Parts, steps: int, uneven: bool = False) -> np.ndarray:
-    state, step, found = init_state(config, parts), assemble.compile_step(parts), []
-    for n in range(steps):
-        state, metrics = step(state, batch(config, parts, n, uneven))
-        found.append(float(jax.device_get(metrics["loss"])[0]))
-    return np.array(found)
+    return train_here(config, parts, steps, uneven)[0]
+
+
+def train_here(config, parts: assemble.Parts, steps: int, uneven: bool = False) -> tuple[np.ndarray, Any]:
+    """(losses, state) of some steps in this process."""
+    state, programs, found = init_state(config, parts), assemble.compile_steps(parts), []
+    strategy = parts.strategy
+    for n in range(0, steps, strategy.steps_per_call):
+        batches = [batch(config, parts, n + i, uneven) for i in range(strategy.steps_per_call)]
+        stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+        stacked = jax.device_put(stacked, assemble.shardings_of(parts.batch))
+        state, metrics = programs[strategy.program_at(n, steps)](state, stacked)
+        found += on_host(metrics)["loss"].tolist()
+    return np.array(found), state
 
 
 def first_gradients(config, parts: assemble.Parts, uneven: bool = False) -> dict[str, np.ndarray]:
@@ -100,7 +112,11 @@ def first_gradients(config, parts: assemble.Parts, uneven: bool = False) -> dict
     from runtime.digest import named_arrays
 
     state = init_state(config, parts)
-    gradient = lambda s, b: parts.strategy.gradient(s.params, s.opt_state, b)[0]
+
+    def gradient(state, batch_RBT):
+        messages_R, *_ = parts.strategy.messages(state, batch_RBT)
+        return parts.strategy.exchange.mean(messages_R, state.codec, state.step)[0]
+
     grads = jax.jit(gradient, compiler_options=QUICKLY)(
         state, jax.tree.map(lambda x: x[0], batch(config, parts, 0, uneven))
     )

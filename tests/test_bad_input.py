@@ -40,7 +40,7 @@ def fails(tmp_path, capsys, monkeypatch):
 
     def fails(*options: str, code: int = 2, compiling: bool = False) -> str:
         if not compiling:  # the compilation in the background would go on during the next tests
-            monkeypatch.setattr(assemble, "compile_step", lambda parts: None)
+            monkeypatch.setattr(assemble, "compile_steps", lambda parts: None)
         before = contents(tmp_path)
         capsys.readouterr()
         assert train.run(["train.py", *options]) == code
@@ -165,7 +165,8 @@ def test_all_that_is_wrong_is_said_at_once(fails):
 @pytest.mark.parametrize("key", configuration.CHOICES)
 def test_every_choice_lists_its_values(key, fails):
     text = configuration.CHOICES[key][0] + "x"
-    message = fails(TINY, f"--config.{key}={text}")
+    read = ["--config.sync.strategy=diloco"] if key.startswith("sync.outer") else []
+    message = fails(TINY, f"--config.{key}={text}", *read)
     assert f"{key}={text!r} is none of {', '.join(configuration.CHOICES[key])}: did you mean " in message
 
 
@@ -232,11 +233,48 @@ def test_the_order_of_options_does_not_matter_and_the_last_one_counts():
     assert (config.steps, config.model.bias, flags.resume, flags.dry_run) == (4, True, False, True)
 
 
-def test_sync_options_with_one_replica_are_noted(capsys, tmp_path):
-    argv = ["train.py", TINY, f"--workdir={tmp_path}/run", "--dry_run", "--config.sync.codec=bf16"]
-    assert train.run(argv) == 0
-    assert "nothing is exchanged: sync.codec and sync.algorithm have no effect" in capsys.readouterr().out
-    assert not contents(tmp_path)
+@pytest.mark.parametrize("option", ["strategy=diloco", "codec=bf16", "algorithm=gather"])
+def test_sync_options_with_one_replica(option, fails):
+    message = fails(TINY, f"--config.sync.{option}")
+    assert f"sync.{option}" in message and "nothing is exchanged" in message and "mesh.replica" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ("codec=int8 block=0", ["sync.block=0", "multiple of 1"]),
+        ("codec=int4 block=33", ["sync.block=33", "multiple of 2"]),
+        ("codec=sign block=12", ["sync.block=12", "multiple of 8"]),
+        ("codec=topk density=1.0", ["sync.density=1.0", "between 0 and 1"]),
+        ("codec=randk density=0.0", ["sync.density=0.0", "between 0 and 1"]),
+        ("codec=demo density=2.0", ["sync.density=2.0", "between 0 and 1"]),
+        ("codec=topk bits=3", ["sync.bits=3", "2, 4, 8 or 16"]),
+        ("codec=powersgd rank=0", ["sync.rank=0", "1 or more"]),
+        ("codec=powersgd rank=99", ["sync.rank=99", "lower rank", "rows or columns"]),
+        ("codec=topk algorithm=two_stage", ["sync.algorithm=two_stage", "TopK", "auto"]),
+        ("codec=int8 algorithm=psum", ["sync.algorithm=psum", "sync.codec=none"]),
+        ("codec=int8 rank=2", ["sync.rank=2 is not read when sync.codec=int8"]),
+        ("codec=topk stochastic", ["sync.stochastic=True is not read when sync.codec=topk"]),
+        ("codec=none error_feedback=on", ["sync.error_feedback=on", "loses nothing"]),
+        ("codec=sign error_feedback=off decay=0.9", ["sync.decay=0.9 is not read when sync.error_feedback=off"]),
+        ("codec=sign decay=1.5", ["sync.decay=1.5", "between 0 and 1"]),
+        ("strategy=stale interval=9", ["sync.interval=9 is not read when sync.strategy=stale"]),
+        ("strategy=diloco staleness=2", ["sync.staleness=2 is not read when sync.strategy=diloco"]),
+        ("strategy=diloco overlap=1", ["sync.overlap=1 is not read when sync.strategy=diloco"]),
+        ("strategy=diloco outer.optimizer=sgd outer.momentum=0.5", ["sync.outer.momentum=0.5 is not read"]),
+        ("strategy=streaming fragments=3 interval=9", ["sync.fragments=3", "model.num_layers=2", "one of 1, 2"]),
+        ("strategy=streaming interval=9", ["sync.interval=9", "sync.fragments=2", "8 or 10"]),
+        ("strategy=streaming interval=8 overlap=5", ["sync.overlap=5", "at most 4 steps"]),
+        ("strategy=streaming interval=12", ["steps=20", "sync.interval / sync.fragments = 6", "18 or 24"]),
+        ("strategy=streaming interval=8 mix=1.5", ["sync.mix=1.5", "between 0"]),
+        ("codec=int44", ["'int44' is none of", "did you mean 'int4'"]),
+        ("strategy=dilocco", ["'dilocco' is none of", "did you mean 'diloco'"]),
+    ],
+)
+def test_codecs_and_strategies_that_do_not_fit(options, parts, fails):
+    message = fails(TINY, "--config.mesh.replica=2", *(f"--config.sync.{option}" for option in options.split()))
+    for part in parts:
+        assert part in message, message
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────

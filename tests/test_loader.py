@@ -1,5 +1,6 @@
 """data/loader.py: the batch of a step is a pure function of (seed, step, global batch)."""
 
+import itertools
 import threading
 import time
 
@@ -60,12 +61,20 @@ def test_another_batch_size_reads_the_same_order():
 
 
 def test_resuming_is_arithmetic():
-    straight = list(make().batches(0, 12, lambda step, rows: (step, rows(slice(None)))))
-    resumed = list(make().batches(7, 12, lambda step, rows: (step, rows(slice(None)))))
-    assert [step for step, _ in straight] == list(range(12))
-    for (step, batch), (resumed_step, resumed_batch) in zip(straight[7:], resumed, strict=True):
-        assert step == resumed_step
-        assert_same(batch, resumed_batch)
+    straight = list(make().batches(0, 12, lambda steps: steps[0](slice(None))))
+    resumed = list(make().batches(7, 12, lambda steps: steps[0](slice(None))))
+    assert len(straight) == 12
+    for n, batch in enumerate(straight):
+        assert_same(batch, make().rows(n, slice(None)))
+    for batch, again in zip(straight[7:], resumed, strict=True):
+        assert_same(batch, again)
+
+
+def test_a_call_gets_the_rows_of_its_steps():
+    calls = list(make().batches(4, 12, lambda steps: [rows(slice(None)) for rows in steps], steps_per_call=4))
+    assert [len(call) for call in calls] == [4, 4]
+    for n, batch in enumerate(batch for call in calls for batch in call):
+        assert_same(batch, make().rows(4 + n, slice(None)))
 
 
 def test_document_mask():
@@ -83,8 +92,8 @@ def test_document_mask():
 
 def test_batches_are_built_ahead_and_bounded():
     built = []
-    batches = make().batches(0, 100, lambda step, rows: built.append(threading.get_ident()) or step, prefetch=3)
-    assert next(batches) == 0
+    batches = make().batches(0, 100, lambda steps: built.append(threading.get_ident()) or len(built), prefetch=3)
+    assert next(batches) == 1
     deadline = time.monotonic() + 5
     while len(built) < 4 and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -101,7 +110,8 @@ def data_threads():
 @pytest.mark.parametrize("end", ["close", "drop", "exhaust", "unstarted"])
 def test_the_thread_ends(end):
     before = time.monotonic()
-    batches = make().batches(0, 5, lambda step, rows: step)
+    count = itertools.count()
+    batches = make().batches(0, 5, lambda steps: next(count))
     if end != "unstarted":
         next(batches)
     if end == "exhaust":
@@ -115,8 +125,10 @@ def test_the_thread_ends(end):
 
 
 def test_an_error_in_the_thread_reaches_the_consumer():
-    def place(step, rows):
-        if step == 2:
+    count = itertools.count()
+
+    def place(steps):
+        if (step := next(count)) == 2:
             raise RuntimeError("no room on the device")
         return step
 
@@ -141,6 +153,6 @@ def test_eval_batches_are_fixed_and_padded():
 def test_the_loader_is_fast_enough():
     data = loader.Loader(np.zeros(2**20, np.uint16), seq_len=256, batch_size=32, seed=0)
     start = time.perf_counter()
-    for _ in data.batches(0, 100, lambda step, rows: rows(slice(None))):
+    for _ in data.batches(0, 100, lambda steps: steps[0](slice(None))):
         pass
     assert 100 * 32 * 256 / (time.perf_counter() - start) > 500_000, "tokens per second"

@@ -7,6 +7,7 @@ import pytest
 import assemble
 from parallel import mesh as meshes
 from parallel import wire
+from parallel.cost import exchange_bytes
 
 pytest.importorskip(
     "libtpu", reason="libtpu is not installed: pip install -r requirements-dev.txt on Python 3.12 or newer"
@@ -32,17 +33,17 @@ def build(chips, **overrides):
 @pytest.mark.parametrize("codec", ["none", "bf16"])
 def test_the_bytes_over_replica_are_the_closed_form_on_tpu_too(chips, codec):
     parts = build(chips, sync__codec=codec)
-    found = wire.collectives(assemble.compile_step(parts).as_text(), parts.mesh)
+    found = wire.collectives(assemble.compile_steps(parts)["step"].as_text(), parts.mesh)
     slow = [c for c in found if c.axis == "replica" and "scalars_step" not in c.scope]
     exchange = parts.strategy.exchange
-    assert sum(c.sent for c in slow) == exchange.wire_bytes(parts.param_shapes)
-    assert {c.dtype for c in slow} == {exchange.codec.wire_dtype}
+    assert sum(c.sent for c in slow) == sum(exchange_bytes(exchange).values())
+    assert {c.dtype for c in slow} == set(exchange_bytes(exchange))
 
 
 def test_tpu_runs_splash_attention_in_bf16_and_gathers_weights_in_bf16(chips):
     parts = build(chips)
     assert parts.model.compute.attention == "splash" and parts.model.compute.dtype == jax.numpy.bfloat16
-    compiled = assemble.compile_step(parts)
+    compiled = assemble.compile_steps(parts)["step"]
     text = compiled.as_text()
     assert "tpu_custom_call" in text, "the Pallas kernel is in the program"
     gathered = wire.count(text, parts.mesh)["fsdp"]
@@ -52,4 +53,4 @@ def test_tpu_runs_splash_attention_in_bf16_and_gathers_weights_in_bf16(chips):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_document_masks_and_windows_compile_for_tpu(chips, masked):
-    assemble.compile_step(build(chips, data__document_mask=masked, model__sliding_window=128))
+    assemble.compile_steps(build(chips, data__document_mask=masked, model__sliding_window=128))

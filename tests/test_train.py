@@ -4,6 +4,7 @@ import json
 
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,7 +60,7 @@ def test_each_row_of_metrics_has_its_keys(finished):
 def test_the_user_sees_the_table_and_the_steps(finished):
     _, done = finished
     for text in (
-        "simulating 8 devices", "parameters", "replica 2 × fsdp 2 × tensor 2 = 8 devices", "codec Identity, gather",
+        "simulating 8 devices", "parameters", "replica 2 × fsdp 2 × tensor 2 = 8 devices", "Sync, Identity (gather)",
         "FLOPs per token", "temporary per device", "wire per step, replica", "start-up", "step 20/20", "MFU n/a",
         "ETA", "bits per byte", "a sample:",
     ):  # fmt: skip
@@ -86,7 +87,7 @@ def test_llama3_8b_is_described_on_64_simulated_devices():
 def test_a_bad_gradient_is_skipped_counted_and_leaves_no_trace():
     config = helpers.tiny(sync__codec="bf16")
     parts = helpers.build(config, (2, 2, 1))
-    step, state = assemble.compile_step(parts), helpers.init_state(config, parts)
+    step, state = assemble.compile_steps(parts)["step"], helpers.init_state(config, parts)
     good = helpers.batch(config, parts, 0)
     bad = dict(good, mask=good["mask"] * np.float32("nan"))
     before = jax.device_get((state.params, state.opt_state))
@@ -119,7 +120,7 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
     )
     names = ("loss", "grad_norm", "param_norm", "lr", "skipped", "skipped_in_a_row")
     for step in (1, 2, 3):
-        recorder.step(step, {"step": step, **dict.fromkeys(names, [0])} | {"step": [step]})
+        recorder.step(step, dict.fromkeys(names, jnp.zeros(1)) | {"step": jnp.array([step])})
         assert [int(r[0]) for r in reads] == list(range(1, step)), "one behind"
     recorder.flush()
     assert [int(r[0]) for r in reads] == [1, 2, 3]
@@ -128,7 +129,7 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
 def test_nothing_compiles_after_the_first_step():
     config = helpers.tiny()
     parts = helpers.build(config, (2, 2, 1))
-    step, state = assemble.compile_step(parts), helpers.init_state(config, parts)
+    step, state = assemble.compile_steps(parts)["step"], helpers.init_state(config, parts)
     batches = [helpers.batch(config, parts, n) for n in range(4)]
     state, metrics = step(state, batches[0])
     compiled: list[str] = []
@@ -147,5 +148,6 @@ def test_the_model_and_the_exchange_trace_under_strict_promotion():
     config = helpers.tiny()
     parts = helpers.build(config, (2, 2, 1))
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        jax.eval_shape(parts.strategy.gradient, parts.state.params, parts.state.opt_state,
-                       jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts.batch))  # fmt: skip
+        batch_RBT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts.batch)
+        messages_R, *_ = jax.eval_shape(parts.strategy.messages, parts.state, batch_RBT)
+        jax.eval_shape(parts.strategy.exchange.mean, messages_R, parts.state.codec, parts.state.step)

@@ -1,0 +1,35 @@
+"""Codecs: what a tensor looks like on the wire. Small frozen dataclasses of pure functions over flat float32 vectors.
+
+A *block codec* has `encode(x, key) -> message`, a pytree of arrays whose bytes are exactly the bytes sent,
+`decode(message) -> x`, `block` (a message encodes a multiple of so many elements) and `wire(n)`, its bytes by dtype.
+If it is `sparse`, messages are gathered, never added up on the way.
+
+A *round codec* needs several rounds, or randomness that all replicas share: `mean(p, state, key, leaf, net) ->
+(mean, sent, state)`, where `net.mean` is the only door to the wire; `takes(leaf)` says which arrays it is for (the
+others are sent as float32), `init(leaf, key)` makes its state, `wire(leaf, send)` tells its bytes by dtype, where
+send(n, codec) are those of one mean.
+
+Narrow floats travel as unsigned integers of their width, and nibbles and bits packed in bytes: left as they are,
+XLA:CPU would widen them inside the collective and send two or four times the bytes.
+"""
+
+from parallel.codecs.dct import DeMo
+from parallel.codecs.lowrank import PowerSGD
+from parallel.codecs.plain import BF16, Identity
+from parallel.codecs.quantized import FP4, FP8, Int2, Int4, Int8, Sign
+from parallel.codecs.sparse import RandomK, TopK
+
+CODECS = {
+    "none": Identity,
+    "bf16": BF16,
+    "fp8": FP8,
+    "fp4": FP4,
+    "int8": Int8,
+    "int4": Int4,
+    "int2": Int2,
+    "sign": Sign,
+    "topk": TopK,
+    "randk": RandomK,
+    "powersgd": PowerSGD,
+    "demo": DeMo,
+}

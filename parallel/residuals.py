@@ -1,0 +1,96 @@
+"""What an exchange remembers from step to step: residuals of error feedback, and the round codecs' own state.
+
+worker: what each replica still owes, like the exchanged tree, [R, …].
+server: {unit: what the owner of each chunk owes from rounding the sum, [R, F, T, C]}.
+rounds: {unit: [F, T, …]}. F and T are the sizes of fsdp and tensor where the unit is sharded over them, else 1.
+
+All three are {} where there is nothing to remember.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from parallel import units
+from parallel.codecs import Identity
+from parallel.exchange import ALGORITHMS, AXIS, Exchange, Feedback, Net, is_round
+
+
+def build(
+    codec: Any, algorithm: str, mesh: Mesh, replicas: int, leaves: Any, feedback: Feedback | None = None, seed: int = 0
+) -> Exchange:
+    """The exchange of a tree of units.Leaf. Raises ValueError, with the config's keys, for what does not fit."""
+    devices = mesh.shape[AXIS]
+    if replicas % devices:
+        raise ValueError(
+            f"sync.replicas={replicas} is not a multiple of mesh.replica={devices}: "
+            "each device of the slow axis holds the same number of replicas"
+        )
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"sync.algorithm={algorithm!r} is none of {', '.join(ALGORITHMS)}")
+    name = type(codec).__name__
+    if algorithm == "psum" and not isinstance(codec, Identity):
+        raise ValueError("sync.algorithm=psum adds up on the wire and knows no codec: set sync.codec=none")
+    if algorithm == "two_stage" and not is_round(codec) and codec.sparse:
+        raise ValueError(
+            f"sync.algorithm=two_stage adds messages on the way, and those of {name} name different places: "
+            "set sync.algorithm=auto"
+        )
+    rank, every = getattr(codec, "rank", 0), jax.tree.leaves(leaves)
+    if rank and not any(is_round(codec) and codec.takes(leaf.shard(mesh.shape)) for leaf in every):
+        largest = max((min(leaf.shard(mesh.shape).matrix[1:]) for leaf in every if leaf.matrix), default=0)
+        raise ValueError(
+            f"sync.rank={rank}: no array becomes half as large by factors of this rank (the largest shard of a matrix "
+            f"has {largest} rows or columns): choose a lower rank, or another codec"
+        )
+    net = Net(algorithm, replicas, devices)
+    plan = units.plan(leaves, codec, mesh)
+    state_specs = _specs(net, mesh, leaves, plan, feedback)
+    return Exchange(net, mesh, leaves, plan, state_specs, feedback, seed)
+
+
+def init(exchange: Exchange) -> dict[str, Any]:
+    """Residuals of zeros, and the round codecs' first state: global arrays."""
+    state: dict[str, Any] = {"worker": {}, "server": {}, "rounds": {}}
+    if exchange.replicas == 1:
+        return state
+    R, sizes = exchange.replicas, exchange.mesh.shape
+    if exchange.feedback:
+        dtype = exchange.feedback.dtype
+        state["worker"] = jax.tree.map(lambda leaf: jnp.zeros((R, *leaf.shape), dtype), exchange.leaves)
+    for unit in exchange.units:
+        counts = tuple(sizes[axis] if axis in unit.axes else 1 for axis in exchange.mesh.axis_names[1:])
+        if is_round(unit.codec):
+            key = jax.random.fold_in(jax.random.key(exchange.seed), unit.salt)
+            make = lambda key, unit=unit: unit.codec.init(unit.local, key)
+            state["rounds"][unit.name] = jax.vmap(jax.vmap(make))(jax.random.split(key, counts))
+        elif has_server(exchange.net, unit, exchange.feedback):
+            C = exchange.net.padded(unit.size, unit.codec) // R
+            state["server"][unit.name] = jnp.zeros((R, *counts, C), exchange.feedback.dtype)
+    return state
+
+
+def has_server(net: Net, unit: Any, feedback: Feedback | None) -> bool:
+    """Whether owners of chunks round what they send on."""
+    if feedback is None or is_round(unit.codec) or isinstance(unit.codec, Identity):
+        return False
+    return net.form(unit.codec) == "two_stage"
+
+
+def _specs(net: Net, mesh: Mesh, leaves: Any, plan: Any, feedback: Feedback | None) -> dict[str, Any]:
+    state: dict[str, Any] = {"worker": {}, "server": {}, "rounds": {}}
+    if net.replicas == 1:
+        return state
+    if feedback:
+        state["worker"] = jax.tree.map(lambda leaf: P(AXIS, *leaf.spec), leaves)
+    for unit in plan:
+        axes = [axis if axis in unit.axes else None for axis in mesh.axis_names[1:]]
+        if is_round(unit.codec):
+            shapes = jax.eval_shape(lambda unit=unit: unit.codec.init(unit.local, jax.random.key(0)))
+            state["rounds"][unit.name] = jax.tree.map(lambda _, axes=axes: P(*axes), shapes)
+        elif has_server(net, unit, feedback):
+            state["server"][unit.name] = P(AXIS, *axes)
+    return state

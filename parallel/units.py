@@ -1,0 +1,91 @@
+"""What the exchange knows of a tree of arrays: their shards, their matrices, and which of them travel together."""
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from parallel.codecs import Identity
+from parallel.exchange import Unit, is_round
+from parallel.rules import path_name, spec
+
+SMALL = 2**14  # shards of fewer elements share one unit: a collective costs about as much as 64 KiB more to send
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array. batch_dims: how many leading dimensions only count matrices (layers). rows: how many of the next ones
+    are their rows, the rest being the columns; 0: the array holds vectors."""
+
+    name: str
+    shape: tuple[int, ...]
+    spec: P
+    batch_dims: int = 0
+    rows: int = 0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int, int] | None:
+        """(how many matrices, rows, columns), None for vectors."""
+        if not self.rows:
+            return None
+        first, second = self.batch_dims, self.batch_dims + self.rows
+        return math.prod(self.shape[:first]), math.prod(self.shape[first:second]), math.prod(self.shape[second:])
+
+    def shard(self, sizes: Mapping[str, int]) -> "Leaf":
+        """One device's shard, on a mesh of these sizes."""
+        axes = (*self.spec, *[None] * (len(self.shape) - len(self.spec)))
+        shape = tuple(n // sizes[axis] if axis else n for n, axis in zip(self.shape, axes, strict=True))
+        return Leaf(self.name, shape, self.spec, self.batch_dims, self.rows)
+
+    def with_layers(self, layers: int) -> "Leaf":
+        """The same array with so many layers."""
+        return Leaf(self.name, (layers, *self.shape[1:]), self.spec, self.batch_dims, self.rows)
+
+
+def leaves(shapes_tree: Any, axes_tree: Any) -> Any:
+    """A tree of Leaf. An array is a matrix if it has the model dimension and another one besides layers."""
+
+    def leaf(path, x, axes) -> Leaf:
+        batch_dims = int(axes[0] == "layers")
+        rest = axes[batch_dims:]
+        is_matrix = "embed" in rest and len(rest) > 1
+        rows = (len(rest) - 1 if rest[-1] == "embed" else 1) if is_matrix else 0
+        return Leaf(path_name(path), tuple(x.shape), spec(axes), batch_dims, rows)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes_tree, axes_tree)
+
+
+def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
+    """Large arrays, and matrices that a codec wants whole, each by itself: memory is bounded by the largest. The small
+    ones together, by the mesh axes they are sharded over: a block that mixed sharded and replicated values would
+    decode to different copies of the replicated ones."""
+    units, buckets = [], {}
+    for i, leaf in enumerate(jax.tree.leaves(leaves_tree)):
+        local = leaf.shard(mesh.shape)
+        axes = tuple(axis for axis in mesh.axis_names if axis in leaf.spec)
+        own = codec if not is_round(codec) or codec.takes(local) else Identity()
+        if local.size >= SMALL or (is_round(own) and own.per_matrix and local.matrix is not None):
+            units.append(Unit(leaf.name, (i,), (local.shape,), axes, local.size, local, own, _salt(leaf.name)))
+        else:
+            buckets.setdefault((axes, own), []).append((i, local))
+    for (axes, own), members in buckets.items():
+        name = " ".join(["small", type(own).__name__, *axes])
+        numbers, locals_ = zip(*members, strict=True)
+        whole = Leaf(name, (sum(local.size for local in locals_),), P(None))
+        units.append(
+            Unit(name, numbers, tuple(local.shape for local in locals_), axes, whole.size, whole, own, _salt(name))
+        )
+    return tuple(units)
+
+
+def _salt(name: str) -> int:
+    return zlib.crc32(name.encode())
