@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from model import attention, decode, optimizer
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
-from parallel import codecs, local, placement, residuals, rules, stale, strategies, units, wire
+from parallel import codecs, local, placement, residuals, resume, rules, stale, strategies, units, wire
 from parallel import mesh as meshes
 from parallel.cost import exchange_bytes, peak_flops
 from parallel.exchange import Feedback, is_round
@@ -141,13 +141,12 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def compile_steps(parts: Parts) -> dict[str, Any]:
-    """The strategy's programs, compiled ahead of time: calling them can never compile again."""
+def compile_steps(parts: Parts, options: Any = None) -> dict[str, Any]:
+    """The strategy's programs, compiled ahead of time: calling them can never compile again. options: XLA's."""
     outputs = (shardings_of(parts.state), None)
     with ThreadPoolExecutor(2) as pool:
-        compile_one = lambda f: (
-            jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(parts.state, parts.batch).compile()
-        )
+        lower = lambda f: jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(parts.state, parts.batch)
+        compile_one = lambda f: lower(f).compile(compiler_options=options)
         found = {name: pool.submit(compile_one, f) for name, f in parts.strategy.programs().items()}
         return {name: future.result() for name, future in found.items()}
 
@@ -191,6 +190,13 @@ def compile_init(parts: Parts) -> Any:
     # It runs once: level 1 compiles in a third of the time, to the same bits.
     options: Any = {"xla_backend_optimization_level": 1}
     return lowered.compile(compiler_options=options)
+
+
+def adapter(parts: Parts, seed: int) -> Any:
+    """What makes this run's residuals and replicas out of another codec's, mesh's or number of replicas'."""
+    leaves = units.leaves(parts.param_shapes, parts.model.axes)
+    begin = lambda: named_arrays(compile_init(parts)(np.uint32(seed)))
+    return lambda saved, wanted: resume.adapt(saved, wanted, leaves, begin, parts.mesh)
 
 
 def num_parameters(parts: Parts) -> int:

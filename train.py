@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
 
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
-        state, start = checkpoints.restore(parts.state, console.warn)
+        state, start = checkpoints.restore(parts.state, console.warn, assemble.adapter(parts, config.seed))
         console.say(f"resuming {workdir.path} from step {start}; every array has the digest it was saved with")
     else:
         init = initializing.result() if initializing else assemble.compile_init(parts)

@@ -62,7 +62,7 @@ def get_config() -> Any:
     c.data.document_mask = False  # attend within a document only
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw, sgd, muon, lion
+    c.optimizer.name = "adamw"  # adamw, sgd, muon, lion, sign
     c.optimizer.lr = 1e-3
     c.optimizer.schedule = "cosine"  # cosine, wsd, constant
     c.optimizer.warmup_steps = 50

@@ -65,7 +65,7 @@ def build(
     weight_decay: float,
     clip_norm: float,
 ) -> Optimizer:
-    """adamw, sgd (with momentum), lion or muon. axes: the logical axes of the params.
+    """adamw, sgd (with momentum), lion, muon or sign (of the mean gradient). axes: the logical axes of the params.
 
     Weight decay is decoupled, and spares biases and norm scales. clip_norm 0: no clipping.
     """
@@ -81,8 +81,11 @@ def build(
         )
     elif name == "muon":
         core = _muon(schedule, axes, b1, b2, eps, momentum, weight_decay)
+    elif name == "sign":
+        decay = optax.add_decayed_weights(weight_decay, _decays)
+        core = optax.chain(optax.scale_by_sign(), decay, optax.scale_by_learning_rate(schedule))
     else:
-        raise ValueError(f"optimizer.name={name!r} is none of adamw, lion, muon, sgd")
+        raise ValueError(f"optimizer.name={name!r} is none of adamw, lion, muon, sgd, sign")
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     return Optimizer(optax.chain(*clip, core), schedule)
 

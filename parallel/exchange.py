@@ -8,6 +8,7 @@ encoded together (a Unit), C = N/R of one chunk. Sums are float32 in the order o
 that R replicas give the same bits on any number of devices.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class Net:
         exchange = lambda m: lax.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True)
         return jax.tree.map(exchange, message), message
 
-    def sent(self, message: Any, shape: tuple[int, int], codec: Any) -> jax.Array:
+    def sent(self, message: Any, shape: Sequence[int], codec: Any) -> jax.Array:
         """Own messages decoded: [k, N]."""
         decode = jax.vmap(jax.vmap(codec.decode)) if self.form(codec) == "two_stage" else jax.vmap(codec.decode)
         return decode(message).reshape(shape[0], -1)[:, : shape[1]]
@@ -162,6 +163,10 @@ class Exchange:
     @property
     def replicas(self) -> int:
         return self.net.replicas
+
+    def with_a_device_per_replica(self) -> "Exchange":
+        """The same exchange as it would be on R devices: for predictions."""
+        return dataclasses.replace(self, net=Net(self.net.algorithm, self.replicas, self.replicas))
 
     def mean(self, tree_R: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
         """(leaves [R, …] float32 -> […], replicated over `replica`, sharded over the fast axes as before; state)."""

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallel import residuals
-from parallel.exchange import AXIS, Exchange
+from parallel.exchange import AXIS
 from parallel.strategies import Batch, State, Strategy
 
 LOCAL_METRICS = ("loss", "grad_norm", "tokens", "skipped", "skipped_in_a_row")  # [K, R]: not added up over the link
@@ -161,7 +161,7 @@ class Streaming(_Local):
     fragments: int = 2
     overlap: int = 0
     mix: float = 0.0
-    rest: Exchange | None = None
+    rest: Any = None
 
     @property
     def steps_per_call(self) -> int:
@@ -244,7 +244,9 @@ class Streaming(_Local):
         else:
             half = -(-K // 2)
             part = lambda a, b: jax.tree.map(lambda x: x[a:b], batch_KRBT)
-            flights = {name: exchange.start(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
+            flights: Any = {
+                name: exchange.start(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()
+            }
             inner_R, metrics = self.inner_steps(inner_R, part(0, half))
             flights, inner_R = lax.optimization_barrier((flights, inner_R))
             done = {name: exchanges[name][0].finish(*flight, step) for name, flight in flights.items()}

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel.rules import Constrain
 
-Rows = Callable[[np.ndarray], dict[str, np.ndarray]]  # row numbers -> {name: [rows, T]}
+Rows = Callable[[Any], dict[str, np.ndarray]]  # row numbers -> {name: [rows, T]}
 TRAIN = P(None, "replica", "fsdp")  # [K, R, B, T]
 EVAL = P("replica", "fsdp")  # [D, B, T]
 

@@ -32,16 +32,16 @@ def build(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"sync.algorithm={algorithm!r} is none of {', '.join(ALGORITHMS)}")
     name = type(codec).__name__
-    if algorithm == "psum" and not isinstance(codec, Identity):
+    if algorithm == "psum" and name != "Identity":
         raise ValueError("sync.algorithm=psum adds up on the wire and knows no codec: set sync.codec=none")
     if algorithm == "two_stage" and not is_round(codec) and codec.sparse:
         raise ValueError(
             f"sync.algorithm=two_stage adds messages on the way, and those of {name} name different places: "
             "set sync.algorithm=auto"
         )
-    rank, every = getattr(codec, "rank", 0), jax.tree.leaves(leaves)
-    if rank and not any(is_round(codec) and codec.takes(leaf.shard(mesh.shape)) for leaf in every):
-        largest = max((min(leaf.shard(mesh.shape).matrix[1:]) for leaf in every if leaf.matrix), default=0)
+    rank, shards = getattr(codec, "rank", 0), [leaf.shard(mesh.shape) for leaf in jax.tree.leaves(leaves)]
+    if rank and not any(codec.takes(shard) for shard in shards):
+        largest = max((min(shard.matrix[1:]) for shard in shards if shard.matrix), default=0)
         raise ValueError(
             f"sync.rank={rank}: no array becomes half as large by factors of this rank (the largest shard of a matrix "
             f"has {largest} rows or columns): choose a lower rank, or another codec"
@@ -58,8 +58,8 @@ def init(exchange: Exchange) -> dict[str, Any]:
     if exchange.replicas == 1:
         return state
     R, sizes = exchange.replicas, exchange.mesh.shape
+    dtype = exchange.feedback.dtype if exchange.feedback else None
     if exchange.feedback:
-        dtype = exchange.feedback.dtype
         state["worker"] = jax.tree.map(lambda leaf: jnp.zeros((R, *leaf.shape), dtype), exchange.leaves)
     for unit in exchange.units:
         counts = tuple(sizes[axis] if axis in unit.axes else 1 for axis in exchange.mesh.axis_names[1:])
@@ -69,7 +69,7 @@ def init(exchange: Exchange) -> dict[str, Any]:
             state["rounds"][unit.name] = jax.vmap(jax.vmap(make))(jax.random.split(key, counts))
         elif has_server(exchange.net, unit, exchange.feedback):
             C = exchange.net.padded(unit.size, unit.codec) // R
-            state["server"][unit.name] = jnp.zeros((R, *counts, C), exchange.feedback.dtype)
+            state["server"][unit.name] = jnp.zeros((R, *counts, C), dtype)
     return state
 
 

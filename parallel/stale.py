@@ -40,14 +40,13 @@ class Stale(Sync):
         batch_RBT = jax.tree.map(lambda x: x[0], batch_KRBT)
         if self.staleness and self.accumulate > 1 and self.exchange.replicas > 1:
             mean, codec, (messages_R, opt_state, loss, tokens, finite) = self._overlapped(state, batch_RBT)
-            oldest, pending = state.strategy["pending"][0], state.strategy["pending"][1:]
             own = self._entry(state, messages_R, finite)
+            oldest, *pending = [*state.strategy["pending"], own]
         else:
             messages_R, opt_state, loss, tokens, finite = self.messages(state, batch_RBT)
             own = self._entry(state, messages_R, finite)
             oldest, *pending = [*state.strategy["pending"], own]
             mean, codec = self.exchange.mean(oldest["messages"], state.codec, state.step)
-        pending = [*pending, own][-self.staleness :] if self.staleness else []
         if self.compensation:
             moved = jax.tree.map(jnp.subtract, state.params, oldest["params"])
             mean = jax.tree.map(lambda g, d: g + self.compensation * g * g * d, mean, moved)
@@ -73,10 +72,10 @@ class Stale(Sync):
         batch_RABT = jax.vmap(self.micro_batches, spmd_axis_name=AXIS)(batch_RBT)
         part = lambda a, b: jax.tree.map(lambda x: x[:, a:b], batch_RABT)
         per_replica = jax.vmap(self.add_micro_steps, in_axes=(None, 0, None), spmd_axis_name=AXIS)
-        flight = self.exchange.start(oldest_R, state.codec, state.step)
+        flight, codec = self.exchange.start(oldest_R, state.codec, state.step)
         total_R = per_replica(state.params, part(0, half), None)
-        flight, total_R = lax.optimization_barrier((flight, total_R))
-        mean, codec = self.exchange.finish(*flight, state.step)
+        flight, codec, total_R = lax.optimization_barrier((flight, codec, total_R))
+        mean, codec = self.exchange.finish(flight, codec, state.step)
         more = jax.vmap(self.add_micro_steps, in_axes=(None, 0, 0), spmd_axis_name=AXIS)
         loss_R, grads_R = more(state.params, part(half, self.accumulate), total_R)
         mean, codec, loss_R, grads_R = lax.optimization_barrier((mean, codec, loss_R, grads_R))

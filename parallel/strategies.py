@@ -55,7 +55,18 @@ class Strategy:
 
     @property
     def steps_per_call(self) -> int:
+        """K."""
         return 1
+
+    def init(self, params: Any) -> State:
+        raise NotImplementedError
+
+    def programs(self) -> dict[str, Callable]:
+        raise NotImplementedError
+
+    def program_at(self, step: int, last: int) -> str:
+        """Which program makes the updates after `step`; the run ends at `last`."""
+        raise NotImplementedError
 
     def codec_specs(self) -> Any:
         return self.exchange.state_specs
@@ -138,7 +149,6 @@ class Sync(Strategy):
         return {"step": self.step}
 
     def program_at(self, step: int, last: int) -> str:
-        """Which program makes the updates after `step`; the run ends at `last`."""
         return "step"
 
     def step(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:

@@ -72,7 +72,7 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
     for i, leaf in enumerate(jax.tree.leaves(leaves_tree)):
         local = leaf.shard(mesh.shape)
         axes = tuple(axis for axis in mesh.axis_names if axis in leaf.spec)
-        own = codec if not is_round(codec) or codec.takes(local) else Identity()
+        own: Any = codec if not is_round(codec) or codec.takes(local) else Identity()
         if local.size >= SMALL or (is_round(own) and own.per_matrix and local.matrix is not None):
             units.append(Unit(leaf.name, (i,), (local.shape,), axes, local.size, local, own, _salt(leaf.name)))
         else:

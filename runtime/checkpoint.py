@@ -111,15 +111,19 @@ class Checkpoints:
         self.finish()
         self._orbax.close()
 
-    def restore(self, abstract_state: Any, warn: Callable[[str], None]) -> tuple[Any, int]:
+    def restore(
+        self, abstract_state: Any, warn: Callable[[str], None], adapt: Callable[[dict, dict], Any] = lambda *_: None
+    ) -> tuple[Any, int]:
         """The newest intact step, verified, in the shardings of `abstract_state`; and its number.
+
+        adapt(saved arrays, wanted arrays) may say how to make some of the wanted ones from others (parallel/resume.py).
 
         A damaged step is named, with its arrays, through `warn`, and the one before it is tried. Raises
         CheckpointError if none is intact, or if the arrays are another model's.
         """
         found: list[str] = []
         for step in reversed(self.steps()):
-            state, problems = self._load(step, abstract_state)
+            state, problems = self._load(step, abstract_state, warn, adapt)
             if not _any_process(bool(problems)):
                 return state, step
             self._damaged.add(step)
@@ -131,16 +135,25 @@ class Checkpoints:
             + "\nRestore the directory from a backup, or start a new run with another --workdir."
         )
 
-    def _load(self, step: int, abstract_state: Any) -> tuple[Any, list[str]]:
+    def _load(self, step: int, abstract_state: Any, warn: Callable, adapt: Callable) -> tuple[Any, list[str]]:
         wanted = named_arrays(abstract_state)
         record = read_record(self.directory / str(step))
         if record is None:
             return None, ["its record of digests is missing or damaged in both copies"]
-        _check_same_arrays(step, record["arrays"], wanted)
-        arrays, problems = load_arrays(self.directory / str(step), wanted)
+        adapted, load = adapt(record["arrays"], wanted), wanted
+        if adapted:
+            replaced = adapted.replaced
+            load = {name: x for name, x in wanted.items() if name not in replaced} | adapted.load
+        known = {name: x for name, x in record["arrays"].items() if not adapted or name not in adapted.ignored}
+        _check_same_arrays(step, known, load)
+        arrays, problems = load_arrays(self.directory / str(step), load)
         problems += compare(record, arrays)
         if problems:
             return None, problems
+        if adapted:
+            arrays |= adapted.convert(arrays)
+            for note in adapted.notes:
+                warn(note)
         treedef = jax.tree.structure(abstract_state)
         return treedef.unflatten([arrays[name] for name in wanted]), []
 

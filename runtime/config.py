@@ -46,7 +46,7 @@ CHOICES = {
     "compute.attention": ("auto", "reference", "cudnn", "splash"),
     "compute.remat": ("none", "matmuls", "dots", "full"),
     "data.corpus": ("stdlib", "asv"),
-    "optimizer.name": ("adamw", "sgd", "muon", "lion"),
+    "optimizer.name": ("adamw", "sgd", "muon", "lion", "sign"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "sync.strategy": tuple(STRATEGIES),
     "sync.codec": tuple(CODECS),
@@ -78,6 +78,7 @@ UNREAD: dict[str, dict[Any, str]] = {
         "adamw": "optimizer.momentum",
         "lion": "optimizer.momentum optimizer.eps",
         "sgd": "optimizer.b1 optimizer.b2 optimizer.eps",
+        "sign": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.momentum",
     },
     "optimizer.schedule": {"constant": "optimizer.final_lr_fraction"},
     "guard.zscore": {0: "guard.window"},
@@ -344,6 +345,11 @@ def _relations(flat: dict[str, Any]) -> Iterator[str]:
 
 def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
     codec, strategy = flat["sync.codec"], flat["sync.strategy"]
+    if flat["optimizer.name"] == "sign" and codec == "powersgd":
+        yield (
+            "optimizer.name=sign with sync.codec=powersgd: the sign of a sum of rank-1 matrices says little about the "
+            "gradient's signs. Choose another codec, or another optimizer"
+        )
     if flat["sync.error_feedback"] == "on" and codec == "none":
         yield "sync.error_feedback=on: sync.codec=none loses nothing that could be fed back"
     if flat["sync.decay"] > 1:

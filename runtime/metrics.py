@@ -50,7 +50,7 @@ class MetricsLog:
             return 0
         rows, damaged = _parse(content)
         kept = [line for line, row in rows if not _is_after(row, restored_step)]
-        _replace_file(self.path, b"".join(line + b"\n" for line in kept))
+        replace_file(self.path, b"".join(line + b"\n" for line in kept))
         return len(damaged)
 
     def write(self, row: dict) -> None:
@@ -94,7 +94,7 @@ def read(path: Path) -> list[dict]:
 
 def write_json(path: Path, obj: dict) -> None:
     """Writes a small JSON file (config, summary) atomically; numpy scalars are welcome, keys keep their order."""
-    _replace_file(Path(path), (json.dumps(_standard_json(obj), indent=2, allow_nan=False) + "\n").encode())
+    replace_file(Path(path), (json.dumps(_standard_json(obj), indent=2, allow_nan=False) + "\n").encode())
 
 
 class TensorBoardWriter:
@@ -123,7 +123,7 @@ class WandbWriter:
         workdir = Path(workdir)
         id_file = workdir / "wandb_id"
         if not id_file.exists():
-            _replace_file(id_file, uuid.uuid4().hex.encode())
+            replace_file(id_file, uuid.uuid4().hex.encode())
         run_id = id_file.read_text().strip()
         self._run = wandb.init(project=project, name=workdir.name, id=run_id, resume="allow", dir=str(workdir))
 
@@ -233,7 +233,7 @@ def _is_after(row: dict, step: int) -> bool:
     return row.get("step", step) > step
 
 
-def _replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Writes a new file beside `path`, forces it to disk and renames it over: readers see the old or the new whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -92,9 +92,12 @@ def losses(config, parts: assemble.Parts, steps: int, uneven: bool = False) -> n
     return train_here(config, parts, steps, uneven)[0]
 
 
-def train_here(config, parts: assemble.Parts, steps: int, uneven: bool = False) -> tuple[np.ndarray, Any]:
+def train_here(
+    config, parts: assemble.Parts, steps: int, uneven: bool = False, quickly: bool = False
+) -> tuple[np.ndarray, Any]:
     """(losses, state) of some steps in this process."""
-    state, programs, found = init_state(config, parts), assemble.compile_steps(parts), []
+    programs = assemble.compile_steps(parts, QUICKLY if quickly else None)
+    state, found = init_state(config, parts), []
     strategy = parts.strategy
     for n in range(0, steps, strategy.steps_per_call):
         batches = [batch(config, parts, n + i, uneven) for i in range(strategy.steps_per_call)]

@@ -97,6 +97,8 @@ MAY_IMPORT = {
     "configs": {"configs"},
     "assemble": {"model", "parallel", "runtime"},
     "ending": {"assemble", "data", "runtime"},
+    "comparison": {"parallel", "runtime"},
+    "compare": {"assemble", "comparison", "data", "parallel", "runtime"},
     "train": {"assemble", "ending", "model", "parallel", "data", "runtime"},
 }
 FREE = {"tests", "bench"}  # these may use everything, and nothing may use them

@@ -39,7 +39,7 @@ def compare(losses, gradients, uneven: bool):
         assert np.linalg.norm(gradients[name] - wanted) <= bound, name
 
 
-@BOTH
+@pytest.mark.parametrize("uneven", [True, pytest.param(False, marks=SLOW)], ids=["uneven", "full"])
 @pytest.mark.parametrize("mesh", helpers.factorings(8), ids=helpers.name)
 def test_every_mesh_of_eight_devices_trains_like_one_device(mesh, uneven):
     check(mesh, uneven)

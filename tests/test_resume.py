@@ -138,3 +138,33 @@ def test_another_mesh_goes_on_with_the_same_parameters_and_losses(tmp_path, mesh
     ours, theirs = helpers.metric_losses(tmp_path), helpers.metric_losses(uninterrupted)
     later = [step for step in theirs if 10 < step <= 20]
     assert later and all(abs(ours[step] / theirs[step] - 1) < 5e-6 for step in later)
+
+
+# Every strategy and every kind of state: local parameters, messages in flight, residuals, PowerSGD's Q.
+METHODS = {
+    "sync int4": "strategy=sync codec=int4",
+    "sync powersgd": "strategy=sync codec=powersgd",
+    "stale none": "strategy=stale codec=none staleness=2",
+    "stale topk": "strategy=stale codec=topk compensation=0.1",
+    "diloco int4": "strategy=diloco codec=int4 interval=7",
+    "diloco powersgd": "strategy=diloco codec=powersgd interval=7",
+    "streaming none": "strategy=streaming codec=none interval=6 overlap=2 mix=0.5",
+    "streaming topk": "strategy=streaming codec=topk interval=6 overlap=1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_strategy_killed_in_the_middle_of_an_interval_ends_with_the_same_bits(tmp_path, method):
+    options = [f"--config.sync.{option}" for option in METHODS[method].split()]
+    options += ["--config.mesh.replica=2", "--config.mesh.tensor=1", "--config.steps=60", "--config.eval_every=30"]
+    helpers.train(tmp_path / "straight", *OPTIONS, *options, simulate=4)
+    workdir = tmp_path / "killed"
+    process = start(workdir, *options)
+    wait_for_steps(process, workdir, 9)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    helpers.train(workdir, *OPTIONS, *options, simulate=4)
+    check_same_run(workdir, tmp_path / "straight")
+    restored = summary(workdir)["starts"][-1]["restored_step"]
+    assert 9 <= restored < 60 and restored % 3 == 0

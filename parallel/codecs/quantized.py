@@ -7,6 +7,7 @@ A block of zeros has the scale 0 and decodes to zeros.
 Shapes: N elements of a vector, M = N / block blocks, B elements of a block.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,7 +47,7 @@ class _Scaled:
         scale_M = round_up_to_bf16(jnp.max(jnp.abs(x_MB), axis=1) / self.largest)
         scaled_MB = x_MB / jnp.where(scale_M > 0, scale_M, 1.0)[:, None]
         # What is added before rounding down: half for rounding to nearest, else uniform in [0, 1).
-        dither = jax.random.uniform(key, x_MB.shape) if self.stochastic else 0.5
+        dither = 0.5 if key is None else jax.random.uniform(key, x_MB.shape)
         return {"values": pack(self.to_codes(scaled_MB, dither), self.bits), "scales": bf16_bits(scale_M)}
 
     def decode(self, message: Message) -> jax.Array:
@@ -179,8 +180,8 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     if bits == 8:
         return codes
     per_byte = 8 // bits
-    codes = codes.reshape(*codes.shape[:-1], -1, per_byte)
-    return sum(codes[..., i] << jnp.uint8(bits * i) for i in range(per_byte)).astype(jnp.uint8)
+    shifted = codes.reshape(*codes.shape[:-1], -1, per_byte) << jnp.arange(0, 8, bits, dtype=jnp.uint8)
+    return functools.reduce(jnp.bitwise_or, [shifted[..., i] for i in range(per_byte)])
 
 
 def unpack(packed: jax.Array, bits: int) -> jax.Array:

@@ -1,0 +1,284 @@
+"""Does a method save communication without hurting the loss, and by how much? One table and three plots.
+
+python compare.py --config=configs/compare/quickstart.py --simulate=4
+
+Trains every row of the config (a strategy, a codec, further changes) on the same budget of tokens with the same seeds,
+after tuning each with the same small budget: one key, at most 3 candidates, a third of the length, the first seed. Stop
+it at any time: the same command goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import runpy
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import assemble
+import comparison
+from data import corpus as corpora
+from data.loader import Loader, eval_batches
+from parallel import local, placement
+from parallel import mesh as meshes
+from parallel.cost import exchange_bytes
+from parallel.utilisation import Method
+from runtime import config as configuration
+from runtime.config import UsageError
+from runtime.console import human_seconds
+from runtime.metrics import write_json
+
+PERTURBATION = 1e-6  # of the weights, relative: the noise floor of a comparison
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    if args.simulate:
+        meshes.simulate(args.simulate)
+    assemble.use_compilation_cache(corpora.cache_directory())
+    plan = Plan.read(args.config, args.only)
+    workdir = Path(args.workdir or f"runs/compare-{Path(args.config).stem}")
+    runner = Runner(plan, workdir)
+    for row in plan.rows:
+        best = runner.tune(row)
+        for seed in plan.seeds:
+            runner.result(row, best, seed, plan.steps)
+        table = comparison.tabulate([runner.summary(r) for r in plan.rows if runner.finished(r)], plan.about())
+        comparison.write(table, workdir)
+    print(f"\n{comparison.markdown(table)}\nin {workdir}: table.md, table.csv, table.json, plots/")
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a file like configs/compare/quickstart.py")
+    parser.add_argument("--workdir", help="where results are kept; default runs/compare-<config>")
+    parser.add_argument("--simulate", type=int, help="simulated CPU devices, over which the replicas are laid")
+    parser.add_argument("--only", default="", help="rows whose name contains this; the baseline always runs")
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    changes: dict[str, Any]
+    tune: tuple[str, tuple[float, ...]] | None
+    perturbed: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the config file says."""
+
+    base: Any
+    rows: list[Row]
+    seeds: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        return self.base.steps
+
+    @classmethod
+    def read(cls, file: str, only: str) -> "Plan":
+        """Raises UsageError for a file, a row or a number of seeds that cannot be compared; checks every row."""
+        if not Path(file).is_file():
+            raise UsageError(f"--config={file}: there is no such file. See configs/compare/quickstart.py")
+        found = runpy.run_path(file)
+        if missing := {"get_config", "ROWS", "SEEDS"} - found.keys():
+            raise UsageError(f"--config={file} has no {', '.join(sorted(missing))}: see configs/compare/quickstart.py")
+        rows = [Row(**row) for row in found["ROWS"]]
+        if len(set(found["SEEDS"])) < 3:
+            raise UsageError(f"--config={file}: SEEDS={found['SEEDS']}; an interval needs 3 different seeds or more")
+        plan = cls(found["get_config"](), rows, tuple(found["SEEDS"]))
+        for row in rows:
+            if row.tune and len(row.tune[1]) > 3:
+                raise UsageError(f"row {row.name!r}: {len(row.tune[1])} candidates; every row has at most 3")
+            configuration.validate(plan.config(row, row.tune[1][0] if row.tune else None, plan.steps))
+        floor = Row(f"{rows[0].name}, weights moved by {PERTURBATION:g}", rows[0].changes, rows[0].tune, True)
+        kept = [row for row in [rows[0], floor, *rows[1:]] if only in row.name or row is rows[0]]
+        return cls(plan.base, kept, plan.seeds)
+
+    def config(self, row: Row, value: Any, steps: int) -> Any:
+        """The training run of a row, with this value of what it tunes."""
+        config = self.base.copy_and_resolve_references()
+        config.update_from_flattened_dict(row.changes | ({row.tune[0]: value} if row.tune else {}) | {"steps": steps})
+        return config
+
+    def about(self) -> dict[str, Any]:
+        tokens = self.steps * self.base.data.batch_size * self.base.data.seq_len
+        return {"seeds": len(self.seeds), "steps": self.steps, "tokens": tokens, "replicas": self.base.sync.replicas}
+
+
+@dataclass
+class Runner:
+    """Runs what is not in the workdir yet. One file per run, named by what was run: another config, another file."""
+
+    plan: Plan
+    workdir: Path
+    started: float = field(default_factory=time.time)
+    steps_done: int = 0
+    _built: dict[str, Any] = field(default_factory=dict)
+
+    def tune(self, row: Row) -> Any:
+        """The best candidate by eval loss after a third of the length, with the first seed."""
+        if row.tune is None:
+            return None
+        steps = self._third()
+        losses = {v: self.result(row, v, self.plan.seeds[0], steps)["eval_loss"][-1] for v in row.tune[1]}
+        return min(losses, key=lambda value: losses[value] if np.isfinite(losses[value]) else np.inf)
+
+    def _third(self) -> int:
+        """A third of the steps, in whole intervals between evaluations."""
+        every = self.plan.base.eval_every
+        return max(1, round(self.plan.steps / 3 / every)) * every
+
+    def finished(self, row: Row) -> bool:
+        candidates = row.tune[1] if row.tune else (None,)
+        runs = lambda value: all(self._file(row, value, seed, self.plan.steps).exists() for seed in self.plan.seeds)
+        return any(runs(value) for value in candidates)
+
+    def summary(self, row: Row) -> dict[str, Any]:
+        value = self.tune(row)
+        runs = [self.result(row, value, seed, self.plan.steps) for seed in self.plan.seeds]
+        keys = ("wire_bytes_per_step", "wire_bytes_from", "method", "parameters")
+        return {
+            "name": row.name,
+            "tuned": f"{row.tune[0]}={value:g} of {', '.join(f'{v:g}' for v in row.tune[1])}" if row.tune else "",
+            "steps": runs[0]["steps"],
+            "eval_losses": [run["eval_loss"] for run in runs],
+            **{key: runs[0][key] for key in keys},
+        }
+
+    def result(self, row: Row, value: Any, seed: int, steps: int) -> dict[str, Any]:
+        file = self._file(row, value, seed, steps)
+        if file.exists():
+            return json.loads(file.read_text())
+        config = self.plan.config(row, value, steps)
+        started = time.time()
+        found = self._train(row, config, seed)
+        self.steps_done += steps
+        write_json(file, found | {"row": row.name, "seed": seed, "seconds": round(time.time() - started, 1)})
+        remaining = sum(n for *_, n in self._to_do())
+        eta = (time.time() - self.started) / self.steps_done * remaining
+        print(
+            f"{row.name} | {row.tune[0] if row.tune else ''}={value} seed {seed} | {steps} steps in "
+            f"{time.time() - started:.0f} s | eval loss {found['eval_loss'][-1]:.4f} | ETA {human_seconds(eta)}",
+            flush=True,
+        )
+        return json.loads(file.read_text())
+
+    def _to_do(self) -> Iterator[tuple[Row, Any, int, int]]:
+        """Runs that are still missing. Which candidate will win is not known before: any stands for it."""
+        for row in self.plan.rows:
+            candidates = row.tune[1] if row.tune else (None,)
+            for value in candidates if row.tune else ():
+                if not self._file(row, value, self.plan.seeds[0], self._third()).exists():
+                    yield row, value, self.plan.seeds[0], self._third()
+            for seed in self.plan.seeds:
+                if not any(self._file(row, v, seed, self.plan.steps).exists() for v in candidates):
+                    yield row, candidates[0], seed, self.plan.steps
+
+    def _file(self, row: Row, value: Any, seed: int, steps: int) -> Path:
+        described = [self.plan.config(row, value, steps).to_json(sort_keys=True), seed, row.perturbed]
+        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+        return self.workdir / "results" / f"{digest}.json"
+
+    def _train(self, row: Row, config: Any, seed: int) -> dict[str, Any]:
+        parts, programs, init, evaluate, corpus = self._build(config)
+        strategy = parts.strategy
+        loader = Loader(corpus.train_N, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=seed)
+        state = init(np.uint32(seed))
+        if row.perturbed:
+            state.params = jax.jit(_perturb, out_shardings=assemble.shardings_of(parts.state.params))(state.params)
+        place = lambda rows: placement.place_train(parts.mesh, parts.replicas, loader.batch_size, rows)
+        steps, losses, done = [], [], 0
+        for batch in loader.batches(0, config.steps, place, strategy.steps_per_call):
+            state, _ = programs[strategy.program_at(done, config.steps)](state, batch)
+            done += strategy.steps_per_call
+            if done % config.eval_every == 0 or done == config.steps:
+                steps, losses = [*steps, done], [*losses, evaluate(state.params)[0]]
+        size, source = _wire_bytes(parts, programs, config)
+        return {
+            "steps": steps,
+            "eval_loss": losses,
+            "wire_bytes_per_step": size,
+            "wire_bytes_from": source,
+            "parameters": assemble.num_parameters(parts),
+            "method": _method(parts),
+        }
+
+    def _build(self, config: Any) -> tuple:
+        """Compiled programs are shared by the seeds of a candidate; only the last ones are kept."""
+        key = config.to_json(sort_keys=True)
+        if key not in self._built:
+            R, D = config.sync.replicas, len(jax.devices())
+            if R % D:
+                raise UsageError(f"sync.replicas={R} replicas cannot be laid over {D} devices: use --simulate={R}")
+            parts = assemble.build(config, meshes.build({"replica": D, "fsdp": 1, "tensor": 1}))
+            data = {
+                k: config.data[k] for k in ("corpus", "path", "tokenizer", "vocab_size", "eval_fraction", "seq_len")
+            }
+            corpus = corpora.load(cache_dir=corpora.cache_directory(), **data)
+            shape = {"seq_len": config.data.seq_len, "batch_size": config.data.batch_size}
+            batches = eval_batches(corpus.eval_N, num_batches=config.eval_batches, **shape)
+            evaluate = assemble.Evaluator(parts, batches, corpus.tokenizer.token_bytes())
+            built = (parts, assemble.compile_steps(parts), assemble.compile_init(parts), evaluate, corpus)
+            self._built = {key: built}
+        return self._built[key]
+
+
+def _perturb(params: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x * (1 + PERTURBATION * jax.random.normal(key, x.shape)) for key, x in zip(keys, leaves, strict=True)]
+    return treedef.unflatten([jnp.asarray(x) for x in moved])
+
+
+def _wire_bytes(parts: assemble.Parts, programs: dict[str, Any], config: Any) -> tuple[float, str]:
+    """Bytes per step that a replica sends: counted in the program where every replica has a device of its own."""
+    if parts.mesh.shape["replica"] == parts.replicas:
+        return assemble.wire_bytes(parts, programs, config.steps)["replica"], "compiled program"
+    strategy, K = parts.strategy, parts.strategy.steps_per_call
+    names = [strategy.program_at(step, config.steps) for step in range(0, config.steps, K)]
+    whole = _exchange_bytes(parts) * sum(name in ("step", "inner+exchange") for name in names)
+    if isinstance(strategy, local.Streaming):
+        whole = _exchange_bytes(parts) * len(names) / strategy.fragments
+    return whole / config.steps, "closed form"
+
+
+def _exchange_bytes(parts: assemble.Parts) -> float:
+    """Of the whole model, were there a device for each replica."""
+    total = lambda exchange: sum(exchange_bytes(exchange.with_a_device_per_replica()).values())
+    if isinstance(parts.strategy, local.Streaming):
+        return total(parts.strategy.exchange) * parts.strategy.fragments + total(parts.strategy.rest)
+    return total(parts.strategy.exchange)
+
+
+def _method(parts: assemble.Parts) -> dict[str, Any]:
+    """The row as the utilisation simulator takes it."""
+    strategy, size = parts.strategy, _exchange_bytes(parts) / assemble.num_parameters(parts)
+    if isinstance(strategy, local.Streaming):
+        method = Method(size, interval=strategy.interval, fragments=strategy.fragments, overlap=strategy.overlap)
+    elif isinstance(strategy, local.DiLoCo):
+        method = Method(size, interval=strategy.interval)
+    else:
+        method = Method(size, overlap=getattr(strategy, "staleness", 0))
+    return vars(method)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

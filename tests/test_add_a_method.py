@@ -1,0 +1,199 @@
+"""docs/add-a-method.md is a tutorial that runs: its two blocks of code are taken out of the page and tested here.
+
+The codec goes through tests/test_exchange.py itself, which is what the page promises to whoever adds one.
+"""
+
+import dataclasses
+import importlib.util
+import re
+
+import helpers
+import jax
+import numpy as np
+import pytest
+import test_exchange
+import test_strategies
+
+import assemble
+from parallel import local, rules, strategies, wire
+from parallel.codecs import CODECS
+from parallel.cost import exchange_bytes
+from parallel.state_specs import state_specs
+from runtime import config as configuration
+from runtime.progress import on_host
+
+PAGE = helpers.ROOT / "docs" / "add-a-method.md"
+CASE = ("int6", ())
+FORMS = pytest.mark.parametrize("algorithm", ["gather", "two_stage"])
+
+
+def block(kind: str) -> str:
+    """The page's code block of this kind."""
+    (found,) = re.findall(rf"^```python {kind}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """(the codec's class, the strategy's class), imported from what the page shows."""
+
+    def load(kind: str, name: str):
+        file = tmp_path_factory.mktemp("page") / f"{kind}.py"
+        file.write_text(block(kind))
+        spec = importlib.util.spec_from_file_location(f"page_{kind}", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+    return load("codec", "Int6"), load("strategy", "PostLocal")
+
+
+@pytest.fixture
+def registered(page, monkeypatch):
+    """The codec, registered as the page says."""
+    monkeypatch.setitem(CODECS, "int6", page[0])
+    monkeypatch.setitem(configuration.CODECS, "int6", set())
+    monkeypatch.setitem(configuration.CHOICES, "sync.codec", tuple(configuration.CODECS))
+    monkeypatch.setitem(test_exchange.ERROR, "int6", 0.05)
+    return page[0]
+
+
+def test_the_blocks_are_as_short_as_the_page_says():
+    assert "A codec in 30 lines and a strategy in 60" in PAGE.read_text()
+    assert len(block("codec").splitlines()) <= 30
+    assert len(block("strategy").splitlines()) <= 60
+    assert all(len(line) <= 120 for kind in ("codec", "strategy") for line in block(kind).splitlines())
+
+
+# ── the codec ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_codec_reads_the_keys_that_are_its_fields(registered):
+    assert {field.name for field in dataclasses.fields(registered)} == configuration.CODECS["int6"]
+
+
+def round_trip(codec, x: np.ndarray) -> tuple[dict, np.ndarray]:
+    """(message, what it decodes to)."""
+
+    def both(x):
+        message = codec.encode(x, None)
+        return message, codec.decode(message)
+
+    return jax.device_get(jax.jit(both, compiler_options=helpers.QUICKLY)(x.reshape(-1)))
+
+
+def test_every_code_comes_back(registered):
+    """All 63 levels, with a scale that bfloat16 holds exactly."""
+    codec = registered()
+    x = np.zeros((2, codec.block), np.float32)
+    x[0, :63] = np.arange(-31, 32) * 0.25
+    x[1, :63] = np.arange(31, -32, -1) * 8.0
+    message, decoded = round_trip(codec, x)
+    np.testing.assert_array_equal(decoded, x.reshape(-1))
+    assert {str(m.dtype).replace("uint", "u"): m.nbytes for m in message.values()} == codec.wire(x.size)
+
+
+def test_the_error_is_within_what_the_page_says(registered):
+    codec, x = registered(), np.random.default_rng(0).standard_normal(64 * 128).astype(np.float32)
+    error = np.abs(round_trip(codec, x)[1] - x).reshape(-1, codec.block)
+    # The scale is rounded up to bfloat16: by up to 2^-7 of itself.
+    assert np.all(error.max(axis=1) <= np.abs(x).reshape(-1, codec.block).max(axis=1) / 62 * (1 + 2**-7) + 1e-6)
+
+
+def test_bytes_per_element_are_what_the_page_says(registered):
+    each = sum(registered().wire(128 * 1000).values()) / (128 * 1000)
+    assert f"0.75 + 2/128 = {each:.3f} bytes an element" in PAGE.read_text()
+
+
+@pytest.mark.parametrize(("sizes", "algorithm"), [((2, 2, 2), "gather"), ((4, 2, 1), "two_stage")])
+def test_the_exchange_is_the_mean_over_replicas(registered, sizes, algorithm):
+    test_exchange.test_the_exchange_is_the_mean_over_replicas_as_exactly_as_the_codec_promises(sizes, CASE, algorithm)
+
+
+def test_replicas_on_any_number_of_devices_give_the_same_bits(registered):
+    test_exchange.test_replicas_on_any_number_of_devices_give_the_same_bits(4, CASE, "two_stage")
+
+
+@FORMS
+def test_nothing_is_lost_what_is_applied_and_what_is_owed_add_up(registered, algorithm):
+    test_exchange.test_nothing_is_lost_what_is_applied_and_what_is_owed_add_up(CASE, algorithm, 0.95)
+
+
+def test_zeros_stay_zeros_and_are_survived(registered):
+    test_exchange.test_zeros_stay_zeros_and_are_survived(CASE, "two_stage")
+
+
+@FORMS
+def test_the_exchange_sends_the_bytes_of_the_closed_form(registered, algorithm):
+    test_exchange.test_the_compiled_exchange_sends_the_bytes_of_the_closed_form((2, 2, 2), CASE, algorithm)
+
+
+# ── the strategy ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def of(kind, parts, **fields):
+    """These parts with another strategy, that shares what all strategies share."""
+    shared = {field.name: getattr(parts.strategy, field.name) for field in dataclasses.fields(strategies.Strategy)}
+    strategy = kind(**fields, **shared)
+    state = jax.eval_shape(lambda: strategy.init(parts.model.init(jax.random.key(0))))
+    shardings = rules.shardings(parts.mesh, state_specs(strategy, state))
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return dataclasses.replace(parts, strategy=strategy, state=state)
+
+
+def test_the_strategy_trains_and_sends_the_bytes_that_the_page_says(page, registered):
+    """With the page's codec: 5 exchanges at the start, then after steps 8 and 12, and after 14, the last."""
+    config, steps = helpers.tiny(sync__codec="int6", optimizer__lr=4e-3), 14
+    parts = of(page[1], helpers.build(config, (4, 1, 1)), interval=4, together=5)
+    exchange = parts.strategy.exchange
+    assert exchange.feedback, "the codec wants it"
+    names = [parts.strategy.program_at(step, steps) for step in range(steps)]
+    assert [step + 1 for step, name in enumerate(names) if name == "inner+exchange"] == [1, 2, 3, 4, 5, 8, 12, 14]
+
+    programs, scalar = assemble.compile_steps(parts, helpers.QUICKLY), 4 * 2 * 3 / 4
+    sent = {name: wire.count(program.as_text(), parts.mesh) for name, program in programs.items()}
+    expected = exchange_bytes(exchange)
+    assert sent == {"inner": {}, "inner+exchange": {"replica": expected | {"f32": scalar}}}
+    average = assemble.wire_bytes(parts, programs, steps)["replica"]
+    assert average == round(8 / steps * (sum(expected.values()) + scalar))
+
+    state, losses = helpers.init_state(config, parts), []
+    for step, name in enumerate(names):
+        state, metrics = programs[name](state, helpers.batch(config, parts, step))
+        losses.append(float(on_host(metrics)["loss"][0]))
+    assert losses[-1] < losses[0] - 0.8, losses
+    own_R = jax.device_get(state.strategy["replicas"]["params"])
+    jax.tree.map(lambda x_R, x: np.testing.assert_array_equal(x_R, np.broadcast_to(x, x_R.shape)), own_R, state.params)
+
+
+def toy(kind, steps: int, **fields):
+    """Final parameters of 3 replicas on the least-squares problem of tests/test_strategies.py."""
+    strategy, params = test_strategies.toy(kind, 3, **fields)
+    return test_strategies.run_toy(strategy, params, *test_strategies.toy_batches(3, steps))
+
+
+def same(found, expected) -> None:
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=2e-6, atol=1e-7)
+
+
+def test_without_a_start_together_it_is_diloco_that_takes_the_mean(page):
+    outer = local.outer_optimizer("sgd", 1.0, 0.0)
+    same(toy(page[1], 10, interval=4, together=0), toy(local.DiLoCo, 10, interval=4, outer=outer))
+
+
+def test_with_an_exchange_after_every_step_it_is_synchronous_sgd(page):
+    same(toy(page[1], 10, interval=4, together=10), toy(strategies.Sync, 10))
+
+
+def test_a_replica_with_a_gradient_of_nan_leaves_out_its_step(page):
+    strategy, params = test_strategies.toy(page[1], 3, interval=2, together=0)
+    state, (x, y) = jax.jit(strategy.init)(params), test_strategies.toy_batches(3, 2)
+    for n in range(2):
+        mask = np.ones((1, *y[n].shape, 1), np.float32)
+        mask[0, 1] = np.nan if n == 0 else 1.0
+        program = jax.jit(strategy.programs()[strategy.program_at(n, 2)])
+        state, metrics = program(state, {"tokens": x[n][None], "targets": y[n][None, ..., None], "mask": mask})
+    assert np.asarray(metrics["skipped"]).tolist() == [[0, 1, 0]]
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state.params, state.strategy)))
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True))

@@ -1,0 +1,121 @@
+"""Going on with another R, mesh, codec or strategy: what is owed stays owed, and what is dropped is said."""
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+import assemble
+from parallel import units
+from parallel.resume import server_residuals
+from runtime.checkpoint import Checkpoints
+from runtime.digest import named_arrays
+
+
+SLOW = pytest.mark.slow
+
+
+def steps(config, mesh, count: int, state=None, first: int = 0):
+    parts = helpers.build(config, mesh)
+    programs = assemble.compile_steps(parts, helpers.QUICKLY)
+    state = helpers.init_state(config, parts) if state is None else state
+    losses = []
+    for n in range(first, first + count):
+        program = programs[parts.strategy.program_at(n, 10**6)]
+        state, metrics = program(state, helpers.batch(config, parts, n))
+        losses.append(float(np.mean(metrics["loss"])))
+    return parts, state, losses
+
+
+def owed(parts, state) -> dict[str, np.ndarray]:
+    """ē of each parameter: mean of the workers' residuals + the server's."""
+    leaves = jax.tree.leaves(units.leaves(parts.param_shapes, parts.model.axes))
+    server = server_residuals(jax.device_get(state.codec["server"]), leaves)
+    worker = named_arrays(state.codec["worker"])
+    return {n: np.asarray(x, np.float64).mean(axis=0) + np.asarray(server.get(n, 0.0)) for n, x in worker.items()}
+
+
+def go_on(folder, config, mesh):
+    parts, notes = helpers.build(config, mesh), []
+    state, step = Checkpoints(folder).restore(parts.state, notes.append, assemble.adapter(parts, 0))
+    return parts, state, step, notes
+
+
+def saved(folder, config, mesh, count: int):
+    parts, state, losses = steps(config, mesh, count)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(count, state, None)
+    checkpoints.close()
+    return parts, state, losses
+
+
+def options(codec: str, **more):
+    return helpers.tiny(sync__codec=codec, **more)
+
+
+@pytest.mark.parametrize("codec", ["int4", pytest.param("topk", marks=SLOW), pytest.param("sign", marks=SLOW)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((4, 2, 1), (2, 2, 1)), ((4, 2, 1), (4, 1, 2)), pytest.param((2, 1, 1), (4, 2, 1), marks=SLOW)],
+)
+def test_residuals_are_folded_onto_another_mesh_and_number_of_replicas(tmp_path, codec, before, after):
+    old, state, _ = saved(tmp_path, options(codec), before, 3)
+    parts, restored, step, notes = go_on(tmp_path, options(codec), after)
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.params), jax.device_get(state.params))
+    theirs, ours = owed(old, state), owed(parts, restored)
+    assert any(np.any(x) for x in theirs.values()), "something is owed, else this shows nothing"
+    for name, x in theirs.items():
+        np.testing.assert_allclose(ours[name], x, rtol=1e-5, atol=1e-7 * np.abs(x).max(), err_msg=name)
+    if before != (2, 1, 1):
+        assert any("nothing owed is lost" in note for note in notes) or codec == "topk", notes
+    steps(options(codec), after, 2, restored, first=3)
+
+
+@SLOW
+def test_the_next_losses_are_those_of_the_old_mesh():
+    """Without a codec there is nothing to fold, and 4 replicas or 2 train alike."""
+    config = options("none")
+    parts, state, _ = steps(config, (4, 1, 1), 3)
+    _, _, expected = steps(config, (4, 1, 1), 3, state, first=3)
+    _, _, found = steps(config, (2, 2, 1), 6)
+    assert helpers.relative(np.array(found[3:]), np.array(expected)) <= 5e-6
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("codec", "other", "said"),
+    [
+        ("int4", "int8", "dropped, for there is no place for it now: codec/server"),
+        ("int4", "topk", "nothing owed is lost"),
+        ("powersgd", "topk", "dropped, for there is no place for it now: codec/rounds"),
+        ("topk", "powersgd", "begun anew, for it has other shapes or was not there: codec/rounds"),
+    ],
+)
+def test_another_codec_keeps_what_is_owed_and_says_what_is_dropped(tmp_path, codec, other, said):
+    saved(tmp_path, options(codec), (4, 1, 1), 2)
+    parts, restored, _, notes = go_on(tmp_path, options(other), (4, 1, 1))
+    assert any(said in note for note in notes), notes
+    if other != "int8":
+        assert any(np.any(np.asarray(x)) for x in jax.tree.leaves(restored.codec["worker"])), "still owed"
+    steps(options(other), (4, 1, 1), 1, restored, first=2)
+
+
+@SLOW
+def test_local_replicas_go_on_from_their_mean(tmp_path):
+    config = options("int4", sync__strategy="diloco", sync__interval=4)
+    _, state, _ = saved(tmp_path, config, (4, 1, 1), 6)  # two steps into the second round
+    _, restored, _, notes = go_on(tmp_path, config, (2, 1, 1))
+    old, new = state.strategy["replicas"]["params"], restored.strategy["replicas"]["params"]
+    for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        assert b.shape[0] == 2
+        np.testing.assert_allclose(np.asarray(b).mean(axis=0), np.asarray(a).mean(axis=0), rtol=1e-6, atol=1e-8)
+    assert any("as its mean" in note for note in notes)
+    steps(config, (2, 1, 1), 2, restored, first=6)
+
+
+def test_the_same_mesh_and_codec_restores_the_same_bits(tmp_path):
+    _, state, _ = saved(tmp_path, options("int4"), (4, 2, 1), 2)
+    _, restored, _, notes = go_on(tmp_path, options("int4"), (4, 2, 1))
+    assert not notes
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))

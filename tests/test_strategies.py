@@ -1,0 +1,307 @@
+"""Strategies: each against what it must equal, on every mesh the same, nothing over the slow axis but its exchange."""
+
+import dataclasses
+from functools import cache
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import assemble
+from model import optimizer as optimizers
+from parallel import local, residuals, stale, strategies, units, wire
+from parallel import mesh as meshes
+from parallel.codecs import CODECS
+from parallel.cost import exchange_bytes
+from runtime import config as configuration
+
+SLOW = pytest.mark.slow
+# Each strategy as it is tested: options of tiny, and the number of steps that make whole rounds.
+OPTIONS = {
+    "sync": {},
+    "stale": {"sync__staleness": 2, "sync__compensation": 0.5},
+    "diloco": {"sync__interval": 4},
+    "streaming": {"sync__interval": 8, "sync__overlap": 2, "sync__mix": 0.25},
+}
+
+
+def options(strategy: str, codec: str = "none", **more) -> dict:
+    return {"sync__strategy": strategy, "sync__codec": codec} | OPTIONS[strategy] | more
+
+
+@cache
+def trained(strategy: str, mesh: tuple[int, int, int], steps: int = 8, **more):
+    config = helpers.tiny(**options(strategy, **more))
+    losses, state = helpers.train_here(config, helpers.build(config, mesh), steps, quickly=True)
+    return losses, jax.device_get(state.params)
+
+
+def test_the_tables_of_the_config_are_the_fields_of_the_classes():
+    shared = {field.name for field in dataclasses.fields(strategies.Strategy)} | {"outer", "rest"}
+    classes = {"sync": strategies.Sync, "stale": stale.Stale, "diloco": local.DiLoCo, "streaming": local.Streaming}
+    assert set(classes) == set(configuration.STRATEGIES) == set(OPTIONS)
+    for name, kind in classes.items():
+        fields = {field.name for field in dataclasses.fields(kind)} - shared
+        assert fields == {key for key in configuration.STRATEGIES[name] if "." not in key}, name
+    assert set(CODECS) == set(configuration.CODECS)
+    for name, kind in CODECS.items():
+        fields = {field.name for field in dataclasses.fields(kind)} - {"chunk", "tile"}
+        assert fields == configuration.CODECS[name], name
+
+
+# ── the same on every mesh ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("strategy", ["stale", *(pytest.param(n, marks=SLOW) for n in OPTIONS if n != "stale")])
+@pytest.mark.parametrize("mesh", [(4, 2, 1), pytest.param((2, 2, 2), marks=SLOW), pytest.param((1, 1, 1), marks=SLOW)])
+def test_four_replicas_train_alike_on_every_mesh(strategy, mesh):
+    losses, params = trained(strategy, (4, 1, 1))
+    others, other_params = trained(strategy, mesh, sync__replicas=4)
+    assert helpers.relative(others, losses) <= 5e-6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), other_params, params)
+
+
+# ── what each must equal ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("codec", ["int4", pytest.param("none", marks=SLOW)])
+def test_staleness_0_is_synchronous(codec):
+    sync, params = trained("sync", (4, 1, 1), codec=codec)
+    same, same_params = trained("stale", (4, 1, 1), codec=codec, sync__staleness=0, sync__compensation=0.0)
+    np.testing.assert_array_equal(sync, same)
+    jax.tree.map(np.testing.assert_array_equal, params, same_params)
+
+
+@SLOW
+def test_streaming_of_one_fragment_without_overlap_is_diloco():
+    diloco, params = trained("diloco", (4, 1, 1))
+    more = {"sync__interval": 4, "sync__fragments": 1, "sync__overlap": 0, "sync__mix": 0.0}
+    same, same_params = trained("streaming", (4, 1, 1), **more)
+    assert helpers.relative(same, diloco) <= 5e-6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same_params)
+
+
+def test_diloco_of_one_step_and_plain_sgd_is_synchronous_sgd():
+    sgd = {"optimizer__name": "sgd", "optimizer__momentum": 0.0, "optimizer__weight_decay": 0.0,
+           "optimizer__clip_norm": 0.0, "optimizer__lr": 0.1}  # fmt: skip
+    outer = {"sync__outer__optimizer": "sgd", "sync__outer__lr": 1.0, "sync__interval": 1}
+    _, sync = trained("sync", (4, 1, 1), **sgd)
+    _, diloco = trained("diloco", (4, 1, 1), **sgd, **outer)
+    for a, b in zip(jax.tree.leaves(sync), jax.tree.leaves(diloco), strict=True):
+        assert np.abs(a - b).max() <= 2 * 8 * np.finfo(np.float32).eps * np.abs(a).max()
+
+
+# ── against NumPy float64, on a problem small enough to write down ───────────────────────────────────────────────
+
+FEATURES = 6
+
+
+def least_squares(params, batch, constrain):
+    """½ Σ_b (x_b · (a ⊙ w) − y_b)²: a batch row is (x, y), in `tokens` and `targets`."""
+    error_B = batch["tokens"] @ (params["a"] * params["blocks"]["w"][0]) - batch["targets"][:, 0]
+    return 0.5 * jnp.sum(error_B**2 * batch["mask"][:, 0]), jnp.sum(batch["mask"])
+
+
+def gradient64(params, x, y):
+    error = x @ (params["a"] * params["w"]) - y
+    return {"a": (error @ x) * params["w"] / len(y), "w": (error @ x) * params["a"] / len(y)}
+
+
+def toy(kind, replicas: int, lr: float = 0.05, codec=None, **fields):
+    mesh = meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    axes = {"a": (None,), "blocks": {"w": ("layers", None)}}
+    params = {"a": jnp.linspace(0.5, 1.5, FEATURES), "blocks": {"w": jnp.linspace(-1.0, 1.0, FEATURES)[None]}}
+    exchange = residuals.build(codec or CODECS["none"](), "auto", mesh, replicas, units.leaves(params, axes))
+    optimizer = optimizers.Optimizer(optax.sgd(lr), lambda step: lr)
+    specs = jax.tree.map(lambda leaf: leaf.spec, exchange.leaves)
+    guard = optimizers.Guard(0.0, 4)
+    return kind(least_squares, optimizer, exchange, mesh, specs, 1, guard, **fields), params
+
+
+def toy_batches(replicas: int, steps: int):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((steps, replicas, 8, FEATURES)).astype(np.float32)
+    y = (x @ np.arange(FEATURES) / FEATURES + 0.1 * rng.standard_normal(x.shape[:-1])).astype(np.float32)
+    return x, y
+
+
+def run_toy(strategy, params, x, y):
+    state = strategy.init(params)
+    programs = {name: jax.jit(f) for name, f in strategy.programs().items()}
+    for n in range(len(x)):
+        batch = {
+            "tokens": x[n][None],
+            "targets": y[n][None, ..., None],
+            "mask": np.ones((1, *y[n].shape, 1), np.float32),
+        }
+        state, _ = programs[strategy.program_at(n, len(x))](state, batch)
+    return {"a": np.asarray(state.params["a"]), "w": np.asarray(state.params["blocks"]["w"][0])}
+
+
+def test_diloco_equals_numpy_float64():
+    """3 rounds of 3 workers with Nesterov, and a last round of one step: algorithm 1 of the paper, written out."""
+    R, H, lr, outer_lr, momentum = 3, 4, 0.05, 0.7, 0.9
+    strategy, params = toy(local.DiLoCo, R, lr, interval=H, outer=local.outer_optimizer("nesterov", outer_lr, momentum))
+    x, y = toy_batches(R, 3 * H + 1)
+    found = run_toy(strategy, params, x, y)
+    theta = {"a": np.linspace(0.5, 1.5, FEATURES), "w": np.linspace(-1.0, 1.0, FEATURES)}
+    moment = {name: np.zeros(FEATURES) for name in theta}
+    local_copies = [dict(theta) for _ in range(R)]
+    for n in range(len(x)):
+        for i in range(R):
+            g = gradient64(local_copies[i], x[n, i].astype(np.float64), y[n, i].astype(np.float64))
+            local_copies[i] = {name: local_copies[i][name] - lr * g[name] for name in theta}
+        if (n + 1) % H == 0 or n + 1 == len(x):
+            for name in theta:
+                delta = np.mean([theta[name] - copy[name] for copy in local_copies], axis=0)
+                moment[name] = momentum * moment[name] + delta
+                theta[name] = theta[name] - outer_lr * (delta + momentum * moment[name])
+            local_copies = [dict(theta) for _ in range(R)]
+    for name in theta:
+        np.testing.assert_allclose(found[name], theta[name], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+@pytest.mark.parametrize("compensation", [0.0, 0.4])
+def test_stale_equals_numpy_float64(staleness, compensation):
+    R, lr = 2, 0.05
+    strategy, params = toy(stale.Stale, R, lr, staleness=staleness, compensation=compensation)
+    x, y = toy_batches(R, 9)
+    found = run_toy(strategy, params, x, y)
+    theta = {"a": np.linspace(0.5, 1.5, FEATURES), "w": np.linspace(-1.0, 1.0, FEATURES)}
+    queue = []
+    for n in range(len(x)):
+        grads = [gradient64(theta, x[n, i].astype(np.float64), y[n, i].astype(np.float64)) for i in range(R)]
+        queue.append((dict(theta), {name: np.mean([g[name] for g in grads], axis=0) for name in theta}))
+        if n >= staleness:
+            old, g = queue.pop(0)
+            theta = {
+                name: theta[name] - lr * (g[name] + compensation * g[name] ** 2 * (theta[name] - old[name]))
+                for name in theta
+            }
+    for name in theta:
+        np.testing.assert_allclose(found[name], theta[name], rtol=2e-5, atol=2e-6)
+
+
+# ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+STEP_CODECS = ["int4", *(pytest.param(name, marks=SLOW) for name in CODECS if name != "int4")]
+
+
+@pytest.mark.parametrize("codec", STEP_CODECS)
+@pytest.mark.parametrize("mesh", [(2, 2, 1)], ids=helpers.name)
+@pytest.mark.parametrize("strategy", OPTIONS)
+def test_every_program_sends_its_exchange_and_named_scalars_over_the_slow_axis_and_nothing_else(strategy, mesh, codec):
+    parts = helpers.build(helpers.tiny(**options(strategy, codec)), mesh)
+    own = parts.strategy
+    expected = {"inner": {}, "step": exchange_bytes(own.exchange), "fragment": exchange_bytes(own.exchange)}
+    expected["inner+exchange"] = expected["step"]
+    if strategy == "streaming":
+        rest = exchange_bytes(own.rest)
+        keys = expected["fragment"].keys() | rest.keys()
+        expected["fragment+embedding"] = {k: expected["fragment"].get(k, 0) + rest.get(k, 0) for k in keys}
+    outputs = (assemble.shardings_of(parts.state), None)
+    for name, program in own.programs().items():
+        step = jax.jit(program, out_shardings=outputs).lower(parts.state, parts.batch)
+        found = wire.collectives(step.compile(compiler_options=helpers.QUICKLY).as_text(), parts.mesh)
+        slow = [c for c in found if c.axis == "replica"]
+        scalars = [c for c in slow if "scalars_" in c.scope]
+        sent: dict[str, float] = {}
+        for c in slow:
+            if c not in scalars:
+                assert "/exchange/" in c.scope or "exchange" in c.scope, c
+                sent[c.dtype] = sent.get(c.dtype, 0) + c.sent
+        assert sent == expected[name], name
+        R = mesh[0]
+        count = {"inner": 0, "step": 3}.get(name, 1)
+        assert sum(c.sent for c in scalars) == count * 4 * 2 * (R - 1) / R, name
+
+
+# ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("codec", ["int4", pytest.param("topk", marks=SLOW), pytest.param("powersgd", marks=SLOW)])
+@pytest.mark.parametrize("strategy", ["sync", "stale"])
+def test_a_gradient_of_nan_leaves_no_trace(strategy, codec):
+    """The same state as if the call had not been made, but for the counters and, when stale, the queue."""
+    config = helpers.tiny(**options(strategy, codec) | ({"sync__staleness": 1} if strategy == "stale" else {}))
+    parts = helpers.build(config, (2, 2, 1))
+    (program,) = assemble.compile_steps(parts, helpers.QUICKLY).values()
+    state, late = helpers.init_state(config, parts), strategy == "stale"
+    good = [helpers.batch(config, parts, n) for n in range(3)]
+    bad = dict(good[0], mask=good[0]["mask"] * np.float32("nan"))
+    state, _ = program(state, good[0])
+    if late:
+        state, _ = program(state, good[1])
+    for _ in range(1 + late):
+        before = jax.device_get((state.params, state.opt_state, state.codec))
+        state, metrics = program(state, bad)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state, state.codec)), before)
+    assert int(metrics["skipped"][0]) == 1
+    state, metrics = program(state, good[2])
+    if late:
+        state, metrics = program(state, good[1])
+    assert np.isfinite(float(metrics["loss"][0])) and all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.codec))
+
+
+@SLOW
+@pytest.mark.parametrize("strategy", ["diloco", "streaming"])
+def test_a_replica_with_a_gradient_of_nan_skips_its_step(strategy):
+    config = helpers.tiny(**options(strategy, "int4"))
+    parts = helpers.build(config, (2, 1, 1))
+    programs, state, K = (
+        assemble.compile_steps(parts, helpers.QUICKLY),
+        helpers.init_state(config, parts),
+        parts.strategy.steps_per_call,
+    )
+    for n in range(0, 8, K):
+        rows = [helpers.batch(config, parts, n + i) for i in range(K)]
+        batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+        if n == 0:
+            batch["mask"][0, 1] = np.nan
+        state, metrics = programs[parts.strategy.program_at(n, 8)](
+            state, jax.device_put(batch, assemble.shardings_of(parts.batch))
+        )
+    assert np.asarray(metrics["skipped"])[-1].tolist() == [0, 1]
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state.params, state.codec)))
+
+
+def test_without_feedback_scaled_signs_stand_still_and_with_it_they_arrive():
+    """methods.md 1.0: f(x) = ½|x1 + x2| + |x1 − x2| from (1, 1.001), four copies side by side to fill a byte."""
+    from parallel.exchange import Feedback
+
+    def arrive(feedback) -> float:
+        mesh = meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+        leaf = {"x": units.Leaf("x", (8,), jax.sharding.PartitionSpec(None))}
+        exchange = residuals.build(CODECS["sign"](block=8), "gather", mesh, 2, leaf, feedback)
+
+        def step(carry, n):
+            x, codec = carry
+            f = lambda x: jnp.sum(0.5 * jnp.abs(x[:4] + x[4:]) + jnp.abs(x[:4] - x[4:]))
+            g = jax.grad(f)(x)
+            mean, codec = exchange.mean({"x": jnp.stack([g, g])}, codec, n)
+            return (x - 1e-3 * mean["x"], codec), None
+
+        x = jnp.array([1.0] * 4 + [1.001] * 4)
+        (x, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(5000)))((x, residuals.init(exchange)))
+        return float(0.5 * jnp.abs(x[0] + x[4]) + jnp.abs(x[0] - x[4]))
+
+    assert arrive(None) > 0.9 and arrive(Feedback()) < 0.01
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8", "fp4"])
+def test_stochastic_rounding_is_unbiased(codec):
+    """The mean of many decoded draws, within 6 standard errors of x; rounding to nearest is off by far more."""
+    x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    draw = lambda c: jax.jit(jax.vmap(lambda key: c.decode(c.encode(jnp.asarray(x), key))))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    draws = np.asarray(draw(CODECS[codec](stochastic=True))(keys), np.float64)
+    error, spread = draws.mean(axis=0) - x, draws.std(axis=0) / np.sqrt(len(draws))
+    # Where one draw in thousands rounds the other way, the spread of the draws says little.
+    assert np.all(np.abs(error) <= 6 * spread + 1e-4)
+    nearest = CODECS[codec]()
+    bias = np.asarray(nearest.decode(nearest.encode(jnp.asarray(x), None))) - x
+    assert np.sqrt(np.mean(error**2)) < np.sqrt(np.mean(bias**2)) / 5
