@@ -1,4 +1,4 @@
-"""Step time and bytes on real sockets over a slow link: hosts are network namespaces, each runs one train.py.
+"""Step time and bytes on real sockets over a slow link: hosts are network namespaces that run one train.py each.
 
 sudo python bench/link.py --mbit=100 --hosts=2          about 12 minutes on 2 cores; --hosts=4 takes 20
 sudo python bench/link.py --only="sync none,sync int8" --seconds=10
@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -86,8 +87,6 @@ ROWS = (
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """What an interface has sent."""
-
     bytes: int
     packets: int
 
@@ -168,12 +167,9 @@ class Hosts:
         ports = [(self._switch, f"port{i}") for i in range(len(self.names))]
         for namespace, device in [(name, "eth0") for name in self.names] + ports:
             tool("ip", "-n", namespace, "link", "set", device, "gso_max_segs", "1" if mbit else "65535")
-            if "tbf" in tool("tc", "-n", namespace, "qdisc", "show", "dev", device):
-                tool("tc", "-n", namespace, "qdisc", "del", "dev", device, "root")
-            if mbit:
-                # 10 packets at once bridge the timer's delay; 400 ms of queue hold what several hosts send to one.
-                tbf = ("tbf", "rate", f"{mbit:g}mbit", "burst", "15140", "latency", "400ms")
-                tool("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", *tbf)
+            # 10 packets at once bridge the timer's delay; 400 ms of queue hold what several hosts send to one.
+            tbf = ["tbf", "rate", f"{mbit:g}mbit", "burst", "15140", "latency", "400ms"]
+            tool("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *(tbf if mbit else ["noqueue"]))
 
     def close(self) -> None:
         assert self._guardian.stdin
@@ -220,10 +216,10 @@ class Run:
             flags = [f"--coordinator={hosts.addresses[0]}:{port}", f"--num_processes={n}", f"--process_id={i}"]
             flags += [f"--simulate={n}", f"--workdir={self.workdir / 'run'}", *row.flags(config, n)]
             with open(self.workdir / f"output-{i}", "w") as output:
-                command = ["ip", "netns", "exec", name, sys.executable, "train.py", *flags]
-                # In a session of its own: Ctrl-C is ours to handle.
                 pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-                self.processes.append(subprocess.Popen(command, cwd=common.ROOT, start_new_session=True, **pipes))
+                pipes |= {"cwd": common.ROOT, "start_new_session": True}  # Ctrl-C is ours to handle
+                command = ["ip", "netns", "exec", name, sys.executable, "train.py", *flags]
+                self.processes.append(subprocess.Popen(command, **pipes))
 
     def poll(self) -> bool:
         """Reads what is new; whether there was anything. Raises RuntimeError if a process has ended."""
@@ -242,8 +238,8 @@ class Run:
     def said(self, host: int) -> str:
         """The end of a host's output; where something was raised, from there: what JAX adds at its exit is long."""
         output = (self.workdir / f"output-{host}").read_text()
-        _, raised, after = output.partition("Traceback (most recent call last)")
-        return f"{raised}{after}"[:4000] or output[-4000:]
+        raised = re.search(r"^(Traceback|error:)", output, re.MULTILINE)
+        return output[raised.start() :][:4000] if raised else output[-4000:]
 
     def sent(self) -> list[Sent]:
         """By each host's interface so far: a process's /proc/PID/net is that of its namespace."""
@@ -278,9 +274,8 @@ def measure(row: Row, hosts: Hosts, config: str, port: int, steps: int, seconds:
                 time.sleep(POLL_SECONDS)
     finally:
         run.stop()
-    start, measured = first[0], step - first[0]
-    sent = [b - a for a, b in zip(first[1], after, strict=True)]
-    took = [r["step_seconds"] for r in run.rows]
+    (start, before), took = first, [r["step_seconds"] for r in run.rows]
+    sent, measured = [b - a for a, b in zip(before, after, strict=True)], step - start
     rounds = [sum(took[i : i + row.round]) / row.round for i in range(start, step, row.round)]
     return {
         "name": row.name,
@@ -293,7 +288,6 @@ def measure(row: Row, hosts: Hosts, config: str, port: int, steps: int, seconds:
         "packets": statistics.mean(s.packets for s in sent) / measured,
         "socket_of_hosts": [s.payload / measured for s in sent],
         **loss_within(seconds, [r["loss"] for r in run.rows], took),
-        "skipped": run.rows[-1]["skipped"],
     }
 
 
@@ -345,20 +339,19 @@ def report_on(report: common.Report, rows: list[Row], found: list[dict[str, Any]
         if row.speedup and r["speedup"]:
             report.row(f"{row.name}: steps as fast as float32's", r["speedup"], "×", at_least=row.speedup)
     times = {r["name"]: r["step_seconds"] for r in found}
-    free, limited = times.get("sync none, no link limit"), times.get("sync none")
-    if free and limited:
-        report.row("float32: share of a step that is not the link", free / limited, at_most=0.05)
+    if len(free := [times[name] for name in ("sync none, no link limit", "sync none") if name in times]) == 2:
+        report.row("float32: share of a step that is not the link", free[0] / free[1], at_most=0.05)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--hosts", type=int, default=2, choices=range(2, 251), metavar="N")
     parser.add_argument("--mbit", type=float, default=100, help="rate of each host's link, in each direction")
-    parser.add_argument("--only", default="", help=f"rows, with commas between: {', '.join(r.name for r in ROWS)}")
+    parser.add_argument("--only", default="", help="rows, with commas between")
     parser.add_argument("--seconds", type=float, default=30, help="training time of a row, at least")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a row, at least")
     parser.add_argument("--config", default="bench/gpt4m.py")
-    parser.add_argument("--json", default="", help="write the table here too")
+    parser.add_argument("--json", type=Path, help="write the table here too")
     parser.add_argument("--guard", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -369,10 +362,10 @@ def main() -> int:
         print(lacking, file=sys.stderr)
         return 2
     by_name = {row.name.replace(", ", " "): row for row in ROWS}
-    unknown = [name for name in args.only.split(",") if name and name not in by_name]
-    if unknown or not 2 <= args.hosts <= 250:
-        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(by_name)}" if unknown else "--hosts: 2 to 250")
-    rows = [by_name[name] for name in args.only.split(",")] if args.only else list(ROWS)
+    names = args.only.split(",") if args.only else list(by_name)
+    if unknown := [name for name in names if name not in by_name]:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(by_name)}")
+    rows = [by_name[name] for name in names]
 
     from parallel import mesh as meshes
 
@@ -394,10 +387,8 @@ def main() -> int:
     report_on(report, rows, found)
     report.details |= {"mbit": args.mbit, "hosts": args.hosts, "seconds": args.seconds, "table": found}
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
-    if args.only or args.config != parser.get_default("config"):
-        print("\nnot all rows, or not the default model: nothing is kept in bench/results/")
-    else:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if not args.only and args.config == parser.get_default("config"):  # else it is not what results/ is for
         report.finish()
     return 0
 

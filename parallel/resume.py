@@ -40,8 +40,8 @@ def adapt(
 ) -> Adapted | None:
     """None if the arrays of OURS are the same in the checkpoint and in the new state.
 
-    saved: {name: {"shape", "dtype"}} of the checkpoint. wanted: {name: abstract array} of the new state. leaves: tree of
-    units.Leaf that is exchanged. init() gives the named arrays of a fresh state, for what must begin anew.
+    saved: {name: {"shape", "dtype"}} of the checkpoint. wanted: {name: abstract array} of the new state. leaves: the
+    units.Leaf of all parameters. init() gives the named arrays of a fresh state, for what must begin anew.
     """
     ours = lambda names: {name for name in names if name.startswith(OURS)}
     same = lambda name: tuple(saved[name]["shape"]) == wanted[name].shape and saved[name]["dtype"] == wanted[name].dtype

@@ -11,7 +11,6 @@ from parallel.resume import server_residuals
 from runtime.checkpoint import Checkpoints
 from runtime.digest import named_arrays
 
-
 SLOW = pytest.mark.slow
 
 
