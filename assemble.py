@@ -13,12 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from model import attention, decode, optimizer
+from model.momentum_messages import OneBitAdam, Signum
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
 from parallel import codecs, local, placement, residuals, resume, rules, stale, strategies, units, wire
 from parallel import mesh as meshes
 from parallel.cost import exchange_bytes, peak_flops
 from parallel.exchange import Feedback, is_round
 from parallel.state_specs import state_specs
+from parallel.warmed import Warmed
 from runtime import config as configuration
 from runtime.config import UsageError, check_batch, nearest_multiples
 from runtime.console import human_bytes, human_count
@@ -62,6 +64,10 @@ def build_model(c: Any, platform: str) -> Transformer:
 def build_optimizer(c: Any, axes: Any) -> optimizer.Optimizer:
     o = c.optimizer
     schedule = optimizer.schedule(o.schedule, o.lr, o.warmup_steps, c.steps, o.final_lr_fraction)
+    if o.name == "signum":
+        return Signum(schedule=schedule, momentum=o.momentum, weight_decay=o.weight_decay)
+    if o.name == "onebit_adam":
+        return OneBitAdam(schedule=schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     names = ("b1", "b2", "eps", "momentum", "weight_decay", "clip_norm")
     return optimizer.build(o.name, schedule, axes, **{name: o[name] for name in names})
 
@@ -123,6 +129,12 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
         "accumulate": c.optimizer.accumulate,
         "guard": optimizer.Guard(c.guard.zscore, c.guard.window),
     }
+    if c.optimizer.name == "onebit_adam":
+        exact = residuals.build(codecs.Identity(), s.algorithm, mesh, replicas, leaves)
+        warm = strategies.Sync(
+            exchange=exact, **shared | {"optimizer": dataclasses.replace(shared["optimizer"], frozen=False)}
+        )
+        return Warmed(exchange=exchange(leaves), warm=warm, warm_steps=c.optimizer.freeze_steps, **shared)
     if s.strategy == "sync":
         return strategies.Sync(exchange=exchange(leaves), **shared)
     if s.strategy == "stale":

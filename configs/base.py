@@ -62,7 +62,7 @@ def get_config() -> Any:
     c.data.document_mask = False  # attend within a document only
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw, sgd, muon, lion, sign
+    c.optimizer.name = "adamw"  # adamw, sgd, muon, lion, sign, signum, onebit_adam
     c.optimizer.lr = 1e-3
     c.optimizer.schedule = "cosine"  # cosine, wsd, constant
     c.optimizer.warmup_steps = 50
@@ -73,7 +73,8 @@ def get_config() -> Any:
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
-    c.optimizer.momentum = 0.95  # sgd, muon
+    c.optimizer.momentum = 0.95  # sgd, muon, signum
+    c.optimizer.freeze_steps = 100  # onebit_adam: exact steps before the variance is frozen
     c.optimizer.z_loss = 0.0  # weight of logsumexp²: keeps logits from drifting
 
     c.guard = ConfigDict()  # against bad gradients: the update is skipped and counted
@@ -91,7 +92,7 @@ def get_config() -> Any:
     c.sync.residual_dtype = "float32"  # float32, bfloat16
     # Codecs; -1: the codec's own default (docs/methods.md).
     c.sync.block = -1  # fp8, fp4, int8, int4, int2, sign: elements that share a scale
-    c.sync.stochastic = False  # fp8, fp4, int8, int4, int2: round without bias instead of to nearest
+    c.sync.stochastic = False  # fp8, fp4, int8, int4, int2: round without bias; sign: zeros get a random sign
     c.sync.density = -1.0  # topk, randk, demo: share of the elements sent
     c.sync.bits = -1  # topk: of a value
     c.sync.rank = -1  # powersgd

@@ -18,10 +18,10 @@ Schedule = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Optimizer:
-    transform: optax.GradientTransformation
     schedule: Schedule
+    transform: Any = None  # of optax
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: Any, replicas: int = 1) -> Any:
         return self.transform.init(params)
 
     def message(self, grads_R: Any, state: Any) -> tuple[Any, Any]:
@@ -70,24 +70,24 @@ def build(
     Weight decay is decoupled, and spares biases and norm scales. clip_norm 0: no clipping.
     """
     if name == "adamw":
-        core = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decays)
+        core = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     elif name == "lion":
-        core = optax.lion(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decays)
+        core = optax.lion(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays)
     elif name == "sgd":
         core = optax.chain(
             optax.trace(momentum) if momentum else optax.identity(),
-            optax.add_decayed_weights(weight_decay, _decays) if weight_decay else optax.identity(),
+            optax.add_decayed_weights(weight_decay, decays) if weight_decay else optax.identity(),
             optax.scale_by_learning_rate(schedule),
         )
     elif name == "muon":
         core = _muon(schedule, axes, b1, b2, eps, momentum, weight_decay)
     elif name == "sign":
-        decay = optax.add_decayed_weights(weight_decay, _decays)
+        decay = optax.add_decayed_weights(weight_decay, decays)
         core = optax.chain(optax.scale_by_sign(), decay, optax.scale_by_learning_rate(schedule))
     else:
         raise ValueError(f"optimizer.name={name!r} is none of adamw, lion, muon, sgd, sign")
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    return Optimizer(optax.chain(*clip, core), schedule)
+    return Optimizer(schedule, optax.chain(*clip, core))
 
 
 def _muon(schedule, axes, b1, b2, eps, momentum, weight_decay) -> optax.GradientTransformation:
@@ -121,14 +121,14 @@ def _muon(schedule, axes, b1, b2, eps, momentum, weight_decay) -> optax.Gradient
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decays)
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     labels = jax.tree_util.tree_map_with_path(
         lambda path, _: "muon" if is_matrix(path) else "adamw", axes, is_leaf=_is_axes
     )
     return optax.partition({"muon": muon, "adamw": adamw}, labels)
 
 
-def _decays(params: Any) -> Any:
+def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
 
 

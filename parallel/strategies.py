@@ -143,7 +143,8 @@ class Sync(Strategy):
 
     def init(self, params: Any) -> State:
         zero = jnp.zeros((), jnp.int32)
-        return State(zero, params, self.optimizer.init(params), {}, self.guard.init(), residuals.init(self.exchange))
+        opt_state = self.optimizer.init(params, self.exchange.replicas)
+        return State(zero, params, opt_state, {}, self.guard.init(), residuals.init(self.exchange))
 
     def programs(self) -> dict[str, Callable]:
         return {"step": self.step}

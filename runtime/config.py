@@ -30,7 +30,7 @@ STRATEGY_KEYS = set.union(*STRATEGIES.values())
 CODECS = {
     **dict.fromkeys(("none", "bf16"), set()),
     **dict.fromkeys(("fp8", "fp4", "int8", "int4", "int2"), {"block", "stochastic"}),
-    "sign": {"block"},
+    "sign": {"block", "stochastic"},
     "topk": {"density", "bits"},
     "randk": {"density"},
     "demo": {"density"},
@@ -46,7 +46,7 @@ CHOICES = {
     "compute.attention": ("auto", "reference", "cudnn", "splash"),
     "compute.remat": ("none", "matmuls", "dots", "full"),
     "data.corpus": ("stdlib", "asv"),
-    "optimizer.name": ("adamw", "sgd", "muon", "lion", "sign"),
+    "optimizer.name": ("adamw", "sgd", "muon", "lion", "sign", "signum", "onebit_adam"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "sync.strategy": tuple(STRATEGIES),
     "sync.codec": tuple(CODECS),
@@ -64,6 +64,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed eval_every model.sliding_window model.rope_scaling.factor optimizer.lr optimizer.warmup_steps "
     "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss guard.zscore "
+    "optimizer.freeze_steps "
     "sync.replicas sync.staleness sync.compensation sync.overlap sync.mix sync.decay sync.outer.lr sync.outer.momentum "
     "checkpoint.every checkpoint.keep_every sample.tokens sample.temperature"
 ).split()
@@ -75,10 +76,13 @@ UNREAD: dict[str, dict[Any, str]] = {
         0: "model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor model.rope_scaling.original_max_len"
     },
     "optimizer.name": {
-        "adamw": "optimizer.momentum",
-        "lion": "optimizer.momentum optimizer.eps",
-        "sgd": "optimizer.b1 optimizer.b2 optimizer.eps",
-        "sign": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.momentum",
+        "adamw": "optimizer.momentum optimizer.freeze_steps",
+        "lion": "optimizer.momentum optimizer.eps optimizer.freeze_steps",
+        "muon": "optimizer.freeze_steps",
+        "sgd": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.freeze_steps",
+        "sign": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.momentum optimizer.freeze_steps",
+        "signum": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.clip_norm optimizer.freeze_steps",
+        "onebit_adam": "optimizer.momentum optimizer.clip_norm",
     },
     "optimizer.schedule": {"constant": "optimizer.final_lr_fraction"},
     "guard.zscore": {0: "guard.window"},
@@ -350,6 +354,18 @@ def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
             "optimizer.name=sign with sync.codec=powersgd: the sign of a sum of rank-1 matrices says little about the "
             "gradient's signs. Choose another codec, or another optimizer"
         )
+    name, feedback = flat["optimizer.name"], flat["sync.error_feedback"]
+    if name in ("signum", "onebit_adam") and strategy in ("diloco", "streaming"):
+        yield f"optimizer.name={name} exchanges momentum at every step; sync.strategy={strategy} does not: set adamw"
+    if name == "signum" and (codec, feedback, flat["sync.stochastic"]) not in (
+        *(("none", "auto", False), ("none", "off", False), ("sign", "off", True)),
+    ):
+        yield (
+            f"optimizer.name=signum votes with signs: set sync.codec=sign sync.error_feedback=off sync.stochastic=true "
+            f"(ties get a random sign), or sync.codec=none; not {codec}"
+        )
+    if name == "onebit_adam" and strategy != "sync":
+        yield f"optimizer.name=onebit_adam has two phases of sync.strategy=sync, not of {strategy}"
     if flat["sync.error_feedback"] == "on" and codec == "none":
         yield "sync.error_feedback=on: sync.codec=none loses nothing that could be fed back"
     if flat["sync.decay"] > 1:

@@ -12,10 +12,12 @@ import pytest
 
 import assemble
 from model import optimizer as optimizers
+from model.momentum_messages import OneBitAdam, Signum
 from parallel import local, residuals, stale, strategies, units, wire
 from parallel import mesh as meshes
 from parallel.codecs import CODECS
 from parallel.cost import exchange_bytes
+from parallel.warmed import Warmed
 from runtime import config as configuration
 
 SLOW = pytest.mark.slow
@@ -115,7 +117,7 @@ def toy(kind, replicas: int, lr: float = 0.05, codec=None, **fields):
     axes = {"a": (None,), "blocks": {"w": ("layers", None)}}
     params = {"a": jnp.linspace(0.5, 1.5, FEATURES), "blocks": {"w": jnp.linspace(-1.0, 1.0, FEATURES)[None]}}
     exchange = residuals.build(codec or CODECS["none"](), "auto", mesh, replicas, units.leaves(params, axes))
-    optimizer = optimizers.Optimizer(optax.sgd(lr), lambda step: lr)
+    optimizer = optimizers.Optimizer(lambda step: lr, optax.sgd(lr))
     specs = jax.tree.map(lambda leaf: leaf.spec, exchange.leaves)
     guard = optimizers.Guard(0.0, 4)
     return kind(least_squares, optimizer, exchange, mesh, specs, 1, guard, **fields), params
@@ -305,3 +307,79 @@ def test_stochastic_rounding_is_unbiased(codec):
     nearest = CODECS[codec]()
     bias = np.asarray(nearest.decode(nearest.encode(jnp.asarray(x), None))) - x
     assert np.sqrt(np.mean(error**2)) < np.sqrt(np.mean(bias**2)) / 5
+
+
+# ── optimizers whose message is momentum ─────────────────────────────────────────────────────────────────────────
+
+
+def with_optimizer(optimizer, replicas: int, codec=None, feedback=None):
+    strategy, params = toy(strategies.Sync, replicas)
+    exchange = residuals.build(
+        codec or CODECS["none"](), "auto", strategy.mesh, replicas, strategy.exchange.leaves, feedback
+    )
+    return dataclasses.replace(strategy, optimizer=optimizer, exchange=exchange), params
+
+
+def test_signum_is_the_majority_of_the_signs_of_momentum():
+    R, lr, beta = 3, 0.01, 0.9
+    optimizer = Signum(lambda step: lr, momentum=beta)
+    strategy, params = with_optimizer(optimizer, R, CODECS["sign"](block=8, stochastic=True))
+    x, y = toy_batches(R, 6)
+    found = run_toy(strategy, params, x, y)
+    theta = {"a": np.linspace(0.5, 1.5, FEATURES), "w": np.linspace(-1.0, 1.0, FEATURES)}
+    momentum = [{name: np.zeros(FEATURES) for name in theta} for _ in range(R)]
+    for n in range(len(x)):
+        for i in range(R):
+            g = gradient64(theta, x[n, i].astype(np.float64), y[n, i].astype(np.float64))
+            momentum[i] = {name: beta * momentum[i][name] + (1 - beta) * g[name] for name in theta}
+        for name in theta:
+            theta[name] = theta[name] - lr * np.sign(sum(np.sign(m[name]) for m in momentum))
+    for name in theta:
+        np.testing.assert_allclose(found[name], theta[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_tie_is_broken_at_random_and_for_all_alike():
+    optimizer, params = Signum(lambda step: 1.0), {"w": jnp.zeros((4096,))}
+    after, state = optimizer.apply({"w": jnp.zeros((4096,))}, optimizer.init(params, 2), params)
+    steps = np.asarray(after["w"])
+    assert set(steps.tolist()) == {-1.0, 1.0} and abs(steps.mean()) < 0.1
+    again, _ = optimizer.apply({"w": jnp.zeros((4096,))}, state, params)
+    assert np.any(np.asarray(again["w"]) != steps), "another step, another draw"
+
+
+def test_onebit_adam_freezes_the_variance_and_goes_on_with_momentum():
+    """Against NumPy float64, with float32 messages: 4 steps of Adam without bias correction, then 4 with v frozen."""
+    R, lr, b1, b2, eps = 2, 0.01, 0.9, 0.99, 1e-6
+    make = lambda frozen: OneBitAdam(lambda step: lr, b1=b1, b2=b2, eps=eps, frozen=frozen)
+    warm, params = with_optimizer(make(False), R)
+    cold, _ = with_optimizer(make(True), R)
+    shared = {field.name: getattr(cold, field.name) for field in dataclasses.fields(strategies.Strategy)}
+    x, y = toy_batches(R, 8)
+    found = run_toy(Warmed(**shared, warm=warm, warm_steps=4), params, x, y)
+    theta = {"a": np.linspace(0.5, 1.5, FEATURES), "w": np.linspace(-1.0, 1.0, FEATURES)}
+    m, v = ({name: np.zeros(FEATURES) for name in theta} for _ in range(2))
+    for n in range(len(x)):
+        grads = [gradient64(theta, x[n, i].astype(np.float64), y[n, i].astype(np.float64)) for i in range(R)]
+        for name in theta:
+            g = np.mean([grad[name] for grad in grads], axis=0)
+            m[name] = b1 * m[name] + (1 - b1) * g
+            v[name] = b2 * v[name] + (1 - b2) * g**2 if n < 4 else v[name]
+        theta = {name: theta[name] - lr * m[name] / (np.sqrt(v[name]) + eps) for name in theta}
+    for name in theta:
+        np.testing.assert_allclose(found[name], theta[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer__name": "signum", "sync__codec": "sign", "sync__stochastic": True, "sync__error_feedback": "off"},
+        {"optimizer__name": "onebit_adam", "sync__codec": "sign", "optimizer__freeze_steps": 4},
+    ],
+    ids=["signum", "onebit_adam"],
+)
+def test_momentum_messages_train_the_tiny_model(options):
+    config = helpers.tiny(**options)
+    parts = helpers.build(config, (2, 2, 1))
+    losses, state = helpers.train_here(config, parts, 12, quickly=True)
+    assert losses[-1] < losses[0] - 0.2
+    assert int(state.guard.applied) == 12

@@ -143,16 +143,23 @@ class FP4(_Scaled):
 @dataclass(frozen=True)
 class Sign:
     """1 bit an element and one scale a block, the mean of |x|: of all multiples of the signs the nearest to x
-    (Seide et al. 2014; Karimireddy et al. 2019). Zero counts as positive. Biased: without error feedback it can stand
-    still far from the optimum."""
+    (Seide et al. 2014; Karimireddy et al. 2019). Biased: without error feedback it can stand still far from the
+    optimum.
+
+    stochastic: zero gets a random sign, as in a vote; else it counts as positive.
+    """
 
     block: int = 256
+    stochastic: bool = False
     sparse: ClassVar[bool] = False
-    uses_key: ClassVar[bool] = False
     wants_error_feedback: ClassVar[bool] = True
 
     def __post_init__(self):
         _check_block(self.block, 8)
+
+    @property
+    def uses_key(self) -> bool:
+        return self.stochastic
 
     def wire(self, n: int) -> dict[str, int]:
         return {"u8": n // 8, "u16": 2 * n // self.block}
@@ -160,7 +167,10 @@ class Sign:
     def encode(self, x_N: jax.Array, key: jax.Array | None) -> Message:
         x_MB = x_N.reshape(-1, self.block)
         scale_M = jnp.mean(jnp.abs(x_MB), axis=1).astype(jnp.bfloat16)
-        return {"values": pack((x_MB >= 0).astype(jnp.uint8), 1), "scales": bf16_bits(scale_M)}
+        positive = (
+            x_MB >= 0 if key is None else jnp.where(x_MB == 0, jax.random.bernoulli(key, 0.5, x_MB.shape), x_MB > 0)
+        )
+        return {"values": pack(positive.astype(jnp.uint8), 1), "scales": bf16_bits(scale_M)}
 
     def decode(self, message: Message) -> jax.Array:
         signs_MB = 2.0 * unpack(message["values"], 1).astype(jnp.float32) - 1.0
