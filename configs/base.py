@@ -68,7 +68,7 @@ def get_config() -> Any:
     c.optimizer.warmup_steps = 50
     c.optimizer.final_lr_fraction = 0.1
     c.optimizer.weight_decay = 0.1
-    c.optimizer.clip_norm = 1.0  # of the exchanged gradient; 0: off
+    c.optimizer.clip_norm = 1.0  # of the exchanged gradient, or of a local replica's own; 0: off
     c.optimizer.accumulate = 1  # micro-steps per update
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
@@ -105,7 +105,7 @@ def get_config() -> Any:
     c.sync.mix = 0.0  # streaming: α, how much of a replica's own parameters it keeps
     c.sync.outer = ConfigDict()  # diloco, streaming: what is done with the mean pseudo-gradient
     c.sync.outer.optimizer = "nesterov"  # nesterov, sgd, adam
-    c.sync.outer.lr = 0.7
+    c.sync.outer.lr = 0.7  # with adam, whose steps are of unit size, about 1e-3
     c.sync.outer.momentum = 0.9
 
     c.checkpoint = ConfigDict()

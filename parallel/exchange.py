@@ -9,6 +9,7 @@ that R replicas give the same bits on any number of devices.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,52 +72,54 @@ class Net:
 
     def mean(self, x_kN: jax.Array, codec: Any = FLOAT32, with_sent: bool = False) -> Any:
         """[k, N] -> [N], the same on every device; with_sent: and what this device's replicas have sent, decoded."""
-        received, message = self.start(x_kN, codec, None)
+        received, sent_kN = self.start(x_kN, codec, None)
         mean_N, _ = self.finish(received, x_kN.shape[1], codec, None, None, 1.0)
-        return (mean_N, self.sent(message, x_kN.shape, codec)) if with_sent else mean_N
+        return (mean_N, sent_kN) if with_sent else mean_N
 
-    def start(self, x_kN: jax.Array, codec: Any, key: jax.Array | None) -> tuple[Any, Any]:
-        """The first hop: (what was received, this device's own messages)."""
+    def start(self, x_kN: jax.Array, codec: Any, key: jax.Array | None) -> tuple[Any, jax.Array]:
+        """The first hop: (what was received, what this device's replicas have sent, decoded, [k, N])."""
         k, n = x_kN.shape
         if (form := self.form(codec)) == "psum":
-            return lax.psum(jnp.sum(x_kN, axis=0), AXIS), {"values": x_kN}
+            return lax.psum(jnp.sum(x_kN, axis=0), AXIS), x_kN
         x_kN = jnp.pad(x_kN, ((0, 0), (0, self.padded(n, codec) - n)))
         keys_k = None if key is None else self._keys(key, 1)
         if form == "gather":
-            message = jax.vmap(codec.encode)(x_kN, keys_k)
-            return jax.tree.map(lambda m: lax.all_gather(m, AXIS, tiled=True), message), message  # [R, …]
-        x_kRC = x_kN.reshape(k, self.replicas, -1)  # chunk c is owned by the device of replica c
-        keys_kR = None if keys_k is None else jax.vmap(lambda key: jax.random.split(key, self.replicas))(keys_k)
-        message = jax.vmap(jax.vmap(codec.encode))(x_kRC, keys_kR)
-        # [k, R, …] -> [R, k, …]: from every replica, the chunks that this device owns.
-        exchange = lambda m: lax.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True)
-        return jax.tree.map(exchange, message), message
-
-    def sent(self, message: Any, shape: Sequence[int], codec: Any) -> jax.Array:
-        """Own messages decoded: [k, N]."""
-        decode = jax.vmap(jax.vmap(codec.decode)) if self.form(codec) == "two_stage" else jax.vmap(codec.decode)
-        return decode(message).reshape(shape[0], -1)[:, : shape[1]]
+            message, sent_kN = jax.vmap(functools.partial(round_trip, codec))(x_kN, keys_k)
+            across = lambda m: lax.all_gather(m, AXIS, tiled=True)  # [R, …]
+        else:
+            x_kRC = x_kN.reshape(k, self.replicas, -1)  # chunk c is owned by the device of replica c
+            keys_kR = None if keys_k is None else jax.vmap(lambda key: jax.random.split(key, self.replicas))(keys_k)
+            message, sent_kRC = jax.vmap(jax.vmap(functools.partial(round_trip, codec)))(x_kRC, keys_kR)
+            sent_kN = sent_kRC.reshape(x_kN.shape)
+            # [k, R, …] -> [R, k, …]: from every replica, the chunks that this device owns.
+            across = lambda m: lax.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True)
+        if self.devices == 1:  # nothing crosses a wire, so nothing need be packed for it
+            message = {"values": sent_kN if form == "gather" else sent_kRC}
+        return jax.tree.map(across, message), sent_kN[:, :n]
 
     def finish(self, received: Any, n: int, codec: Any, key: jax.Array | None, server_kC: Any, decay: float) -> Any:
         """(mean [N], server residual [k, C]): the second hop, if the algorithm has one.
 
         server_kC: what the owners of the chunks still owe from rounding the sum; None without error feedback.
         """
-        R = self.replicas
+        R, coded = self.replicas, FLOAT32 if self.devices == 1 else codec
         if (form := self.form(codec)) == "psum":
             return received / R, server_kC
         if form == "gather":
-            return (self._sum_in_order(received, codec) / R)[:n], server_kC
-        mean_kC = jax.vmap(lambda m: self._sum_in_order(m, codec), in_axes=1)(received) / R
+            return (self._sum_in_order(received, coded) / R)[:n], server_kC
+        mean_kC = jax.vmap(lambda m: self._sum_in_order(m, coded), in_axes=1)(received) / R
         if server_kC is not None:
             mean_kC = mean_kC + decay * server_kC.astype(jnp.float32)
-        second = jax.vmap(codec.encode)(mean_kC, None if key is None else self._keys(key, 2))
-        gathered = jax.tree.map(lambda m: lax.all_gather(m, AXIS, tiled=True), second)  # [R, …]
+        keys_k = None if key is None else self._keys(key, 2)
+        second, sent_kC = jax.vmap(functools.partial(round_trip, codec))(mean_kC, keys_k)
         if server_kC is not None:
             k, C = mean_kC.shape
             place_kC = (lax.axis_index(AXIS) * k + jnp.arange(k))[:, None] * C + jnp.arange(C)
-            owed_kC = jnp.where(place_kC < n, mean_kC - jax.vmap(codec.decode)(second), 0.0)  # padding owes nothing
+            owed_kC = jnp.where(place_kC < n, mean_kC - sent_kC, 0.0)  # padding owes nothing
             server_kC = owed_kC.astype(server_kC.dtype)
+        if self.devices == 1:
+            return sent_kC.reshape(-1)[:n], server_kC
+        gathered = jax.tree.map(lambda m: lax.all_gather(m, AXIS, tiled=True), second)  # [R, …]
         return jax.vmap(codec.decode)(gathered).reshape(-1)[:n], server_kC
 
     def _sum_in_order(self, message_R: Any, codec: Any) -> jax.Array:
@@ -222,9 +225,8 @@ class Exchange:
             if is_round(unit.codec):
                 flights[unit.name] = p_kN
                 continue
-            flights[unit.name], message = self.net.start(p_kN, unit.codec, self._key(unit, step))
+            flights[unit.name], sent_kN = self.net.start(p_kN, unit.codec, self._key(unit, step))
             if self.feedback:
-                sent_kN = self.net.sent(message, p_kN.shape, unit.codec)
                 _part(unit, (p_kN - sent_kN).astype(self.feedback.dtype), worker)
         return flights, state | {"worker": treedef.unflatten(worker)}
 
@@ -262,6 +264,15 @@ class Exchange:
         for axis in unit.axes:
             key = jax.random.fold_in(key, lax.axis_index(axis))
         return key
+
+
+def round_trip(codec: Any, x_N: jax.Array, key: jax.Array | None) -> tuple[Any, jax.Array]:
+    """(message, what it decodes to). A codec may know a way that unpacks nothing: XLA:CPU would fuse packing and
+    unpacking into one loop that takes ten times as long as the two."""
+    if hasattr(codec, "round_trip"):
+        return codec.round_trip(x_N, key)
+    message = codec.encode(x_N, key)
+    return message, codec.decode(message)
 
 
 def is_round(codec: Any) -> bool:

@@ -31,7 +31,7 @@ def outer_optimizer(optimizer: str, lr: float, momentum: float) -> optax.Gradien
 
 
 @dataclass(frozen=True)
-class _Local(Strategy):
+class Local(Strategy):
     """interval: H inner steps from exchange to exchange. outer: of the pseudo-gradients."""
 
     interval: int = 30
@@ -84,12 +84,12 @@ class _Local(Strategy):
         bad_R = 1.0 - jnp.isfinite(norm_R).astype(jnp.float32)
         return self.exchange.scalars(bad_R[:, None], "round")[0] == 0
 
-    def report(self, state: State, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """[K, R] of each replica, and [K] of what all share."""
+    def report(self, calls: jax.Array, params: Any, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """[K, R] of each replica, and [K] of what all share. calls: made before this one."""
         K = metrics["loss"].shape[0]
-        lr = jnp.asarray(self.optimizer.schedule(state.step + jnp.arange(K)), jnp.float32)
+        lr = jnp.asarray(self.optimizer.schedule(K * calls + jnp.arange(K)), jnp.float32)
         return metrics | {
-            "param_norm": jnp.broadcast_to(optax.tree.norm(state.params), (K,)),
+            "param_norm": jnp.broadcast_to(optax.tree.norm(params), (K,)),
             "lr": jnp.broadcast_to(lr, (K,)),
         }
 
@@ -105,7 +105,7 @@ class _Local(Strategy):
 
 
 @dataclass(frozen=True)
-class DiLoCo(_Local):
+class DiLoCo(Local):
     """H inner steps; Δ = mean over replicas of θ_global − θ_i; θ_global ← outer(θ_global, Δ); θ_i ← θ_global.
 
     Inner optimizer states stay with their replicas. A last round of fewer steps is exchanged like the others. With
@@ -121,7 +121,7 @@ class DiLoCo(_Local):
 
     def inner(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
         inner_R, metrics = self.inner_steps(state.strategy["replicas"], batch_KRBT)
-        metrics = self.report(state, metrics)
+        metrics = self.report(state.step, state.params, metrics)
         return State(
             state.step + 1, state.params, state.opt_state, {"replicas": inner_R}, state.guard, state.codec
         ), metrics
@@ -148,7 +148,7 @@ class DiLoCo(_Local):
 
 
 @dataclass(frozen=True)
-class Streaming(_Local):
+class Streaming(Local):
     """Fragments of the model are exchanged in turn, and while they are, training goes on.
 
     A call is K = H / fragments inner steps. Fragment p, every `fragments`-th layer from p on, is on the wire during
@@ -230,7 +230,7 @@ class Streaming(_Local):
             },
         )
         metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), metrics, during) if during else metrics
-        return after, self.report(after, metrics)
+        return after, self.report(state.step, after.params, metrics)
 
     def _exchange_meanwhile(self, step: jax.Array, delta_R: Any, codec: Any, inner_R: Any, batch_KRBT: Batch) -> tuple:
         """The exchange during these inner steps: the first hop during the first half, the second during the rest."""

@@ -28,7 +28,7 @@ Batch = dict[str, jax.Array]
 class State:
     """Everything that influences training, and nothing else: what is saved is what is needed to go on."""
 
-    step: jax.Array  # calls made, int32
+    step: jax.Array  # calls made, int32: times steps_per_call are updates
     params: Any  # what is evaluated, saved and exported
     opt_state: Any
     strategy: Any  # the strategy's own: local parameters, pending messages

@@ -368,6 +368,11 @@ def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
         yield f"optimizer.name=onebit_adam has two phases of sync.strategy=sync, not of {strategy}"
     if flat["sync.error_feedback"] == "on" and codec == "none":
         yield "sync.error_feedback=on: sync.codec=none loses nothing that could be fed back"
+    if codec == "int2" and flat["sync.stochastic"] and feedback != "off":
+        yield (
+            "sync.codec=int2 with sync.stochastic rounds to values larger than the error it leaves, so residuals would "
+            "grow: set sync.error_feedback=off, or leave sync.stochastic out"
+        )
     if flat["sync.decay"] > 1:
         yield f"sync.decay={flat['sync.decay']}: residuals would grow without end; must be between 0 and 1"
     if flat["sync.mix"] > 1:

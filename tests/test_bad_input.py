@@ -267,12 +267,30 @@ def test_sync_options_with_one_replica(option, fails):
         ("strategy=streaming interval=8 overlap=5", ["sync.overlap=5", "at most 4 steps"]),
         ("strategy=streaming interval=12", ["steps=20", "sync.interval / sync.fragments = 6", "18 or 24"]),
         ("strategy=streaming interval=8 mix=1.5", ["sync.mix=1.5", "between 0"]),
+        ("codec=int2 stochastic", ["sync.codec=int2", "sync.error_feedback=off"]),
         ("codec=int44", ["'int44' is none of", "did you mean 'int4'"]),
         ("strategy=dilocco", ["'dilocco' is none of", "did you mean 'diloco'"]),
     ],
 )
 def test_codecs_and_strategies_that_do_not_fit(options, parts, fails):
     message = fails(TINY, "--config.mesh.replica=2", *(f"--config.sync.{option}" for option in options.split()))
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ("optimizer.name=signum sync.codec=sign", ["votes with signs", "sync.codec=sign"]),
+        ("optimizer.name=signum sync.codec=int4", ["votes with signs", "not int4"]),
+        ("optimizer.name=signum sync.strategy=diloco", ["exchanges momentum", "sync.strategy=diloco"]),
+        ("optimizer.name=onebit_adam sync.strategy=stale", ["two phases", "stale"]),
+        ("optimizer.name=sign sync.codec=powersgd", ["optimizer.name=sign", "sync.codec=powersgd"]),
+        ("optimizer.freeze_steps=9", ["optimizer.freeze_steps=9 is not read when optimizer.name=adamw"]),
+    ],
+)
+def test_optimizers_and_codecs_that_do_not_fit(options, parts, fails):
+    message = fails(TINY, "--config.mesh.replica=2", *(f"--config.{option}" for option in options.split()))
     for part in parts:
         assert part in message, message
 

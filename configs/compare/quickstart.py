@@ -6,8 +6,8 @@ python compare.py --config=configs/compare/quickstart.py --simulate=4
 from configs import base
 
 SEEDS = (0, 1, 2)
-LR = ("optimizer.lr", (1e-3, 2e-3, 4e-3))
-OUTER_LR = ("sync.outer.lr", (0.4, 0.7, 1.0))
+LR = ("optimizer.lr", (2e-3, 4e-3))
+OUTER_LR = ("sync.outer.lr", (0.4, 0.8))
 
 
 def get_config():
@@ -53,7 +53,7 @@ ROWS = [
     row("sync", "randk", sync__density=1 / 16, name="sync randk 1/16"),
     row("sync", "powersgd"),
     row(
-        *("sync", "demo", ("optimizer.lr", (2e-4, 5e-4, 1e-3))),
+        *("sync", "demo", ("optimizer.lr", (4e-4, 1e-3))),
         name="DeMo: sync demo, sign descent",
         sync__decay=0.999,
         optimizer__name="sign",

@@ -2,12 +2,14 @@
 
 A *block codec* has `encode(x, key) -> message`, a pytree of arrays whose bytes are exactly the bytes sent,
 `decode(message) -> x`, `block` (a message encodes a multiple of so many elements) and `wire(n)`, its bytes by dtype.
-If it is `sparse`, messages are gathered, never added up on the way.
+If it is `sparse`, messages are gathered, never added up on the way; if `uses_key`, encode gets a key, else None.
 
 A *round codec* needs several rounds, or randomness that all replicas share: `mean(p, state, key, leaf, net) ->
 (mean, sent, state)`, where `net.mean` is the only door to the wire; `takes(leaf)` says which arrays it is for (the
 others are sent as float32), `init(leaf, key)` makes its state, `wire(leaf, send)` tells its bytes by dtype, where
-send(n, codec) are those of one mean.
+send(n, codec) are those of one mean; `per_matrix` says that every matrix is exchanged by itself.
+
+Both say whether they want error feedback by default: `wants_error_feedback`.
 
 Narrow floats travel as unsigned integers of their width, and nibbles and bits packed in bytes: left as they are,
 XLA:CPU would widen them inside the collective and send two or four times the bytes.

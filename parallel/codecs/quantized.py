@@ -43,12 +43,18 @@ class _Scaled:
         return {"u8": n * self.bits // 8, "u16": 2 * n // self.block}
 
     def encode(self, x_N: jax.Array, key: jax.Array | None) -> Message:
+        return self.round_trip(x_N, key)[0]
+
+    def round_trip(self, x_N: jax.Array, key: jax.Array | None) -> tuple[Message, jax.Array]:
+        """(message, what it decodes to, without packing and unpacking)."""
         x_MB = x_N.reshape(-1, self.block)
         scale_M = round_up_to_bf16(jnp.max(jnp.abs(x_MB), axis=1) / self.largest)
         scaled_MB = x_MB / jnp.where(scale_M > 0, scale_M, 1.0)[:, None]
         # What is added before rounding down: half for rounding to nearest, else uniform in [0, 1).
         dither = 0.5 if key is None else jax.random.uniform(key, x_MB.shape)
-        return {"values": pack(self.to_codes(scaled_MB, dither), self.bits), "scales": bf16_bits(scale_M)}
+        codes_MB = self.to_codes(scaled_MB, dither)
+        decoded_N = (self.from_codes(codes_MB) * scale_M[:, None]).reshape(-1)
+        return {"values": pack(codes_MB, self.bits), "scales": bf16_bits(scale_M)}, decoded_N
 
     def decode(self, message: Message) -> jax.Array:
         values_MB = self.from_codes(unpack(message["values"], self.bits))
@@ -165,16 +171,22 @@ class Sign:
         return {"u8": n // 8, "u16": 2 * n // self.block}
 
     def encode(self, x_N: jax.Array, key: jax.Array | None) -> Message:
+        return self.round_trip(x_N, key)[0]
+
+    def round_trip(self, x_N: jax.Array, key: jax.Array | None) -> tuple[Message, jax.Array]:
+        """(message, what it decodes to, without packing and unpacking)."""
         x_MB = x_N.reshape(-1, self.block)
-        scale_M = jnp.mean(jnp.abs(x_MB), axis=1).astype(jnp.bfloat16)
-        positive = (
-            x_MB >= 0 if key is None else jnp.where(x_MB == 0, jax.random.bernoulli(key, 0.5, x_MB.shape), x_MB > 0)
-        )
-        return {"values": pack(positive.astype(jnp.uint8), 1), "scales": bf16_bits(scale_M)}
+        bits_M = bf16_bits(jnp.mean(jnp.abs(x_MB), axis=1))
+        positive_MB = x_MB >= 0
+        if key is not None:
+            positive_MB = jnp.where(x_MB == 0, jax.random.bernoulli(key, 0.5, x_MB.shape), positive_MB)
+        scale_M1 = from_bf16_bits(bits_M)[:, None]
+        decoded_N = jnp.where(positive_MB, scale_M1, -scale_M1).reshape(-1)
+        return {"values": pack(positive_MB.astype(jnp.uint8), 1), "scales": bits_M}, decoded_N
 
     def decode(self, message: Message) -> jax.Array:
-        signs_MB = 2.0 * unpack(message["values"], 1).astype(jnp.float32) - 1.0
-        return (signs_MB * from_bf16_bits(message["scales"])[:, None]).reshape(-1)
+        scale_M1 = from_bf16_bits(message["scales"])[:, None]
+        return jnp.where(unpack(message["values"], 1) > 0, scale_M1, -scale_M1).reshape(-1)
 
 
 # ── bits ─────────────────────────────────────────────────────────────────────────────────────────────────────────
