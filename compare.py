@@ -100,7 +100,7 @@ class Plan:
         for row in rows:
             if row.tune and len(row.tune[1]) > 3:
                 raise UsageError(f"row {row.name!r}: {len(row.tune[1])} candidates; every row has at most 3")
-            configuration.validate(plan.config(row, row.tune[1][0] if row.tune else None, plan.steps))
+            configuration.validate(plan.config(row, next(iter(row.tune[1])) if row.tune else None, plan.steps))
         floor = Row(f"{rows[0].name}, weights moved by {PERTURBATION:g}", rows[0].changes, rows[0].tune, True)
         kept = [row for row in [rows[0], floor, *rows[1:]] if only in row.name or row is rows[0]]
         return cls(plan.base, kept, plan.seeds)

@@ -249,7 +249,7 @@ class Streaming(Local):
             }
             inner_R, metrics = self.inner_steps(inner_R, part(0, half))
             flights, inner_R = lax.optimization_barrier((flights, inner_R))
-            done = {name: exchanges[name][0].finish(*flight, step) for name, flight in flights.items()}
+            done = {name: exchanges[name][0].finish(flight, own, step) for name, (flight, own) in flights.items()}
             if half < K:
                 inner_R, more = self.inner_steps(inner_R, part(half, K))
                 metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), metrics, more)

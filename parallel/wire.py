@@ -23,6 +23,12 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?P<type>\(.*?\)|\S+) (?P
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition|called_computations)=\{?%?([\w.\-]+)")
+# What XLA calls a transfer between TPU slices.
+_TRANSFERS = {
+    "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
+SLICE = 100_000  # device j of slice s, which megascale counts from 1, has the id s · SLICE + j
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,32 @@ class Collective:
     dtype: str
     sent: float
     scope: str  # the op_name that JAX gave it: where in our code it comes from
+    channel: str = ""
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the devices that a program names stand in the mesh: `of_partition` in replica_groups, `of_id` between
+    slices. A program of several TPU slices is the program of one of them: its partitions are that slice's devices, in
+    the mesh's order, and what leaves the slice is written as send and recv."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    of_partition: np.ndarray
+    of_id: dict[int, int]
+
+    def axes(self, positions: np.ndarray) -> list[str]:
+        """The axes along which devices of one group differ, slowest first. positions: [group, member]."""
+        coordinates = np.stack(np.unravel_index(positions, self.shape))  # [axis, group, member]
+        differs = (coordinates != coordinates[:, :, :1]).any(axis=(1, 2))
+        return [name for name, d in zip(self.names, differs, strict=True) if d]
+
+
+def _places(mesh: Mesh) -> _Places:
+    devices = list(mesh.devices.flat)
+    slices = [getattr(d, "slice_index", None) for d in devices]
+    first = [i for i, s in enumerate(slices) if s == slices[0]]
+    return _Places(mesh.axis_names, mesh.devices.shape, np.array(first), {d.id: i for i, d in enumerate(devices)})
 
 
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
@@ -41,10 +73,10 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
 
     A collective that spans several axes counts on the slowest of them. Of a conditional the dearest branch counts.
 
-    Raises ValueError on a replica_groups syntax, dtype or loop that it does not know: better than counting nothing.
+    Raises ValueError on a replica_groups syntax, transfer or loop that it does not know: better than counting nothing.
     """
     computations, entry = _computations(hlo)
-    return list(_walk(computations, entry, 1, mesh))
+    return list(_walk(computations, entry, 1, _places(mesh)))
 
 
 def count(hlo: str, mesh: Mesh) -> dict[str, dict[str, float]]:
@@ -78,7 +110,8 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _walk(computations: dict[str, list[str]], name: str, times: int, mesh: Mesh) -> Iterator[Collective]:
+def _walk(computations: dict[str, list[str]], name: str, times: int, places: _Places) -> Iterator[Collective]:
+    channels: set[str] = set()  # of asynchronous collectives that are already counted
     for line in computations[name]:
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -86,20 +119,34 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, mesh: Mesh)
         op, rest = match["op"], match["rest"]
         kind = op.removesuffix("-start")
         if kind in KINDS:
-            yield from _collective(kind, op.endswith("-start"), match["type"], rest, times, mesh)
+            scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
+            yield from _collective(kind, op.endswith("-start"), match["type"], rest, times, places, scattered)
+        elif op in ("send", "recv"):
+            if transfer := _across_slices(op, match["type"], rest, times, places, computations[name]):
+                yield transfer
         elif op == "conditional":
-            branches = [list(_walk(computations, b, times, mesh)) for b in _branches(rest)]
+            branches = [list(_walk(computations, b, times, places)) for b in _branches(rest)]
             yield from max(branches, key=lambda found: sum(c.sent for c in found))
         elif op == "while":
             body, condition = (re.search(rf"{part}=%?([\w.\-]+)", rest) for part in ("body", "condition"))
             assert body and condition, line
-            found = list(_walk(computations, body[1], 1, mesh))
+            found = list(_walk(computations, body[1], 1, places))
             trips = _trips(rest, computations.get(condition[1], [])) if found else 0
             for c in found:
                 yield Collective(c.kind, c.axis, c.dtype, c.sent * times * trips, c.scope)
         else:
             for called in _CALLED.findall(rest):
-                yield from _walk(computations, called, times, mesh)
+                found = list(_walk(computations, called, times, places))
+                if op == "fusion" and _is_part_of_async(called, computations[called]):
+                    found = [c for c in found if c.channel not in channels]
+                    channels |= {c.channel for c in found}
+                yield from found
+
+
+def _is_part_of_async(name: str, lines: list[str]) -> bool:
+    """On TPU an asynchronous collective stands in several fusions, under one channel: the one that starts it, those
+    that compute while it runs, and the one that waits for it."""
+    return name.startswith("async_collective_fusion") or any('custom_call_target="AsyncCollective' in x for x in lines)
 
 
 def _trips(rest: str, condition: list[str]) -> int:
@@ -120,24 +167,94 @@ def _branches(rest: str) -> list[str]:
     return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
 
 
-def _collective(kind: str, start: bool, type_: str, rest: str, times: int, mesh: Mesh) -> Iterator[Collective]:
-    arrays = [(dtype, _bytes(dtype, dims)) for dtype, dims in _ARRAY.findall(type_) if dtype in BITS]
+def _collective(
+    kind: str, start: bool, type_: str, rest: str, times: int, places: _Places, scattered: bool
+) -> Iterator[Collective]:
+    """scattered: a reduce-scatter as TPUs write it, a fusion of an all-reduce and the choice of one's own part."""
+    arrays = _arrays(type_)
     if start:
         arrays = _results_of_start(kind, arrays)
-    axes, n = _span(kind, rest, mesh)
-    if n == 1:
+    groups = _groups(kind, rest, places)
+    if groups.shape[1] == 1:
         return
-    share = {
+    n = groups.shape[1]
+    share = _share(kind, n) / (2 if scattered else 1)
+    name, channel = re.search(r'op_name="([^"]*)"', rest), re.search(r"channel_id=(\d+)", rest)
+    scope = name[1] if name else ""
+    axes = places.axes(groups)
+    for dtype, size in arrays:
+        kind_ = "reduce-scatter" if scattered else kind
+        yield Collective(kind_, axes[0], dtype, share * size * times, scope, channel[1] if channel else "")
+
+
+def _arrays(type_: str) -> list[tuple[str, float]]:
+    """(dtype, bytes) of the arrays in a type. Elements only: TPUs lay them in tiles, whose padding is not counted."""
+    return [(dtype, _bytes(dtype, dims)) for dtype, dims in _ARRAY.findall(type_) if dtype in BITS]
+
+
+def _share(kind: str, n: int) -> float:
+    """What one of n devices sends, as a share of the result."""
+    return {
         "all-reduce": 2 * (n - 1) / n,  # a ring: reduce-scatter, then all-gather
-        "all-gather": (n - 1) / n,  # of the result
-        "reduce-scatter": n - 1,  # of the result, an n-th of the operand
+        "all-gather": (n - 1) / n,
+        "reduce-scatter": n - 1,  # the result is an n-th of the operand
         "all-to-all": (n - 1) / n,  # the slot to oneself stays
         "collective-permute": 1,
         "collective-broadcast": 1,
     }[kind]
-    name = re.search(r'op_name="([^"]*)"', rest)
-    for dtype, size in arrays:
-        yield Collective(kind, axes[0], dtype, share * size * times, name[1] if name else "")
+
+
+def _across_slices(op: str, type_: str, rest: str, times: int, places: _Places, lines: list[str]) -> Collective | None:
+    """A transfer between TPU slices, which the compiler writes as a send and a recv of one rendezvous. It is counted
+    at its recv: in an all-to-all both hold n slots, but an all-gather sends one and receives n."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
+    meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', rest)
+    target = re.search(r'_xla_megascale_target=(?:"([^"]*)"|(\{\{.*?\}\}))', rest)
+    if not (kind and kind[1] in _TRANSFERS and meeting and target and "xla_megascale_runtime" in rest):
+        raise ValueError(f"a {op} that is no transfer between TPU slices known to parallel/wire.py: {rest[:400]}")
+    partner = [x for x in lines if f'"{meeting[1]}"' in x and re.search(r" (send|recv)\(", x)]
+    if len(partner) != 2:
+        raise ValueError(f"{op} of {meeting[1]}: expected one send and one recv in a computation, not {len(partner)}")
+    if op == "send":
+        return None
+    groups = _groups_of_slices(target[1] or target[2], places)
+    n = 2 if kind[1] == "ONE_TO_ONE" else groups.shape[1]
+    ((dtype, size),) = [(d, b) for d, b in _arrays(type_.partition("}")[0])]
+    sender = next(x for x in partner if " send(" in x)
+    share = _share(_TRANSFERS[kind[1]], n)
+    return Collective(_TRANSFERS[kind[1]], places.axes(groups)[0], dtype, share * size * times, _origin(sender, lines))
+
+
+def _origin(line: str, lines: list[str], depth: int = 8) -> str:
+    """The op_name of an instruction, or of the first operand that has one: transfers between slices have none."""
+    for _ in range(depth):
+        if name := re.search(r'op_name="([^"]*)"', line):
+            return name[1]
+        operand = re.search(r" [a-z0-9\-]+\(%([\w.\-]+)", line)
+        found = [x for x in lines if operand and re.match(rf"\s*%{re.escape(operand[1])} = ", x)]
+        if not found:
+            break
+        line = found[0]
+    return ""
+
+
+def _groups_of_slices(target: str, places: _Places) -> np.ndarray:
+    """[group, member] in the mesh, of {{100000,200000},…}, {{100000->200000},…} or {1,2}x{0:3}: slices × devices of
+    each, which exchange with those of the same number."""
+    if match := re.match(r"^\{([0-9,:]+)\}x\{([0-9,:]+)\}$", target):
+        groups = [[s * SLICE + d for s in _ranges(match[1])] for d in _ranges(match[2])]
+    else:
+        groups = [_ints(g.replace("->", ",")) for g in re.findall(r"\{([0-9,>\-]+)\}", target)]
+    unknown = {i for group in groups for i in group} - set(places.of_id)
+    if unknown or len({len(group) for group in groups}) != 1:
+        raise ValueError(f"a transfer between slices names devices that are not in the mesh: {target[:200]}")
+    return np.array([[places.of_id[i] for i in group] for group in groups])
+
+
+def _ranges(text: str) -> list[int]:
+    """ "0,4:6" -> [0, 4, 5, 6]."""
+    parts = [list(map(int, part.split(":"))) for part in text.split(",")]
+    return [i for part in parts for i in range(part[0], part[-1] + 1)]
 
 
 def _results_of_start(kind: str, arrays: list[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -152,28 +269,25 @@ def _bytes(dtype: str, dims: str) -> float:
     return math.prod(int(d) for d in dims.split(",") if d) * BITS[dtype] / 8
 
 
-def _span(kind: str, rest: str, mesh: Mesh) -> tuple[list[str], int]:
-    """The mesh axes that a collective's groups span, slowest first, and the size of a group."""
-    shape, names = mesh.devices.shape, mesh.axis_names
+def _groups(kind: str, rest: str, places: _Places) -> np.ndarray:
+    """[group, member]: the places in the mesh of the devices that a collective joins."""
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", rest)
+        pairs = re.search(r"source_target_pairs=\{((?:\{[0-9,]+\},?)*)\}", rest)
         assert pairs, rest
-        groups = [list(map(int, p.split(","))) for p in re.findall(r"\{([0-9,]+)\}", pairs[1])]
-        moving = [g for g in groups if g[0] != g[1]]
-        return (_axes_of(moving, shape, names), 2) if moving else ([], 1)
+        moving = [p for p in (_ints(p) for p in re.findall(r"\{([0-9,]+)\}", pairs[1])) if p[0] != p[1]]
+        return places.of_partition[np.array(moving or [[0]])]
     text = rest[rest.find("replica_groups=") + len("replica_groups=") :]
     if text.startswith("mesh["):
         groups = _groups_of_named_mesh(text)
-        return _axes_of(groups, shape, names), len(groups[0])
-    if match := re.match(r"\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", text):
+    elif match := re.match(r"\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", text):
         groups = _iota(match[2], match[3]).reshape(_ints(match[1])).tolist()
-        return _axes_of(groups, shape, names), len(groups[0])
-    if text.startswith("{}"):
-        return [axis for axis, size in zip(names, shape, strict=True) if size > 1], mesh.size
-    if text.startswith("{{"):
+    elif text.startswith("{}"):
+        groups = [list(range(len(places.of_partition)))]
+    elif text.startswith("{{"):
         groups = [list(map(int, g.split(","))) for g in re.findall(r"\{([0-9,]+)\}", text[1 : text.find("}}") + 2])]
-        return _axes_of(groups, shape, names), len(groups[0])
-    raise _unknown(text)
+    else:
+        raise _unknown(text)
+    return places.of_partition[np.array(groups)]
 
 
 def _unknown(text: str) -> ValueError:
@@ -216,10 +330,3 @@ def _groups_of_named_mesh(text: str) -> list[list[int]]:
     order = [i for i, p in enumerate(picked) if not p] + [i for i, p in enumerate(picked) if p]
     members = math.prod(d for d, p in zip(dims, picked, strict=True) if p)
     return ids.transpose(order).reshape(-1, members).tolist()
-
-
-def _axes_of(groups: list[list[int]], shape: tuple[int, ...], names: tuple[str, ...]) -> list[str]:
-    """The axes along which devices of one group differ. Ids are positions in the flattened mesh."""
-    coordinates = np.stack(np.unravel_index(np.array(groups), shape))  # [axis, group, member]
-    differs = (coordinates != coordinates[:, :, :1]).any(axis=(1, 2))
-    return [name for name, d in zip(names, differs, strict=True) if d]

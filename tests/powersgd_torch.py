@@ -2,10 +2,10 @@
 
     python tests/powersgd_torch.py GRADIENTS.npz DIRECTORY RANK
 
-Needs only PyTorch and NumPy. GRADIENTS.npz: {name: [steps, replicas, out, in]}, every replica's own gradient of a weight.
-Each process writes DIRECTORY/replica{r}.npz: {"mean name", "q name", "owed name": [steps, …]}, which are what DDP left
-in the weight's .grad, and the hook's memory after each step: Q [in, rank], and this replica's residual. Both are NaN
-until the hook compresses, from step START on.
+Needs only PyTorch and NumPy. GRADIENTS.npz: {name: [steps, replicas, out, in]}, every replica's own gradient of each
+weight. Each process writes DIRECTORY/replica{r}.npz: {"mean name", "q name", "owed name": [steps, …]}, which are what
+DDP left in the weight's .grad, and the hook's memory after each step: Q [in, rank], and this replica's residual. Both
+are NaN until the hook compresses, from step START on.
 """
 
 import os
@@ -91,7 +91,7 @@ def replica(r: int, gradients: Path, directory: Path, rank: int) -> None:
         nothing = np.full_like(found[-1][key], np.nan)
         given[key] = np.stack([row.get(key, nothing) for row in found])
     np.savez(directory / f"replica{r}.npz", **{key: given[key] for key in found[-1]})
-    dist.destroy_process_group()
+    dist.barrier()  # nobody leaves while another still receives
 
 
 def expected_stats(shapes: dict[str, tuple[int, int]], rank: int, steps: int) -> tuple[int, int]:
@@ -103,4 +103,6 @@ def expected_stats(shapes: dict[str, tuple[int, int]], rank: int, steps: int) ->
 if __name__ == "__main__":
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     gradients, directory, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    torch.multiprocessing.spawn(replica, (gradients, directory, rank), nprocs=2)
+    # By fork: PyTorch is imported once, and children end without taking the interpreter down beside gloo's threads: a
+    # spawned one was seen to abort once ("terminate called without an active exception"), most likely there.
+    torch.multiprocessing.start_processes(replica, (gradients, directory, rank), nprocs=2, start_method="fork")

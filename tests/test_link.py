@@ -127,7 +127,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until(condition, what: str, seconds: float = 120) -> None:
+def wait_until(condition, what: str, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"still waiting until {what}"

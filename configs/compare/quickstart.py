@@ -23,7 +23,7 @@ def get_config():
     c.model.num_kv_heads = 4
     c.model.head_dim = 28
     c.model.mlp_dim = 304
-    c.data.seq_len = 64
+    c.data.seq_len = 32
     c.data.batch_size = 8
     c.optimizer.lr = 2e-3
     c.optimizer.warmup_steps = 60

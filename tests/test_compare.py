@@ -1,0 +1,91 @@
+"""compare.py: the same seeds for every row, the arithmetic of its table, and going on where it was stopped."""
+
+import json
+import subprocess
+import sys
+
+import helpers
+import numpy as np
+import pytest
+
+import compare
+import comparison
+from runtime.config import UsageError
+
+CONFIG = """
+from configs import tiny
+SEEDS = (0, 1, 2)
+def get_config():
+    c = tiny.get_config()
+    c.steps, c.eval_every, c.sync.replicas = 6, 2, 2
+    c.data.batch_size = 8
+    return c
+def row(name, **changes):
+    return {"name": name, "changes": {k.replace("__", "."): v for k, v in changes.items()},
+            "tune": ("optimizer.lr", (1e-3, 4e-3))}
+ROWS = [row("base"), row("signs", sync__codec="sign"), row("late", sync__strategy="diloco", sync__interval=3)]
+"""
+
+
+def summary(name, finals, size=100.0):
+    return {"name": name, "tuned": "", "steps": [1], "eval_losses": [[x] for x in finals], "wire_bytes_per_step": size,
+            "wire_bytes_from": "", "parameters": 10, "method": {"bytes_per_parameter": 4.0, "interval": 1,
+            "fragments": 1, "overlap": 0}}  # fmt: skip
+
+
+def test_gaps_are_paired_by_seed_with_student_intervals():
+    table = comparison.tabulate([summary("a", [2.0, 3.0, 4.0]), summary("b", [2.1, 3.1, 4.4], 25.0)], {})
+    row = table["rows"][1]
+    gaps = 100 * np.array([0.1, 0.1, 0.4]) / 3.0
+    half = 4.303 * gaps.std(ddof=1) / np.sqrt(3)
+    assert row["gap_percent"] == pytest.approx(gaps.mean()) and row["ratio"] == 4.0
+    assert (row["gap_low"], row["gap_high"]) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
+    assert table["rows"][0]["gap_percent"] == 0
+
+
+def test_a_claim_holds_fails_or_is_unresolved():
+    verdict = lambda low, high: comparison.verdict({"gap_low": low, "gap_high": high}, 1.0)
+    assert (verdict(-1, 0.9), verdict(1.1, 2), verdict(0.5, 1.5)) == ("holds", "fails", "unresolved")
+
+
+def test_a_comparison_is_made_and_goes_on_where_it_was_stopped(tmp_path):
+    config = tmp_path / "three.py"
+    config.write_text(CONFIG)
+    command = [sys.executable, "compare.py", f"--config={config}", f"--workdir={tmp_path}/out", "--simulate=2"]
+    done = subprocess.run([*command, "--only=signs"], cwd=helpers.ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "results").glob("*.json")}
+    # Of each row 2 candidates and 3 seeds; without the floor, which `--only` leaves out.
+    assert len(files) == 2 * (2 + 3) and "ETA" in done.stdout
+    done = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert all(file.stat().st_mtime_ns == before for file, before in files.items()), "nothing is run twice"
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    names = [row["name"] for row in table["rows"]]
+    assert names == ["base", "base, weights moved by 1e-06", "signs", "late"]
+    base, floor, signs, late = table["rows"]
+    assert abs(floor["gap_percent"]) < 0.01 and floor["eval_losses"] != base["eval_losses"]
+    assert signs["ratio"] > 20 and base["wire_bytes_from"] == "compiled program"
+    assert late["wire_bytes_per_step"] == pytest.approx(base["wire_bytes_per_step"] / 3, rel=0.01)
+    markdown = (tmp_path / "out" / "table.md").read_text()
+    assert markdown.count("\n| ") == 5 and (tmp_path / "out" / "table.csv").read_text().count("\n") == 5
+    for plot in ("loss_steps", "loss_bytes", "utilisation"):
+        assert (tmp_path / "out" / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (("SEEDS = (0, 1, 2)", "SEEDS = (0, 1)"), "an interval needs 3 different seeds"),
+        (("(1e-3, 4e-3)", "(1e-3, 2e-3, 3e-3, 4e-3)"), "4 candidates; every row has at most 3"),
+        (('sync__codec="sign"', 'sync__codec="sing"'), "did you mean 'sign'"),
+        (("ROWS = ", "LINES = "), "has no ROWS"),
+    ],
+)
+def test_bad_comparisons(tmp_path, change, part):
+    config = tmp_path / "bad.py"
+    config.write_text(CONFIG.replace(*change))
+    with pytest.raises(UsageError, match=part):
+        compare.Plan.read(str(config), "")
+    with pytest.raises(UsageError, match="no such file"):
+        compare.Plan.read(f"{tmp_path}/none.py", "")
