@@ -48,6 +48,7 @@ def test_a_claim_holds_fails_or_is_unresolved():
     assert (verdict(-1, 0.9), verdict(1.1, 2), verdict(0.5, 1.5)) == ("holds", "fails", "unresolved")
 
 
+@pytest.mark.slow
 def test_a_comparison_is_made_and_goes_on_where_it_was_stopped(tmp_path):
     config = tmp_path / "three.py"
     config.write_text(CONFIG)

@@ -122,10 +122,11 @@ ERROR = {"none": 2e-7, "bf16": 0.003, "fp8": 0.05, "fp4": 0.3, "int8": 0.012, "i
 
 
 @every_codec
-@pytest.mark.parametrize("sizes", [(4, 2, 1), pytest.param((2, 2, 2), marks=SLOW)], ids=helpers.name)
-def test_the_exchange_is_the_mean_over_replicas_as_exactly_as_the_codec_promises(sizes, case, algorithm):
-    exchange = make(case, algorithm, sizes, replicas=4)
+def test_the_exchange_is_the_mean_over_replicas_as_exactly_as_the_codec_promises(case, algorithm):
+    exchange = make(case, algorithm, (4, 2, 1))
     (mean, _), *_ = run(exchange)
+    kind = CODECS[case[0]]
+    assert case[0] in ERROR or is_round(kind) or kind.sparse, f"say in ERROR how exact {case[0]} is"
     bound = ERROR.get(case[0], 1.0) * (2.5 if dict(case[1]).get("stochastic") else 1.5)
     for name, x_R in tree(4).items():
         exact = x_R.astype(np.float64).mean(axis=0)
@@ -135,12 +136,11 @@ def test_the_exchange_is_the_mean_over_replicas_as_exactly_as_the_codec_promises
 
 
 @every_codec
-@pytest.mark.parametrize("replicas", [4, pytest.param(8, marks=SLOW)])
-def test_replicas_on_any_number_of_devices_give_the_same_bits(replicas, case, algorithm):
+def test_replicas_on_any_number_of_devices_give_the_same_bits(case, algorithm):
     feedback = Feedback(0.9)
-    expected = run(make(case, algorithm, (1, 1, 1), replicas, feedback), steps=2)
-    for devices in {4: (2, 4), 8: (4,)}[replicas]:
-        found = run(make(case, algorithm, (devices, 1, 1), replicas, feedback), steps=2)
+    expected = run(make(case, algorithm, (1, 1, 1), 4, feedback), steps=2)
+    for devices in (2, 4):
+        found = run(make(case, algorithm, (devices, 1, 1), 4, feedback), steps=2)
         for ours, theirs in zip(found, expected, strict=True):
             jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 

@@ -142,13 +142,9 @@ def test_another_mesh_goes_on_with_the_same_parameters_and_losses(tmp_path, mesh
 
 # Every strategy and every kind of state: local parameters, messages in flight, residuals, PowerSGD's Q.
 METHODS = {
-    "sync int4": "strategy=sync codec=int4",
     "sync powersgd": "strategy=sync codec=powersgd",
-    "stale none": "strategy=stale codec=none staleness=2",
     "stale topk": "strategy=stale codec=topk compensation=0.1",
     "diloco int4": "strategy=diloco codec=int4 interval=7",
-    "diloco powersgd": "strategy=diloco codec=powersgd interval=7",
-    "streaming none": "strategy=streaming codec=none interval=6 overlap=2 mix=0.5",
     "streaming topk": "strategy=streaming codec=topk interval=6 overlap=1",
 }
 
