@@ -74,9 +74,10 @@ class Stale(Sync):
         per_replica = jax.vmap(self.add_micro_steps, in_axes=(None, 0, None), spmd_axis_name=AXIS)
         flight, codec = self.exchange.start(oldest_R, state.codec, state.step)
         total_R = per_replica(state.params, part(0, half), None)
-        flight, codec, total_R = lax.optimization_barrier((flight, codec, total_R))
+        rest_RABT = part(half, self.accumulate)  # in the barrier: else its forward pass would join the first half
+        flight, codec, total_R, rest_RABT = lax.optimization_barrier((flight, codec, total_R, rest_RABT))
         mean, codec = self.exchange.finish(flight, codec, state.step)
         more = jax.vmap(self.add_micro_steps, in_axes=(None, 0, 0), spmd_axis_name=AXIS)
-        loss_R, grads_R = more(state.params, part(half, self.accumulate), total_R)
+        loss_R, grads_R = more(state.params, rest_RABT, total_R)
         mean, codec, loss_R, grads_R = lax.optimization_barrier((mean, codec, loss_R, grads_R))
         return mean, codec, self.weighted(state, batch_RBT, loss_R, grads_R)
