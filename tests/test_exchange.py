@@ -178,8 +178,6 @@ def test_start_and_finish_are_the_two_halves_of_mean(case, algorithm):
 # ── error feedback ───────────────────────────────────────────────────────────────────────────────────────────────
 
 OPTIMIZERS = {
-    "sgd": optax.sgd(0.05),
-    "momentum": optax.sgd(0.02, momentum=0.9),
     "adamw": optax.adamw(optax.cosine_decay_schedule(0.02, 50), weight_decay=0.1),
     "clipped": optax.chain(
         optax.clip_by_global_norm(0.5), optax.sgd(optax.linear_schedule(0.1, 0.01, 50), momentum=0.9)
@@ -209,13 +207,13 @@ def test_nothing_is_lost_what_is_applied_and_what_is_owed_add_up(case, algorithm
     exchange = make(case, algorithm, (4, 1, 1), feedback=Feedback(decay))
     f, rng = compiled(exchange), np.random.default_rng(0)
     targets = tree(4, 7)
-    for name, optimizer in OPTIMIZERS.items() if decay == 1.0 else [("sgd", OPTIMIZERS["sgd"])]:
+    for name, optimizer in OPTIMIZERS.items() if decay == 1.0 else [("sgd", optax.sgd(0.05))]:
         params = {n: np.zeros(leaf.shape, np.float32) for n, leaf in LEAVES.items()}
         opt_state, state = optimizer.init(params), begin(exchange)
         update = jax.jit(lambda g, s, p, o=optimizer: (lambda u, s: (optax.apply_updates(p, u), s))(*o.update(g, s, p)))
         before = owed(exchange, state)
         applied = dict.fromkeys(LEAVES, 0.0)
-        summed = dict.fromkeys(LEAVES, 0.0)
+        summed, added = dict.fromkeys(LEAVES, 0.0), dict.fromkeys(LEAVES, 0.0)
         for step in range(50 if decay == 1.0 else 5):
             noise = {n: 0.1 * rng.standard_normal(x.shape).astype(np.float32) for n, x in targets.items()}
             grads = {n: params[n][None] - targets[n] + noise[n] for n in LEAVES}
@@ -226,13 +224,13 @@ def test_nothing_is_lost_what_is_applied_and_what_is_owed_add_up(case, algorithm
                 applied[n], summed[n] = applied[n] + np.asarray(mean[n], np.float64), summed[n] + exact
                 # Relative to what is added up in float32: each replica's gradient and residual.
                 scale = np.abs(grads[n]).max() + np.abs(np.asarray(state["worker"][n])).max()
+                added[n] += scale
                 assert np.abs(mean[n] + after[n] - exact - decay * before[n]).max() <= 1e-6 * scale, (name, n, step)
             before = after
             params, opt_state = jax.device_get(update(mean, opt_state, params))
         if decay == 1.0:
             for n in LEAVES:
-                scale = np.abs(summed[n]).max() + np.abs(before[n]).max()
-                assert np.abs(applied[n] + before[n] - summed[n]).max() <= 1e-6 * scale, (name, n)
+                assert np.abs(applied[n] + before[n] - summed[n]).max() <= 1e-6 * added[n], (name, n)
 
 
 @pytest.mark.parametrize(("case", "algorithm"), WANTED)
@@ -275,8 +273,16 @@ def test_zeros_stay_zeros_and_are_survived(case, algorithm):
 # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@every_codec
-@pytest.mark.parametrize("sizes", [*SOME, *(pytest.param(m, marks=SLOW) for m in MESHES if m not in SOME)], ids=str)
+# Rounding and bits of values do not change what a message looks like from mesh to mesh: two meshes are enough for them.
+BYTES = [
+    pytest.param(m, *p.values, id=f"{helpers.name(m)}-{p.id}", marks=p.marks if m in SOME else SLOW)
+    for m in MESHES
+    for p in EVERY
+    if m in SOME or not p.values[0][1]
+]
+
+
+@pytest.mark.parametrize(("sizes", "case", "algorithm"), BYTES)
 def test_the_compiled_exchange_sends_the_bytes_of_the_closed_form(sizes, case, algorithm):
     exchange = make(case, algorithm, sizes, feedback=Feedback())
     assert wire.count(compiled(exchange).as_text(), exchange.mesh) == {"replica": exchange_bytes(exchange)}
@@ -308,6 +314,7 @@ def test_ratios_to_float32_of_a_large_array():
     assert ratio("randk", 8) == 64
 
 
+@SLOW
 def test_sixteen_devices_send_the_closed_form():
     """r4f2t2 needs more devices than this process has."""
     import subprocess

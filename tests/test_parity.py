@@ -10,7 +10,7 @@ import pytest
 
 STEPS = 20
 SLOW = pytest.mark.slow
-BOTH = pytest.mark.parametrize("uneven", [False, True], ids=["full", "uneven"])
+BOTH = pytest.mark.parametrize("uneven", [True, pytest.param(False, marks=SLOW)], ids=["uneven", "full"])
 
 
 @cache
@@ -39,7 +39,7 @@ def compare(losses, gradients, uneven: bool):
         assert np.linalg.norm(gradients[name] - wanted) <= bound, name
 
 
-@pytest.mark.parametrize("uneven", [True, pytest.param(False, marks=SLOW)], ids=["uneven", "full"])
+@BOTH
 @pytest.mark.parametrize("mesh", helpers.factorings(8), ids=helpers.name)
 def test_every_mesh_of_eight_devices_trains_like_one_device(mesh, uneven):
     check(mesh, uneven)

@@ -192,7 +192,7 @@ def test_stale_equals_numpy_float64(staleness, compensation):
 
 # Every codec under sync; the exchange is the same object in the other strategies, which are tried with three.
 STEP_CODECS = [
-    pytest.param(strategy, codec, marks=[] if codec == "int4" else [SLOW])
+    pytest.param(strategy, codec, marks=[] if (strategy, codec) == ("stale", "int4") else [SLOW])
     for strategy in OPTIONS
     for codec in (CODECS if strategy == "sync" else ("int4", "topk", "powersgd"))
 ]
@@ -230,7 +230,7 @@ def test_every_program_sends_its_exchange_and_named_scalars_over_the_slow_axis_a
 
 
 @pytest.mark.parametrize("codec", ["int4", pytest.param("topk", marks=SLOW), pytest.param("powersgd", marks=SLOW)])
-@pytest.mark.parametrize("strategy", ["sync", "stale"])
+@pytest.mark.parametrize("strategy", ["sync", pytest.param("stale", marks=SLOW)])
 def test_a_gradient_of_nan_leaves_no_trace(strategy, codec):
     """The same state as if the call had not been made, but for the counters and, when stale, the queue."""
     config = helpers.tiny(**options(strategy, codec) | ({"sync__staleness": 1} if strategy == "stale" else {}))
@@ -373,6 +373,7 @@ def test_onebit_adam_freezes_the_variance_and_goes_on_with_momentum():
         np.testing.assert_allclose(found[name], theta[name], rtol=1e-4, atol=1e-5)
 
 
+@SLOW
 @pytest.mark.parametrize(
     "options",
     [
