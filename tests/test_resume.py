@@ -144,7 +144,6 @@ def test_another_mesh_goes_on_with_the_same_parameters_and_losses(tmp_path, mesh
 METHODS = {
     "stale topk": "strategy=stale codec=topk compensation=0.1",
     "diloco int4": "strategy=diloco codec=int4 interval=7",
-    "streaming topk": "strategy=streaming codec=topk interval=6 overlap=1",
 }
 
 
