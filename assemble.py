@@ -15,7 +15,20 @@ from jax.sharding import Mesh
 from model import attention, decode, optimizer
 from model.momentum_messages import OneBitAdam, Signum
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
-from parallel import codecs, local, placement, residuals, resume, rules, stale, strategies, units, wire
+from parallel import (
+    codecs,
+    eager,
+    local,
+    placement,
+    residuals,
+    resume,
+    rules,
+    stale,
+    strategies,
+    streaming,
+    units,
+    wire,
+)
 from parallel import mesh as meshes
 from parallel.cost import exchange_bytes, peak_flops
 from parallel.exchange import Feedback, is_round
@@ -143,10 +156,12 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
     shared |= {"interval": s.interval, "outer": local.outer_optimizer(**s.outer.to_dict())}
     if s.strategy == "diloco":
         return local.DiLoCo(exchange=exchange(leaves), **shared)
+    if s.strategy == "eager":
+        return eager.Eager(exchange=exchange(leaves), **shared)
     layers = jax.tree.map(lambda leaf: leaf.with_layers(c.model.num_layers // s.fragments), leaves["blocks"])
     rest = exchange({name: leaf for name, leaf in leaves.items() if name != "blocks"})
     parts = {"fragments": s.fragments, "overlap": s.overlap, "mix": s.mix}
-    return local.Streaming(exchange=exchange({"blocks": layers}), rest=rest, **parts, **shared)
+    return streaming.Streaming(exchange=exchange({"blocks": layers}), rest=rest, **parts, **shared)
 
 
 def shardings_of(tree: Any) -> Any:
@@ -261,9 +276,8 @@ def _exchange(parts: Parts) -> str:
         type(unit.codec).__name__: exchange.net.form(unit.codec) for unit in exchange.units if not is_round(unit.codec)
     }
     kinds |= {type(unit.codec).__name__: "in rounds" for unit in exchange.units if is_round(unit.codec)}
-    size = sum(exchange_bytes(exchange).values())
-    if isinstance(strategy, local.Streaming):
-        size += sum(exchange_bytes(strategy.rest).values())
+    largest = max((e for e in strategy.exchanges().values()), key=len)
+    size = sum(sum(exchange_bytes(e).values()) for e in largest)
     how = ", ".join(f"{name} ({form})" for name, form in kinds.items())
     feedback = ", error feedback" if exchange.feedback else ""
     return f"{type(strategy).__name__}, {how}{feedback}, {human_bytes(size)} per exchange predicted"

@@ -26,9 +26,9 @@ import assemble
 import comparison
 from data import corpus as corpora
 from data.loader import Loader, eval_batches
-from parallel import local, placement
 from parallel import mesh as meshes
-from parallel.cost import exchange_bytes
+from parallel import placement
+from parallel.cost import bytes_per_step
 from parallel.utilisation import Method
 from runtime import config as configuration
 from runtime.config import UsageError
@@ -211,7 +211,7 @@ class Runner:
             "wire_bytes_per_step": size,
             "wire_bytes_from": source,
             "parameters": assemble.num_parameters(parts),
-            "method": _method(parts),
+            "method": _method(parts, config.steps),
         }
 
     def _build(self, config: Any) -> tuple:
@@ -245,31 +245,21 @@ def _wire_bytes(parts: assemble.Parts, programs: dict[str, Any], config: Any) ->
     """Bytes per step that a replica sends: counted in the program where every replica has a device of its own."""
     if parts.mesh.shape["replica"] == parts.replicas:
         return assemble.wire_bytes(parts, programs, config.steps)["replica"], "compiled program"
-    strategy, K = parts.strategy, parts.strategy.steps_per_call
-    names = [strategy.program_at(step, config.steps) for step in range(0, config.steps, K)]
-    whole = _exchange_bytes(parts) * sum(name in ("step", "inner+exchange") for name in names)
-    if isinstance(strategy, local.Streaming):
-        whole = _exchange_bytes(parts) * len(names) / strategy.fragments
-    return whole / config.steps, "closed form"
+    return bytes_per_step(parts.strategy, config.steps, a_device_per_replica=True), "closed form"
 
 
-def _exchange_bytes(parts: assemble.Parts) -> float:
-    """Of the whole model, were there a device for each replica."""
-    total = lambda exchange: sum(exchange_bytes(exchange.with_a_device_per_replica()).values())
-    if isinstance(parts.strategy, local.Streaming):
-        return total(parts.strategy.exchange) * parts.strategy.fragments + total(parts.strategy.rest)
-    return total(parts.strategy.exchange)
-
-
-def _method(parts: assemble.Parts) -> dict[str, Any]:
+def _method(parts: assemble.Parts, steps: int) -> dict[str, Any]:
     """The row as the utilisation simulator takes it."""
-    strategy, size = parts.strategy, _exchange_bytes(parts) / assemble.num_parameters(parts)
-    if isinstance(strategy, local.Streaming):
-        method = Method(size, interval=strategy.interval, fragments=strategy.fragments, overlap=strategy.overlap)
-    elif isinstance(strategy, local.DiLoCo):
-        method = Method(size, interval=strategy.interval)
-    else:
-        method = Method(size, overlap=getattr(strategy, "staleness", 0))
+    strategy = parts.strategy
+    interval = getattr(strategy, "interval", 1)
+    whole = bytes_per_step(strategy, steps, a_device_per_replica=True) * interval
+    overlap = {"Stale": "staleness", "Streaming": "overlap", "Eager": "interval"}.get(type(strategy).__name__)
+    method = Method(
+        bytes_per_parameter=whole / assemble.num_parameters(parts),
+        interval=interval,
+        fragments=getattr(strategy, "fragments", 1),
+        overlap=getattr(strategy, overlap) if overlap else 0,
+    )
     return vars(method)
 
 

@@ -304,17 +304,12 @@ def predicted(row: Row, config: str, hosts: int) -> float:
 
     import assemble
     from parallel import mesh as meshes
-    from parallel.cost import exchange_bytes
-    from parallel.local import Streaming
+    from parallel.cost import bytes_per_step
     from runtime import config as configuration
 
     values, _ = configuration.parse(["train.py", *row.flags(config, hosts)], "")
     mesh = meshes.build(meshes.fill_sizes(values.mesh, hosts), jax.devices()[:hosts])
-    strategy = assemble.build(values, mesh).strategy
-    size = sum(exchange_bytes(strategy.exchange).values())
-    if isinstance(strategy, Streaming):  # every fragment once a round, and embedding, head and norm once
-        size = strategy.fragments * size + sum(exchange_bytes(strategy.rest).values())
-    return size / row.round
+    return bytes_per_step(assemble.build(values, mesh).strategy, row.round)
 
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -53,3 +53,15 @@ def exchange_bytes(exchange: Any) -> dict[str, float]:
         for dtype, size in sizes.items():
             total[dtype] = total.get(dtype, 0) + size
     return total
+
+
+def bytes_per_step(strategy: Any, steps: int, a_device_per_replica: bool = False) -> float:
+    """Closed form of the bytes that one device sends over `replica`, on average over a run of so many steps; as it is
+    laid out, or as it would be if every replica had a device of its own."""
+    spread = (lambda exchange: exchange.with_a_device_per_replica()) if a_device_per_replica else (lambda e: e)
+    sizes = {
+        name: sum(sum(exchange_bytes(spread(exchange)).values()) for exchange in exchanges)
+        for name, exchanges in strategy.exchanges().items()
+    }
+    calls = range(0, steps, strategy.steps_per_call)
+    return sum(sizes[strategy.program_at(step, steps)] for step in calls) / steps

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -95,7 +96,7 @@ class Net:
             across = lambda m: lax.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True)
         if self.devices == 1:  # nothing crosses a wire, so nothing need be packed for it
             message = {"values": sent_kN if form == "gather" else sent_kRC}
-        return jax.tree.map(across, message), sent_kN[:, :n]
+        return _as_one(across, message, 1 if form == "gather" else 2), sent_kN[:, :n]
 
     def finish(self, received: Any, n: int, codec: Any, key: jax.Array | None, server_kC: Any, decay: float) -> Any:
         """(mean [N], server residual [k, C]): the second hop, if the algorithm has one.
@@ -119,7 +120,7 @@ class Net:
             server_kC = owed_kC.astype(server_kC.dtype)
         if self.devices == 1:
             return sent_kC.reshape(-1)[:n], server_kC
-        gathered = jax.tree.map(lambda m: lax.all_gather(m, AXIS, tiled=True), second)  # [R, …]
+        gathered = _as_one(lambda m: lax.all_gather(m, AXIS, tiled=True), second, 1)  # [R, …]
         return jax.vmap(codec.decode)(gathered).reshape(-1)[:n], server_kC
 
     def _sum_in_order(self, message_R: Any, codec: Any) -> jax.Array:
@@ -273,6 +274,19 @@ def round_trip(codec: Any, x_N: jax.Array, key: jax.Array | None) -> tuple[Any, 
         return codec.round_trip(x_N, key)
     message = codec.encode(x_N, key)
     return message, codec.decode(message)
+
+
+def _as_one(across: Any, message: Any, lead: int) -> Any:
+    """Sends a message's arrays as one of bytes, if they are several: a collective costs a round trip of the link, and
+    TPUs widen short ones. lead: how many of their leading dimensions count messages."""
+    arrays, treedef = jax.tree.flatten(message)
+    if len(arrays) == 1:
+        return jax.tree.map(across, message)
+    in_bytes = [lax.bitcast_convert_type(x, jnp.uint8) for x in arrays]  # uint16 [...] -> [..., 2]
+    flat = [x.reshape(*x.shape[:lead], -1) for x in in_bytes]
+    parts = jnp.split(across(jnp.concatenate(flat, -1)), np.cumsum([x.shape[-1] for x in flat])[:-1], -1)
+    own = [part.reshape(*part.shape[:-1], *x.shape[lead:]) for part, x in zip(parts, in_bytes, strict=True)]
+    return treedef.unflatten([lax.bitcast_convert_type(part, x.dtype) for part, x in zip(own, arrays, strict=True)])
 
 
 def is_round(codec: Any) -> bool:

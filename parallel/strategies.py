@@ -68,6 +68,10 @@ class Strategy:
         """Which program makes the updates after `step`; the run ends at `last`."""
         raise NotImplementedError
 
+    def exchanges(self) -> dict[str, tuple[Exchange, ...]]:
+        """What each program exchanges, in full."""
+        return dict.fromkeys(self.programs(), (self.exchange,))
+
     def codec_specs(self) -> Any:
         return self.exchange.state_specs
 

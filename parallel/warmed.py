@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from parallel.exchange import Exchange
 from parallel.strategies import Batch, State, Sync
 
 
@@ -19,6 +20,9 @@ class Warmed(Sync):
 
     def programs(self) -> dict[str, Callable]:
         return {"warm-up": self.warm_up, "step": self.step}
+
+    def exchanges(self) -> dict[str, tuple[Exchange, ...]]:
+        return {"warm-up": (self.warm.exchange,), "step": (self.exchange,)}
 
     def program_at(self, step: int, last: int) -> str:
         return "warm-up" if step < self.warm_steps else "step"

@@ -24,6 +24,7 @@ STRATEGIES = {
     "sync": set(),
     "stale": {"staleness", "compensation"},
     "diloco": LOCAL,
+    "eager": LOCAL,
     "streaming": LOCAL | {"fragments", "overlap", "mix"},
 }
 STRATEGY_KEYS = set.union(*STRATEGIES.values())
@@ -355,7 +356,7 @@ def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
             "gradient's signs. Choose another codec, or another optimizer"
         )
     name, feedback = flat["optimizer.name"], flat["sync.error_feedback"]
-    if name in ("signum", "onebit_adam") and strategy in ("diloco", "streaming"):
+    if name in ("signum", "onebit_adam") and strategy not in ("sync", "stale"):
         yield f"optimizer.name={name} exchanges momentum at every step; sync.strategy={strategy} does not: set adamw"
     if name == "signum" and (codec, feedback, flat["sync.stochastic"]) not in (
         *(("none", "auto", False), ("none", "off", False), ("sign", "off", True)),
@@ -377,6 +378,8 @@ def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
         yield f"sync.decay={flat['sync.decay']}: residuals would grow without end; must be between 0 and 1"
     if flat["sync.mix"] > 1:
         yield f"sync.mix={flat['sync.mix']}: must be between 0 (global parameters) and 1 (the replica's own)"
+    if strategy == "eager":
+        yield from _whole_rounds(flat, flat["sync.interval"], "sync.interval")
     if strategy != "streaming":
         return
     H, fragments, layers = flat["sync.interval"], flat["sync.fragments"], flat["model.num_layers"]
@@ -391,11 +394,15 @@ def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
     K = H // fragments
     if flat["sync.overlap"] > K:
         yield f"sync.overlap={flat['sync.overlap']}: one fragment is on the wire at a time, for at most {K} steps"
+    yield from _whole_rounds(flat, K, "sync.interval / sync.fragments")
+
+
+def _whole_rounds(flat: dict[str, Any], K: int, name: str) -> Iterator[str]:
     for key in ("steps", "eval_every", "checkpoint.every"):
         if flat[key] % K:
             yield (
-                f"{key}={flat[key]} is not a multiple of sync.interval / sync.fragments = {K}, the steps between two "
-                f"exchanges. Nearest legal sizes: {nearest_multiples(flat[key], K)}"
+                f"{key}={flat[key]} is not a multiple of {name} = {K}, the steps between two exchanges. "
+                f"Nearest legal sizes: {nearest_multiples(flat[key], K)}"
             )
 
 

@@ -95,7 +95,7 @@ class Recorder:
             "step_seconds": round(seconds, 6),
             "mfu": round(speed * self.flops_per_token / self.peak, 4) if self.peak else None,
             "wire_bytes": self.wire_bytes,
-            "skipped": int(values["skipped"]),
+            **{name: int(values[name]) for name in ("skipped", "rounds_skipped") if name in values},
             "train_seconds": round(self.train_seconds, 3),
         }
         self.last = row

@@ -266,6 +266,7 @@ def test_sync_options_with_one_replica(option, fails):
         ("strategy=streaming interval=9", ["sync.interval=9", "sync.fragments=2", "8 or 10"]),
         ("strategy=streaming interval=8 overlap=5", ["sync.overlap=5", "at most 4 steps"]),
         ("strategy=streaming interval=12", ["steps=20", "sync.interval / sync.fragments = 6", "18 or 24"]),
+        ("strategy=eager interval=12", ["steps=20", "sync.interval = 12", "12 or 24"]),
         ("strategy=streaming interval=8 mix=1.5", ["sync.mix=1.5", "between 0"]),
         ("codec=int2 stochastic", ["sync.codec=int2", "sync.error_feedback=off"]),
         ("codec=int44", ["'int44' is none of", "did you mean 'int4'"]),

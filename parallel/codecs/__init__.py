@@ -1,7 +1,8 @@
 """Codecs: what a tensor looks like on the wire. Small frozen dataclasses of pure functions over flat float32 vectors.
 
 A *block codec* has `encode(x, key) -> message`, a pytree of arrays whose bytes are exactly the bytes sent,
-`decode(message) -> x`, `block` (a message encodes a multiple of so many elements) and `wire(n)`, its bytes by dtype.
+`decode(message) -> x`, `block` (a message encodes a multiple of so many elements) and `wire(n)`, its bytes by the dtype
+that travels: that of its array, uint8 where there are several, which travel as one.
 If it is `sparse`, messages are gathered, never added up on the way; if `uses_key`, encode gets a key, else None.
 
 A *round codec* needs several rounds, or randomness that all replicas share: `mean(p, state, key, leaf, net) ->

@@ -40,7 +40,7 @@ class _Scaled:
         return self.stochastic
 
     def wire(self, n: int) -> dict[str, int]:
-        return {"u8": n * self.bits // 8, "u16": 2 * n // self.block}
+        return {"u8": n * self.bits // 8 + 2 * n // self.block}
 
     def encode(self, x_N: jax.Array, key: jax.Array | None) -> Message:
         return self.round_trip(x_N, key)[0]
@@ -116,8 +116,9 @@ class FP8(_Scaled):
         if not self.stochastic:
             return lax.bitcast_convert_type(scaled.astype(jnp.float8_e4m3fn), jnp.uint8)
         # The distance between neighbours: 2^(exponent − 3), and 2^-9 below 2^-6, where they are equally spaced.
-        exponent = jnp.maximum(jnp.floor(jnp.log2(jnp.maximum(jnp.abs(scaled), 1e-30))), -6)
-        step = jnp.exp2(exponent - 3)
+        # From the bits: log2 and exp2 are not exact, and not the same in every vectorisation.
+        power = lax.bitcast_convert_type(lax.bitcast_convert_type(scaled, jnp.uint32) & 0x7F800000, jnp.float32)
+        step = jnp.maximum(power, 2.0**-6) / 8
         rounded = jnp.clip(jnp.floor(scaled / step + dither) * step, -self.largest, self.largest)
         return lax.bitcast_convert_type(rounded.astype(jnp.float8_e4m3fn), jnp.uint8)
 
@@ -142,7 +143,10 @@ class FP4(_Scaled):
         return magnitude + 8 * (scaled < 0).astype(jnp.uint8)
 
     def from_codes(self, codes: jax.Array) -> jax.Array:
-        size = jnp.where(codes & 7, jnp.exp2((codes & 7).astype(jnp.float32) - 7), 0.0)
+        # 2^(code − 7) put together from its bits: exp2 is not exact, and a product with it would depend on whether a
+        # compiler rounds it before it is subtracted from what was to be sent.
+        exponent = (codes & 7).astype(jnp.uint32)
+        size = lax.bitcast_convert_type(jnp.where(exponent, exponent + (127 - 7), 0) << 23, jnp.float32)
         return jnp.where(codes & 8, -size, size)
 
 
@@ -168,7 +172,7 @@ class Sign:
         return self.stochastic
 
     def wire(self, n: int) -> dict[str, int]:
-        return {"u8": n // 8, "u16": 2 * n // self.block}
+        return {"u8": n // 8 + 2 * n // self.block}
 
     def encode(self, x_N: jax.Array, key: jax.Array | None) -> Message:
         return self.round_trip(x_N, key)[0]

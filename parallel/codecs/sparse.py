@@ -57,8 +57,8 @@ class TopK:
     def wire(self, n: int) -> dict[str, int]:
         entries = n // self.chunk * self.k
         if self.bits == 16:
-            return {"u16": 4 * entries}
-        return {"u8": entries * self.bits // 8 + entries * 3 // 2, "u16": 4 * n // self.chunk}
+            return {"u8": 4 * entries}
+        return {"u8": entries * self.bits // 8 + entries * 3 // 2 + 4 * n // self.chunk}
 
     def encode(self, x_N: jax.Array, key: jax.Array | None) -> Message:
         x_MC = x_N.reshape(-1, self.chunk)

@@ -1,0 +1,131 @@
+"""Two TPU slices joined by a data-centre network, compiled without hardware: the bytes between them are those of the
+closed form, and what should be hidden behind compute is."""
+
+import re
+
+import helpers
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import assemble
+from parallel import local, residuals, stale, units, wire
+from parallel import mesh as meshes
+from parallel.codecs import CODECS
+from parallel.cost import exchange_bytes
+from parallel.exchange import Feedback, is_round
+
+pytest.importorskip(
+    "libtpu", reason="libtpu is not installed: pip install -r requirements-dev.txt on Python 3.12 or newer"
+)
+SIZES = {"replica": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def chips():
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", num_slices=2).devices
+
+
+def build(chips, **overrides):
+    """A million parameters and more: large enough that TPUs do not widen what is sent of an array. The plain attention,
+    which compiles in a quarter of the kernel's time."""
+    config = helpers.tiny(
+        model__model_dim=256, model__head_dim=128, model__num_heads=4, model__num_kv_heads=2, model__mlp_dim=512,
+        data__seq_len=256, data__batch_size=32, compute__attention="reference", **overrides,
+    )  # fmt: skip
+    return assemble.build(config, meshes.build(SIZES, chips))
+
+
+def compiled(parts, name: str) -> str:
+    step = jax.jit(
+        parts.strategy.programs()[name],
+        out_shardings=(assemble.shardings_of(parts.state), None), donate_argnums=0,
+    )  # fmt: skip
+    return step.lower(parts.state, parts.batch).compile().as_text()
+
+
+def sent(text: str, mesh) -> dict[str, float]:
+    """Bytes over `replica` by dtype, without the named scalars, which a TPU widens to its 128 lanes."""
+    found: dict[str, float] = {}
+    for c in wire.collectives(text, mesh):
+        if c.axis == "replica" and "/scalars_" not in c.scope:
+            found[c.dtype] = found.get(c.dtype, 0) + c.sent
+    return found
+
+
+FORMS = [
+    (name, form)
+    for name, kind in CODECS.items()
+    for form in (("gather",) if not is_round(kind) and kind.sparse else ("gather", "two_stage"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("codec", "form"), FORMS)
+def test_every_codec_sends_the_bytes_of_its_closed_form_between_slices(chips, codec, form):
+    parts = build(chips)
+    leaves = units.leaves(parts.param_shapes, parts.model.axes)
+    exchange = residuals.build(CODECS[codec](), form, parts.mesh, 2, leaves, Feedback())
+    shaped = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(parts.mesh, spec))
+    tree = jax.tree.map(lambda leaf: shaped((2, *leaf.shape), np.float32, P("replica", *leaf.spec)), leaves)
+    state = jax.eval_shape(lambda: residuals.init(exchange))
+    state = jax.tree.map(lambda x, spec: shaped(x.shape, x.dtype, spec), state, exchange.state_specs)
+    text = jax.jit(exchange.mean).lower(tree, state, shaped((), np.int32, P())).compile().as_text()
+    assert sent(text, exchange.mesh) == exchange_bytes(exchange)
+
+
+OVERLAPPING: dict = {
+    "stale": ("step", {"sync__strategy": "stale", "optimizer__accumulate": 4}),
+    "streaming": ("fragment", {"sync__strategy": "streaming", "sync__interval": 8, "sync__overlap": 4}),
+    "eager": ("round", {"sync__strategy": "eager", "sync__interval": 4}),
+}
+
+
+def exposed(text: str) -> tuple[list[str], int]:
+    """(transfers between slices, other than the named scalars, with no loop between send and recv-done; all of them).
+    The program is a schedule: its lines run in their order. Its loops are those over layers and micro-steps."""
+    assert "is_scheduled=true" in text.partition("\n")[0]
+    entry = text[text.index("\nENTRY ") :].splitlines()
+    place: dict[tuple[str, str], int] = {}
+    loops, meeting_of = [], {}
+    for number, line in enumerate(entry):
+        if " while(" in line:
+            loops.append(number)
+        elif match := re.search(r"%([\w.\-]+) = .* (send|recv)\(.*rendezvous=\"([^\"]+)\"", line):
+            if "f32[1,1,128]" not in line:  # the scalars
+                place[match[2], match[3]] = number
+                meeting_of[match[1]] = match[3]
+        elif (match := re.search(r" recv-done\(%([\w.\-]+)\)", line)) and match[1] in meeting_of:
+            place["recv-done", meeting_of[match[1]]] = number
+    meetings = set(meeting_of.values())
+    hidden = lambda m: any(place["send", m] < loop < place["recv-done", m] for loop in loops)
+    return sorted(m for m in meetings if not hidden(m)), len(meetings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", OVERLAPPING)
+def test_every_transfer_of_each_hop_runs_while_something_is_computed(chips, strategy, monkeypatch):
+    name, options = OVERLAPPING[strategy]
+    parts = build(chips, sync__codec="int8", sync__algorithm="two_stage", **options)
+    text = compiled(parts, name)
+    found, transfers = exposed(text)
+    assert transfers >= 2 * len(parts.strategy.exchange.units) and not found
+    assert sent(text, parts.mesh) == exchange_bytes(parts.strategy.exchange)
+    # Without the barriers the compiler is free to wait for the first hop before it computes anything.
+    for module in (stale, local):
+        free = type("free", (), {**vars(lax), "optimization_barrier": staticmethod(lambda x: x)})
+        monkeypatch.setattr(module, "lax", free)
+    found, transfers = exposed(compiled(parts, name))
+    assert len(found) >= transfers // 2, "are the barriers needed at all?"
+
+
+@pytest.mark.slow
+def test_diloco_sends_nothing_between_slices_but_at_its_exchange(chips):
+    parts = build(chips, sync__strategy="diloco", sync__codec="int4", sync__interval=10)
+    assert sent(compiled(parts, "inner"), parts.mesh) == {}
+    assert sent(compiled(parts, "inner+exchange"), parts.mesh) == exchange_bytes(parts.strategy.exchange)
