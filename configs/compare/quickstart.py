@@ -6,8 +6,9 @@ python compare.py --config=configs/compare/quickstart.py --simulate=4
 from configs import base
 
 SEEDS = (0, 1, 2)
-LR = ("optimizer.lr", (2e-3, 4e-3))
-OUTER_LR = ("sync.outer.lr", (0.4, 0.8))
+LR = ("optimizer.lr", (1e-3, 2e-3, 4e-3))
+LOWER_LR = ("optimizer.lr", (5e-4, 1e-3, 2e-3))  # for what is late or loses much: it becomes unstable earlier
+OUTER_LR = ("sync.outer.lr", (0.2, 0.4, 0.8))
 
 
 def get_config():
@@ -23,10 +24,13 @@ def get_config():
     c.model.num_kv_heads = 4
     c.model.head_dim = 28
     c.model.mlp_dim = 304
-    c.data.seq_len = 32
-    c.data.batch_size = 8
+    c.compute.remat = "none"
+    c.compute.unroll = True  # 2 layers: half the time of a scan over them on CPU
+    c.data.seq_len = 64
+    c.data.batch_size = 16
     c.optimizer.lr = 2e-3
     c.optimizer.warmup_steps = 60
+    c.optimizer.final_lr_fraction = 0.0  # ends without noise from the last steps
     c.checkpoint.every = 0
     return c
 
@@ -38,6 +42,10 @@ def row(strategy="sync", codec="none", tune=LR, name=None, **changes):
     return {"name": name or f"{strategy} {codec}", "changes": keys, "tune": tune}
 
 
+FROZEN = {"optimizer__name": "onebit_adam", "optimizer__freeze_steps": 150, "optimizer__b2": 0.99}
+LOCAL = {"optimizer__lr": 1e-3}  # a replica by itself has a quarter of the tokens per step
+AVERAGE = {"sync__outer__optimizer": "sgd", "sync__outer__lr": 1.0}  # the mean of the replicas, as it is
+
 ROWS = [
     row(),
     row("sync", "bf16"),
@@ -46,29 +54,30 @@ ROWS = [
     row("sync", "fp4"),
     row("sync", "int4"),
     row("sync", "int2"),
-    row("sync", "sign"),
-    row("sync", "sign", name="sync sign, no feedback", sync__error_feedback="off"),
+    row("sync", "sign", LOWER_LR),
+    row("sync", "sign", LOWER_LR, "sync sign, no feedback", sync__error_feedback="off"),
+    row("sync", "sign", LOWER_LR, "1-bit Adam: sync sign, frozen variance", **FROZEN),
     row("sync", "topk"),
-    row("sync", "topk", name="sync topk, no feedback", sync__error_feedback="off"),
-    row("sync", "randk", sync__density=1 / 16, name="sync randk 1/16"),
+    row("sync", "topk", LR, "sync topk, no feedback", sync__error_feedback="off"),
+    row("sync", "topk", LOWER_LR, "sync topk, frozen variance", **FROZEN),
     row("sync", "powersgd"),
     row(
-        *("sync", "demo", ("optimizer.lr", (4e-4, 1e-3))),
-        name="DeMo: sync demo, sign descent",
+        *("sync", "demo", ("optimizer.lr", (4e-4, 1e-3, 2e-3)), "DeMo: sync demo, sign descent"),
         sync__decay=0.999,
         optimizer__name="sign",
     ),
-    row("stale"),
-    row("stale", "int4"),
-    row("diloco", tune=OUTER_LR),
-    row("diloco", "int4", OUTER_LR),
+    row("stale", "none", LOWER_LR),
+    row("stale", "none", LOWER_LR, "stale none, no momentum", optimizer__b1=0.0),
+    row("diloco", "none", OUTER_LR, **LOCAL),
+    row("diloco", "none", LR, "diloco none, outer average", **AVERAGE),
+    row("diloco", "int4", LR, "diloco int4, outer average", **AVERAGE),
     row(
-        *("diloco", "topk", OUTER_LR),
-        name="SparseLoCo: diloco topk 2 bits, outer sgd",
+        *("diloco", "topk", OUTER_LR, "SparseLoCo: diloco topk 2 bits, outer sgd"),
         sync__bits=2,
         sync__decay=0.95,
         sync__outer__optimizer="sgd",
+        **LOCAL,
     ),
-    row("streaming", tune=OUTER_LR, sync__overlap=5, sync__mix=0.5),
-    row("streaming", "fp4", OUTER_LR, sync__overlap=5, sync__mix=0.5),
+    row("streaming", "fp4", OUTER_LR, sync__overlap=5, sync__mix=0.5, **LOCAL),
+    row("eager", "int4", OUTER_LR, **LOCAL),
 ]
