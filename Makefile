@@ -11,8 +11,8 @@ train: $(VENV)/.ready  ## the quickstart, on a simulated mesh of 4 devices
 test: $(VENV)/.ready  ## the tests that fit into 10 minutes on 2 cores
 	$(RUN) -m pytest
 
-test-all: $(VENV)/.ready-dev  ## the slow ones too, and the optional extras
-	$(RUN) -m pytest -m ""
+test-all: $(VENV)/.ready-dev  ## the slow ones too, and the optional extras: half an hour on 2 cores
+	$(RUN) -m pytest -m "" -n 2 --dist worksteal
 
 check: $(VENV)/.ready-dev  ## lint, format, types
 	$(RUN) -m ruff check .
