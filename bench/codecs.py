@@ -1,0 +1,96 @@
+"""What coding a message costs: time beside the quickstart's step, memory beside what is coded.
+
+python bench/codecs.py             3 minutes on 2 cores
+python bench/codecs.py --tpu       memory only, compiled for a TPU v5p without one (needs libtpu; 10 minutes)
+
+Time: encoding all parameters of the quickstart, packing included, and decoding them, two programs as on two hosts, in
+turn with its training step. Memory: the compiler's own figure for one exchange with error feedback over 4 devices, its
+temporaries in units of what is exchanged: one array of 2 M elements, and four of them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+import assemble  # noqa: E402
+from bench import common  # noqa: E402
+from bench.step import Ours, load, random_batches  # noqa: E402
+from parallel import mesh as meshes  # noqa: E402
+from parallel import residuals  # noqa: E402
+from parallel.codecs import CODECS  # noqa: E402
+from parallel.exchange import Feedback, is_round  # noqa: E402
+from parallel.units import Leaf  # noqa: E402
+
+SHAPE = (1024, 2048)
+BLOCKS = [name for name, kind in CODECS.items() if not is_round(kind) and name != "none"]
+TIMED = {"int8": 0.15, "int4": 0.15}  # codec: share of a step that it may take
+
+
+def time_beside_a_step(report: common.Report, pairs: int) -> None:
+    config = load("quickstart")
+    parts = assemble.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    ours = Ours(parts, random_batches(config))
+    n = assemble.num_parameters(parts)
+    for name in BLOCKS:
+        codec = CODECS[name]()
+        x = jnp.asarray(np.random.default_rng(0).standard_normal(-(-n // codec.block) * codec.block), jnp.float32)
+        encode = jax.jit(lambda x, codec=codec: codec.encode(x, None))
+        decode = jax.jit(codec.decode)
+
+        def code(encode=encode, decode=decode, x=x) -> Any:
+            return jax.block_until_ready(decode(encode(x)))
+
+        found = common.in_turn(lambda code=code: common.clock(code)[0], lambda: common.clock(ours)[0], pairs)
+        report.row(f"{name}: encode + decode / a step of the quickstart", found["ratio"], at_most=TIMED.get(name))
+        report.details[f"time {name}"] = found
+
+
+def temporaries(devices: Any, codec: str, arrays: int) -> float:
+    """Of one exchange of so many arrays, in units of one array's bytes."""
+    mesh = meshes.build({"replica": 4, "fsdp": 1, "tensor": 1}, devices[:4])
+    leaves = {f"w{i}": Leaf(f"w{i}", SHAPE, P(None, None), 0, 1) for i in range(arrays)}
+    exchange = residuals.build(CODECS[codec](), "auto", mesh, 4, leaves, Feedback())
+    shaped = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    tree = {name: shaped((4, *SHAPE), np.float32, P("replica")) for name in leaves}
+    state = jax.eval_shape(lambda: residuals.init(exchange))
+    state = jax.tree.map(lambda x, spec: shaped(x.shape, x.dtype, spec), state, exchange.state_specs)
+    program = jax.jit(exchange.mean, donate_argnums=(0, 1)).lower(tree, state, shaped((), np.int32, P()))
+    return common.temporary_bytes(program.compile()) / (4 * SHAPE[0] * SHAPE[1])
+
+
+def memory(report: common.Report, devices: Any, where: str, codecs: list[str]) -> None:
+    for name in codecs:
+        one, four = temporaries(devices, name, 1), temporaries(devices, name, 4)
+        report.row(f"{name}, {where}: temporary / array, one array", one, "×", at_most=2)
+        report.row(f"{name}, {where}: temporary / array, four arrays", four, "×")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--tpu", action="store_true")
+    args = parser.parse_args()
+    meshes.simulate(4)
+    report = common.Report("codecs-tpu" if args.tpu else "codecs")
+    if args.tpu:
+        from jax.experimental import topologies
+
+        chips = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+        memory(report, chips, "TPU", ["int8", "int4", "sign"])
+    else:
+        time_beside_a_step(report, args.pairs)
+        memory(report, jax.devices(), "CPU", [*BLOCKS, "powersgd"])
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
