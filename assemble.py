@@ -276,8 +276,8 @@ def _exchange(parts: Parts) -> str:
         type(unit.codec).__name__: exchange.net.form(unit.codec) for unit in exchange.units if not is_round(unit.codec)
     }
     kinds |= {type(unit.codec).__name__: "in rounds" for unit in exchange.units if is_round(unit.codec)}
-    largest = max((e for e in strategy.exchanges().values()), key=len)
-    size = sum(sum(exchange_bytes(e).values()) for e in largest)
+    parts_of_model = {id(e): e for exchanges in strategy.exchanges().values() for e in exchanges}  # streaming has two
+    size = sum(sum(exchange_bytes(e).values()) for e in parts_of_model.values())
     how = ", ".join(f"{name} ({form})" for name, form in kinds.items())
     feedback = ", error feedback" if exchange.feedback else ""
     return f"{type(strategy).__name__}, {how}{feedback}, {human_bytes(size)} per exchange predicted"
