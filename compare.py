@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     if args.simulate:
         meshes.simulate(args.simulate)
+    meshes.keep_freed_memory()
     assemble.use_compilation_cache(corpora.cache_directory())
     plan = Plan.read(args.config, args.only)
     workdir = Path(args.workdir or f"runs/compare-{Path(args.config).stem}")

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
         console.warn(warning)
     with bad_input():
         mesh = meshes.build(meshes.fill_sizes(config.mesh, len(jax.devices())))
+    meshes.keep_freed_memory()
     parts = assemble.build(config, mesh)
     assemble.use_compilation_cache(corpora.cache_directory())
     phases.mark("import")
@@ -142,10 +143,8 @@ class Outcome:
 def train(run: Run, programs, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
     """The loop. Updates made so far are counted by `done`; a checkpoint's number is the updates it contains."""
     config, recorder, checkpoints = run.config, run.recorder, run.checkpoints
-    strategy, place = (
-        run.parts.strategy,
-        functools.partial(placement.place_train, run.parts.mesh, run.parts.replicas, loader.batch_size),
-    )
+    strategy = run.parts.strategy
+    place = functools.partial(placement.place_train, run.parts.mesh, run.parts.replicas, loader.batch_size)
     held_out = eval_batches(run.corpus.eval_N, **batch_shape(config, run.corpus), num_batches=config.eval_batches)
     evaluate = assemble.Evaluator(run.parts, held_out, run.corpus.tokenizer.token_bytes())
     profiler = Profiler(config.profile.steps, run.workdir.path)

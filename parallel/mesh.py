@@ -64,9 +64,12 @@ def _factorings(n: int, limit: int = 12) -> str:
     return f"{'×'.join(AXES)} = {text}{', …' if len(rows) > limit else ''}"
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """XLA:CPU allocates its temporaries anew at each call. glibc would give them back to the system in between, and
-    every page would fault again: a quarter of a small model's step. With other C libraries nothing is done."""
+    every page would fault again: a quarter of a small model's step. For one training run; a process that compiles many
+    programs would grow. Nothing is done on accelerators, or with other C libraries."""
+    if jax.default_backend() != "cpu":
+        return
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
@@ -83,8 +86,6 @@ def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mes
     """
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     shape = tuple(sizes[axis] for axis in AXES)
-    if devices[0].platform == "cpu":
-        _keep_freed_memory()
     if devices[0].platform == "tpu":
         from jax.experimental import mesh_utils
 
