@@ -56,7 +56,6 @@ def main(argv: list[str]) -> int:
         console.warn(warning)
     with bad_input():
         mesh = meshes.build(meshes.fill_sizes(config.mesh, len(jax.devices())))
-    meshes.keep_freed_memory()
     parts = assemble.build(config, mesh)
     assemble.use_compilation_cache(corpora.cache_directory())
     phases.mark("import")
@@ -142,6 +141,7 @@ class Outcome:
 
 def train(run: Run, programs, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
     """The loop. Updates made so far are counted by `done`; a checkpoint's number is the updates it contains."""
+    meshes.keep_freed_memory()
     config, recorder, checkpoints = run.config, run.recorder, run.checkpoints
     strategy = run.parts.strategy
     place = functools.partial(placement.place_train, run.parts.mesh, run.parts.replicas, loader.batch_size)

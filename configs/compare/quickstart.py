@@ -61,6 +61,7 @@ ROWS = [
     row("sync", "topk", LR, "sync topk, no feedback", sync__error_feedback="off"),
     row("sync", "topk", LOWER_LR, "sync topk, frozen variance", **FROZEN),
     row("sync", "powersgd"),
+    row("sync", "powersgd", LOWER_LR, "sync powersgd, frozen variance", **FROZEN),
     row(
         *("sync", "demo", ("optimizer.lr", (4e-4, 1e-3, 2e-3)), "DeMo: sync demo, sign descent"),
         sync__decay=0.999,
@@ -71,6 +72,7 @@ ROWS = [
     row("diloco", "none", OUTER_LR, **LOCAL),
     row("diloco", "none", LR, "diloco none, outer average", **AVERAGE),
     row("diloco", "int4", LR, "diloco int4, outer average", **AVERAGE),
+    row("diloco", "none", LR, "diloco none, outer average, H = 10", sync__interval=10, **AVERAGE),
     row(
         *("diloco", "topk", OUTER_LR, "SparseLoCo: diloco topk 2 bits, outer sgd"),
         sync__bits=2,

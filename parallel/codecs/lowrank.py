@@ -48,8 +48,11 @@ class PowerSGD:
         L, m, n = leaf.matrix
         k, r = p_kN.shape[0], self.rank
         M_kLmn = p_kN.reshape(k, L, m, n)
-        P_Lmr = net.mean((M_kLmn @ state["q"]).reshape(k, -1)).reshape(L, m, r)
+        # Each replica's product by itself: the last bits of a larger one would depend on how many share a device.
+        M_Q_k = jnp.stack([M_Lmn @ state["q"] for M_Lmn in M_kLmn])
+        P_Lmr = net.mean(M_Q_k.reshape(k, -1)).reshape(L, m, r)
         P_Lmr = jnp.linalg.qr(P_Lmr)[0]
-        Q_Lnr = net.mean((M_kLmn.mT @ P_Lmr).reshape(k, -1)).reshape(L, n, r)
+        Mt_P_k = jnp.stack([M_Lmn.mT @ P_Lmr for M_Lmn in M_kLmn])
+        Q_Lnr = net.mean(Mt_P_k.reshape(k, -1)).reshape(L, n, r)
         mean_N = (P_Lmr @ Q_Lnr.mT).reshape(-1)
         return mean_N, jnp.broadcast_to(mean_N, p_kN.shape), {"q": Q_Lnr}
