@@ -4,9 +4,12 @@ python train.py --config=configs/quickstart.py --simulate=8 --config.mesh.fsdp=4
 python train.py --workdir=runs/quickstart-20261123-1a2b3c          (goes on with that run)
 """
 
+import gc
 import time
 
 STARTED = time.time()  # before the imports: they are a phase of the start, too
+if __name__ == "__main__":
+    gc.disable()  # what imports and tracing make stays: looking through it for garbage takes 0.4 s of a start
 
 import contextlib
 import dataclasses
@@ -27,7 +30,7 @@ from data.loader import Loader, eval_batches
 from parallel import mesh as meshes
 from parallel import placement
 from runtime import config as configuration
-from runtime.config import RunError, UsageError
+from runtime.config import RunError, UsageError, bad_input
 from runtime.console import Console
 from runtime.metrics import MetricsLog, optional_writers, read
 from runtime.preemption import EXIT_CODE, PreemptionNotice
@@ -142,6 +145,8 @@ class Outcome:
 def train(run: Run, programs, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
     """The loop. Updates made so far are counted by `done`; a checkpoint's number is the updates it contains."""
     meshes.keep_freed_memory()
+    gc.freeze()
+    gc.enable()
     config, recorder, checkpoints = run.config, run.recorder, run.checkpoints
     strategy = run.parts.strategy
     place = functools.partial(placement.place_train, run.parts.mesh, run.parts.replicas, loader.batch_size)
@@ -185,15 +190,6 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
     if start == config.steps:  # the run was complete already
         evaluated = evaluate(state.params)
     return Outcome(state, done, stopping and done < config.steps, evaluated)
-
-
-@contextlib.contextmanager
-def bad_input():
-    """Inside, what the rooms below find wrong is the user's input: shown as a message, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        raise UsageError(str(error)) from error
 
 
 def load_corpus(config) -> corpora.Corpus:

@@ -3,6 +3,7 @@
 A Python config file is executed when it is given as --config. A config.json is data: resuming never executes anything.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -112,6 +113,15 @@ class RunError(Exception):
 
 class UsageError(Exception):
     """Bad input, in one message for the user. No traceback is shown."""
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+    """Inside, what the rooms below find wrong is the user's input: shown as a message, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(str(error)) from error
 
 
 def define_flags(values: flags.FlagValues) -> None:
