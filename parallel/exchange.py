@@ -11,7 +11,7 @@ that R replicas give the same bits on any number of devices.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,8 @@ class Net:
     algorithm: str
     replicas: int
     devices: int
+    all_gather: Callable = lax.all_gather  # or as in parallel/pairwise.py
+    all_to_all: Callable = lax.all_to_all
 
     def form(self, codec: Any) -> str:
         if codec.sparse:
@@ -86,14 +88,14 @@ class Net:
         keys_k = None if key is None else self._keys(key, 1)
         if form == "gather":
             message, sent_kN = jax.vmap(functools.partial(round_trip, codec))(x_kN, keys_k)
-            across = lambda m: lax.all_gather(m, AXIS, tiled=True)  # [R, …]
+            across = lambda m: self.all_gather(m, AXIS, tiled=True)  # [R, …]
         else:
             x_kRC = x_kN.reshape(k, self.replicas, -1)  # chunk c is owned by the device of replica c
             keys_kR = None if keys_k is None else jax.vmap(lambda key: jax.random.split(key, self.replicas))(keys_k)
             message, sent_kRC = jax.vmap(jax.vmap(functools.partial(round_trip, codec)))(x_kRC, keys_kR)
             sent_kN = sent_kRC.reshape(x_kN.shape)
             # [k, R, …] -> [R, k, …]: from every replica, the chunks that this device owns.
-            across = lambda m: lax.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True)
+            across = lambda m: self.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True)
         if self.devices == 1:  # nothing crosses a wire, so nothing need be packed for it
             message = {"values": sent_kN if form == "gather" else sent_kRC}
         return _as_one(across, message, 1 if form == "gather" else 2), sent_kN[:, :n]
@@ -120,7 +122,7 @@ class Net:
             server_kC = owed_kC.astype(server_kC.dtype)
         if self.devices == 1:
             return sent_kC.reshape(-1)[:n], server_kC
-        gathered = _as_one(lambda m: lax.all_gather(m, AXIS, tiled=True), second, 1)  # [R, …]
+        gathered = _as_one(lambda m: self.all_gather(m, AXIS, tiled=True), second, 1)  # [R, …]
         return jax.vmap(codec.decode)(gathered).reshape(-1)[:n], server_kC
 
     def _sum_in_order(self, message_R: Any, codec: Any) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from parallel import units
+from parallel import pairwise, units
 from parallel.codecs import Identity
 from parallel.exchange import ALGORITHMS, AXIS, Exchange, Feedback, Net, is_round
 
@@ -46,7 +46,8 @@ def build(
             f"sync.rank={rank}: no array becomes half as large by factors of this rank (the largest shard of a matrix "
             f"has {largest} rows or columns): choose a lower rank, or another codec"
         )
-    net = Net(algorithm, replicas, devices)
+    over_gloo = jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu"
+    net = Net(algorithm, replicas, devices, **pairwise.collectives(devices) if over_gloo else {})
     plan = units.plan(leaves, codec, mesh)
     state_specs = _specs(net, mesh, leaves, plan, feedback)
     return Exchange(net, mesh, leaves, plan, state_specs, feedback, seed)

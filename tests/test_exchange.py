@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallel import mesh as meshes
-from parallel import residuals, wire
+from parallel import pairwise, residuals, wire
 from parallel.codecs import CODECS
 from parallel.cost import exchange_bytes
 from parallel.exchange import Feedback, is_round
@@ -268,6 +268,20 @@ def test_zeros_stay_zeros_and_are_survived(case, algorithm):
     exact = x["large"].mean(axis=0)
     cosine = np.sum(total * exact) / np.linalg.norm(total) / np.linalg.norm(exact)
     assert cosine > (0.5 if feedback else 0.95), cosine
+
+
+# ── over gloo: parallel/pairwise.py ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("devices", "replicas"), [(2, 2), (2, 4), (4, 4)])
+@every_codec
+def test_pairs_of_devices_carry_the_same_bits_and_bytes(case, algorithm, devices, replicas):
+    exchange = make(case, algorithm, (devices, 2, 1), replicas, Feedback())
+    in_pairs = dataclasses.replace(exchange, net=dataclasses.replace(exchange.net, **pairwise.collectives(devices)))
+    f, x, state = compiled(in_pairs), placed(exchange, tree(replicas)), begin(exchange)
+    jax.tree.map(np.testing.assert_array_equal, f(x, state, np.int32(0)), compiled(exchange)(x, state, np.int32(0)))
+    sent = wire.count(f.as_text(), in_pairs.mesh)
+    assert sum(sent["replica"].values()) == sum(exchange_bytes(exchange).values())
 
 
 # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────

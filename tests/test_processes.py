@@ -43,6 +43,20 @@ def test_processes_train_like_one(tmp_path, one_process, processes, devices, mes
     assert all(abs(later[step] / one_process[step] - 1) < 5e-6 for step in (21, 22, 23, 24))
 
 
+@pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_codec_gives_the_same_bits_between_processes(tmp_path, replicas):
+    """Between processes gloo carries the messages, and all-reduces of pairs (parallel/pairwise.py)."""
+    options = ["--config.steps=5", "--config.sample.tokens=0", "--config.sync.codec=int4"]
+    options += [f"--config.mesh.replica={replicas}"]
+    digests, sent = set(), set()
+    for processes in (1, replicas):
+        helpers.train(tmp_path / str(processes), *options, simulate=replicas, processes=processes)
+        summary = json.loads((tmp_path / str(processes) / "summary.json").read_text())
+        digests.add(summary["params_digest"])
+        sent.add(summary["wire_bytes_per_step"]["replica"])
+    assert len(digests) == len(sent) == 1
+
+
 def test_sigterm_to_the_launcher_saves_at_one_step_in_all_processes(tmp_path):
     options = ["--config.steps=5000", "--config.checkpoint.every=5", "--config.mesh.replica=2", "--config.log_every=1"]
     command = helpers.command(tmp_path, *options, simulate=2, processes=2)
