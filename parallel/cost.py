@@ -1,9 +1,10 @@
 """What things cost: peak rates of chips, and the bytes of an exchange in closed form."""
 
+import dataclasses
 import functools
 from typing import Any
 
-from parallel.exchange import FLOAT32, is_round
+from parallel.exchange import FLOAT32, Net, is_round
 
 # Dense bf16 FLOP/s of one JAX device, by a part of its device_kind. First match wins.
 PEAK_BF16 = {
@@ -58,10 +59,13 @@ def exchange_bytes(exchange: Any) -> dict[str, float]:
 def bytes_per_step(strategy: Any, steps: int, a_device_per_replica: bool = False) -> float:
     """Closed form of the bytes that one device sends over `replica`, on average over a run of so many steps; as it is
     laid out, or as it would be if every replica had a device of its own."""
-    spread = (lambda exchange: exchange.with_a_device_per_replica()) if a_device_per_replica else (lambda e: e)
-    sizes = {
-        name: sum(sum(exchange_bytes(spread(exchange)).values()) for exchange in exchanges)
-        for name, exchanges in strategy.exchanges().items()
-    }
+
+    def size(exchange: Any) -> float:
+        if a_device_per_replica:
+            net = Net(exchange.net.algorithm, exchange.replicas, exchange.replicas)
+            exchange = dataclasses.replace(exchange, net=net)
+        return sum(exchange_bytes(exchange).values())
+
+    sizes = {name: sum(map(size, exchanges)) for name, exchanges in strategy.exchanges().items()}
     calls = range(0, steps, strategy.steps_per_call)
     return sum(sizes[strategy.program_at(step, steps)] for step in calls) / steps

@@ -8,7 +8,6 @@ encoded together (a Unit), C = N/R of one chunk. Sums are float32 in the order o
 that R replicas give the same bits on any number of devices.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -22,11 +21,13 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from parallel.codecs.plain import Identity
+from parallel.codecs.plain import Identity, is_round
+from parallel.units import Unit
 
 AXIS = "replica"
 ALGORITHMS = ("auto", "gather", "two_stage", "psum")
 FLOAT32 = Identity()
+TOGETHER = 2**22  # bytes: larger messages travel by themselves
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,6 @@ class Feedback:
 
     decay: float = 1.0
     dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Arrays that are encoded together (parallel/units.py)."""
-
-    name: str
-    leaves: tuple[int, ...]  # their places in the flattened tree
-    shapes: tuple[tuple[int, ...], ...]  # of one device's shard of each
-    axes: tuple[str, ...]  # the fast mesh axes they are sharded over: one unit never mixes
-    size: int  # of one device's shard of the unit
-    local: Any  # that shard as a Leaf, for the codecs that want matrices
-    codec: Any
-    salt: int  # of its random keys
 
 
 @dataclass(frozen=True)
@@ -75,66 +62,81 @@ class Net:
 
     def mean(self, x_kN: jax.Array, codec: Any = FLOAT32, with_sent: bool = False) -> Any:
         """[k, N] -> [N], the same on every device; with_sent: and what this device's replicas have sent, decoded."""
-        received, sent_kN = self.start(x_kN, codec, None)
-        mean_N, _ = self.finish(received, x_kN.shape[1], codec, None, None, 1.0)
+        message, sent_kN, _ = self.encode(x_kN, codec, None)
+        hop, n = self.first_hop({"": message}, codec), x_kN.shape[1]
+        if self.form(codec) == "two_stage":
+            hop = self.second_hop({"": self.round_sum(hop[""], n, codec, None, None, 1.0)[0]})
+        mean_N = self.decode(hop[""], n, codec)
         return (mean_N, sent_kN) if with_sent else mean_N
 
-    def start(self, x_kN: jax.Array, codec: Any, key: jax.Array | None) -> tuple[Any, jax.Array]:
-        """The first hop: (what was received, what this device's replicas have sent, decoded, [k, N])."""
+    def encode(self, x_kN: jax.Array, codec: Any, key: jax.Array | None) -> tuple[Any, jax.Array, jax.Array]:
+        """(message of the first hop; decoded, [k, N]: what this device's replicas send with it, and still owe)."""
         k, n = x_kN.shape
         if (form := self.form(codec)) == "psum":
-            return lax.psum(jnp.sum(x_kN, axis=0), AXIS), x_kN
+            return jnp.sum(x_kN, axis=0), x_kN, jnp.zeros_like(x_kN)
         x_kN = jnp.pad(x_kN, ((0, 0), (0, self.padded(n, codec) - n)))
         keys_k = None if key is None else self._keys(key, 1)
         if form == "gather":
-            message, sent_kN = jax.vmap(functools.partial(round_trip, codec))(x_kN, keys_k)
-            across = lambda m: self.all_gather(m, AXIS, tiled=True)  # [R, …]
+            message, sent_k = jax.vmap(functools.partial(round_trip, codec))(x_kN, keys_k)
         else:
             x_kRC = x_kN.reshape(k, self.replicas, -1)  # chunk c is owned by the device of replica c
             keys_kR = None if keys_k is None else jax.vmap(lambda key: jax.random.split(key, self.replicas))(keys_k)
-            message, sent_kRC = jax.vmap(jax.vmap(functools.partial(round_trip, codec)))(x_kRC, keys_kR)
-            sent_kN = sent_kRC.reshape(x_kN.shape)
-            # [k, R, …] -> [R, k, …]: from every replica, the chunks that this device owns.
-            across = lambda m: self.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True)
+            message, sent_k = jax.vmap(jax.vmap(functools.partial(round_trip, codec)))(x_kRC, keys_kR)
+        sent_kN = sent_k.reshape(x_kN.shape)
+        owed_kN = jax.vmap(codec.subtract)(x_kN, message) if codec.sparse else x_kN - sent_kN
         if self.devices == 1:  # nothing crosses a wire, so nothing need be packed for it
-            message = {"values": sent_kN if form == "gather" else sent_kRC}
-        return _as_one(across, message, 1 if form == "gather" else 2), sent_kN[:, :n]
+            message = {"values": sent_k}
+        return message, sent_kN[:, :n], owed_kN[:, :n]
 
-    def finish(self, received: Any, n: int, codec: Any, key: jax.Array | None, server_kC: Any, decay: float) -> Any:
-        """(mean [N], server residual [k, C]): the second hop, if the algorithm has one.
+    def first_hop(self, messages: dict[str, Any], codec: Any) -> dict[str, Any]:
+        """Of every replica, R of each: the messages (gather), or of the k chunks that this device owns, [R, k, …]."""
+        if (form := self.form(codec)) == "psum":
+            return _together(lambda x: lax.psum(x, AXIS), messages, 0)
+        if form == "gather" or self.devices == 1:
+            return self.second_hop(messages)
+        return _together(lambda m: self.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True), messages, 2)
+
+    def round_sum(self, received: Any, n: int, codec: Any, key: Any, server_kC: Any, decay: float) -> tuple[Any, Any]:
+        """Two-stage only: (message of the second hop, the mean of the chunks that this device owns; server residual).
 
         server_kC: what the owners of the chunks still owe from rounding the sum; None without error feedback.
         """
-        R, coded = self.replicas, FLOAT32 if self.devices == 1 else codec
-        if (form := self.form(codec)) == "psum":
-            return received / R, server_kC
-        if form == "gather":
-            return (self._sum_in_order(received, coded) / R)[:n], server_kC
-        mean_kC = jax.vmap(lambda m: self._sum_in_order(m, coded), in_axes=1)(received) / R
+        mean_kC = jax.vmap(lambda m: self._sum_in_order(m, codec), in_axes=1)(received) / self.replicas
         if server_kC is not None:
             mean_kC = mean_kC + decay * server_kC.astype(jnp.float32)
         keys_k = None if key is None else self._keys(key, 2)
-        second, sent_kC = jax.vmap(functools.partial(round_trip, codec))(mean_kC, keys_k)
+        message, sent_kC = jax.vmap(functools.partial(round_trip, codec))(mean_kC, keys_k)
         if server_kC is not None:
             k, C = mean_kC.shape
             place_kC = (lax.axis_index(AXIS) * k + jnp.arange(k))[:, None] * C + jnp.arange(C)
             owed_kC = jnp.where(place_kC < n, mean_kC - sent_kC, 0.0)  # padding owes nothing
             server_kC = owed_kC.astype(server_kC.dtype)
+        return {"values": sent_kC} if self.devices == 1 else message, server_kC
+
+    def second_hop(self, messages: dict[str, Any]) -> dict[str, Any]:
+        """[k, …] of each device -> [R, …]."""
         if self.devices == 1:
-            return sent_kC.reshape(-1)[:n], server_kC
-        gathered = _as_one(lambda m: self.all_gather(m, AXIS, tiled=True), second, 1)  # [R, …]
-        return jax.vmap(codec.decode)(gathered).reshape(-1)[:n], server_kC
+            return messages
+        return _together(lambda m: self.all_gather(m, AXIS, tiled=True), messages, 1)
+
+    def decode(self, received: Any, n: int, codec: Any) -> jax.Array:
+        """The mean [N] out of what the last hop brought."""
+        if (form := self.form(codec)) == "two_stage":
+            return jax.vmap((FLOAT32 if self.devices == 1 else codec).decode)(received).reshape(-1)[:n]
+        total_N = received if form == "psum" else self._sum_in_order(received, codec)
+        return (total_N / self.replicas)[:n]
 
     def _sum_in_order(self, message_R: Any, codec: Any) -> jax.Array:
         """Decodes and adds replica 0, 1, …, R−1. The barriers keep XLA from reassociating or fusing the chain: a
         plain mean differs in the last bit between layouts in a third of the outputs."""
-
-        def decoded(r: int) -> jax.Array:
-            return lax.optimization_barrier(codec.decode(jax.tree.map(lambda m: m[r], message_R)))
-
-        total = decoded(0)
-        for r in range(1, self.replicas):
-            total = lax.optimization_barrier(total + decoded(r))
+        codec = FLOAT32 if self.devices == 1 else codec
+        total, *others = [jax.tree.map(lambda m, r=r: m[r], message_R) for r in range(self.replicas)]
+        total = lax.optimization_barrier(codec.decode(total))
+        for message in others:
+            if codec.sparse:
+                total = lax.optimization_barrier(codec.add(total, message))
+            else:
+                total = lax.optimization_barrier(total + lax.optimization_barrier(codec.decode(message)))
         return total
 
     def _keys(self, key: jax.Array, hop: int) -> jax.Array:
@@ -170,10 +172,6 @@ class Exchange:
     def replicas(self) -> int:
         return self.net.replicas
 
-    def with_a_device_per_replica(self) -> "Exchange":
-        """The same exchange as it would be on R devices: for predictions."""
-        return dataclasses.replace(self, net=Net(self.net.algorithm, self.replicas, self.replicas))
-
     def mean(self, tree_R: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
         """(leaves [R, …] float32 -> […], replicated over `replica`, sharded over the fast axes as before; state)."""
         if self.replicas == 1:
@@ -199,11 +197,9 @@ class Exchange:
     def scalars(self, x_RM: jax.Array, name: str) -> jax.Array:
         """Sum over replicas of a few float32 scalars [R, M] -> [M], named in the compiled program."""
 
-        def body(x_kM):
-            with jax.named_scope(f"scalars_{name}"):
-                return lax.psum(jnp.sum(x_kM, axis=0), AXIS)
-
-        return jax.shard_map(body, mesh=self.mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False)(x_RM)
+        body = lambda x_kM: lax.psum(jnp.sum(x_kM, axis=0), AXIS)
+        with jax.named_scope(f"scalars_{name}"):
+            return jax.shard_map(body, mesh=self.mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False)(x_RM)
 
     def _sharded(self, *leading: str) -> Any:
         return jax.tree.map(lambda leaf: P(*leading, *leaf.spec), self.leaves)
@@ -220,41 +216,45 @@ class Exchange:
 
     def _start(self, tree_k: Any, state: Any, step: jax.Array) -> tuple[dict[str, Any], Any]:
         """({unit: what is in flight}, state with the workers' new residuals)."""
-        leaves, (worker, treedef), flights = jax.tree.leaves(tree_k), jax.tree.flatten(state["worker"]), {}
+        leaves, (worker, treedef) = jax.tree.leaves(tree_k), jax.tree.flatten(state["worker"])
+        rounds, messages, codec = {}, {}, FLOAT32
         for unit in self.units:
             p_kN = _join(unit, leaves)
             if self.feedback:
                 p_kN = p_kN + self.feedback.decay * _join(unit, worker).astype(jnp.float32)
             if is_round(unit.codec):
-                flights[unit.name] = p_kN
+                rounds[unit.name] = p_kN
                 continue
-            flights[unit.name], sent_kN = self.net.start(p_kN, unit.codec, self._key(unit, step))
+            codec = unit.codec  # one for all that are not exchanged in rounds
+            messages[unit.name], _, owed_kN = self.net.encode(p_kN, codec, self._key(unit, step))
             if self.feedback:
-                _part(unit, (p_kN - sent_kN).astype(self.feedback.dtype), worker)
-        return flights, state | {"worker": treedef.unflatten(worker)}
+                _part(unit, owed_kN.astype(self.feedback.dtype), worker)
+        return rounds | self.net.first_hop(messages, codec), state | {"worker": treedef.unflatten(worker)}
 
     def _finish(self, flights: dict[str, Any], state: Any, step: jax.Array) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(self.leaves)
         means: list[Any] = [None] * len(leaves)
         worker, worker_treedef = jax.tree.flatten(state["worker"])
-        server, rounds = dict(state["server"]), dict(state["rounds"])
+        server, rounds, messages = dict(state["server"]), dict(state["rounds"]), {}
         for unit in self.units:
-            key, n = self._key(unit, step), unit.size
+            key, flight = self._key(unit, step), flights[unit.name]
             if is_round(unit.codec):
-                p_kN, own = flights[unit.name], jax.tree.map(lambda x: x[0, 0], rounds[unit.name])
-                mean_N, sent_kN, own = unit.codec.mean(p_kN, own, key, unit.local, self.net)
+                own = jax.tree.map(lambda x: x[0, 0], rounds[unit.name])
+                mean_N, sent_kN, own = unit.codec.mean(flight, own, key, unit.local, self.net)
                 rounds[unit.name] = jax.tree.map(lambda x: x[None, None], own)
                 if self.feedback:
-                    _part(unit, (p_kN - sent_kN).astype(self.feedback.dtype), worker)
-            elif unit.name in server:
-                assert self.feedback
-                owed_kC = server[unit.name][:, 0, 0]
-                decay = self.feedback.decay
-                mean_N, owed_kC = self.net.finish(flights[unit.name], n, unit.codec, key, owed_kC, decay)
-                server[unit.name] = owed_kC[:, None, None]
-            else:
-                mean_N, _ = self.net.finish(flights[unit.name], n, unit.codec, key, None, 1.0)
-            _part(unit, mean_N, means)
+                    _part(unit, (flight - sent_kN).astype(self.feedback.dtype), worker)
+                _part(unit, mean_N, means)
+            elif self.net.form(unit.codec) == "two_stage":
+                owed_kC = server[unit.name][:, 0, 0] if unit.name in server else None
+                decay = self.feedback.decay if self.feedback else 1.0
+                messages[unit.name], owed_kC = self.net.round_sum(flight, unit.size, unit.codec, key, owed_kC, decay)
+                if unit.name in server:
+                    server[unit.name] = owed_kC[:, None, None]
+        flights = flights | self.net.second_hop(messages)
+        for unit in self.units:
+            if not is_round(unit.codec):
+                _part(unit, self.net.decode(flights[unit.name], unit.size, unit.codec), means)
         state = {"worker": worker_treedef.unflatten(worker), "server": server, "rounds": rounds}
         return treedef.unflatten(means), state
 
@@ -278,21 +278,23 @@ def round_trip(codec: Any, x_N: jax.Array, key: jax.Array | None) -> tuple[Any, 
     return message, codec.decode(message)
 
 
-def _as_one(across: Any, message: Any, lead: int) -> Any:
-    """Sends a message's arrays as one of bytes, if they are several: a collective costs a round trip of the link, and
-    TPUs widen short ones. lead: how many of their leading dimensions count messages."""
-    arrays, treedef = jax.tree.flatten(message)
-    if len(arrays) == 1:
-        return jax.tree.map(across, message)
-    in_bytes = [lax.bitcast_convert_type(x, jnp.uint8) for x in arrays]  # uint16 [...] -> [..., 2]
-    flat = [x.reshape(*x.shape[:lead], -1) for x in in_bytes]
-    parts = jnp.split(across(jnp.concatenate(flat, -1)), np.cumsum([x.shape[-1] for x in flat])[:-1], -1)
-    own = [part.reshape(*part.shape[:-1], *x.shape[lead:]) for part, x in zip(parts, in_bytes, strict=True)]
+def _together(across: Any, messages: dict[str, Any], lead: int) -> dict[str, Any]:
+    """Sends messages of one codec, small ones in one array: a collective costs a round trip of the link, and TPUs widen
+    short ones. lead: how many of their leading dimensions count messages."""
+    arrays, treedef = jax.tree.flatten(messages)
+    views = arrays
+    if len(arrays) > len(messages):  # a message has several: they travel as bytes, uint16 [...] as [..., 2]
+        views = [lax.bitcast_convert_type(x, jnp.uint8) for x in arrays]
+    groups: list[list[jax.Array]] = []
+    for x in views:
+        if not groups or sum(y.nbytes for y in groups[-1]) + x.nbytes > TOGETHER:
+            groups.append([])
+        groups[-1].append(x.reshape(*x.shape[:lead], -1))
+    parts = []
+    for group in groups:
+        parts += jnp.split(across(jnp.concatenate(group, -1)), np.cumsum([x.shape[-1] for x in group])[:-1], -1)
+    own = [part.reshape(*part.shape[:-1], *x.shape[lead:]) for part, x in zip(parts, views, strict=True)]
     return treedef.unflatten([lax.bitcast_convert_type(part, x.dtype) for part, x in zip(own, arrays, strict=True)])
-
-
-def is_round(codec: Any) -> bool:
-    return hasattr(codec, "mean")
 
 
 def _join(unit: Unit, leaves: Sequence[jax.Array]) -> jax.Array:

@@ -42,5 +42,5 @@ def _swap(x: jax.Array, distance: int, axis: str) -> jax.Array:
     """x of the device whose number is this one's, exclusive or `distance`."""
     devices = range(lax.axis_size(axis))
     pairs = [[device, device ^ distance] for device in devices if device < device ^ distance]
-    own = lax.bitcast_convert_type(x, jnp.uint8)
+    own = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return lax.bitcast_convert_type(lax.psum(own, axis, axis_index_groups=pairs) - own, x.dtype)

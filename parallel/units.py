@@ -10,11 +10,24 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from parallel.codecs import Identity
-from parallel.exchange import Unit, is_round
+from parallel.codecs.plain import Identity, is_round
 from parallel.rules import path_name, spec
 
 SMALL = 2**14  # shards of fewer elements share one unit: a collective costs about as much as 64 KiB more to send
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Arrays that are encoded together."""
+
+    name: str
+    leaves: tuple[int, ...]  # their places in the flattened tree
+    shapes: tuple[tuple[int, ...], ...]  # of one device's shard of each
+    axes: tuple[str, ...]  # the fast mesh axes they are sharded over: one unit never mixes
+    size: int  # of one device's shard of the unit
+    local: Any  # that shard as a Leaf, for the codecs that want matrices
+    codec: Any
+    salt: int  # of its random keys
 
 
 @dataclass(frozen=True)

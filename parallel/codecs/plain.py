@@ -1,12 +1,17 @@
 """Codecs without scales: float32 as it is, and bfloat16."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 Message = dict[str, jax.Array]
+
+
+def is_round(codec: Any) -> bool:
+    return hasattr(codec, "mean")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,20 @@ class TopK:
         return {"values": pack(codes_MK, self.bits), "places": _pack12(places_MK), "scales": scales_M2}
 
     def decode(self, message: Message) -> jax.Array:
+        values_MK, places_MK = self._entries(message)
+        return _scatter(values_MK, places_MK, self.chunk)
+
+    def add(self, total_N: jax.Array, message: Message) -> jax.Array:
+        """total + decode(message), to the bit, without an array of zeros: no decoded value is -0.0."""
+        values_MK, places_MK = lax.optimization_barrier(self._entries(message))
+        return total_N.at[_flat(places_MK, self.chunk)].add(values_MK.reshape(-1), **DISTINCT)
+
+    def subtract(self, x_N: jax.Array, message: Message) -> jax.Array:
+        """x - decode(message), in the same way."""
+        values_MK, places_MK = lax.optimization_barrier(self._entries(message))
+        return x_N.at[_flat(places_MK, self.chunk)].add(-values_MK.reshape(-1), **DISTINCT)
+
+    def _entries(self, message: Message) -> tuple[jax.Array, jax.Array]:
         if self.bits == 16:
             values_MK, places_MK = from_bf16_bits(message["values"]), message["places"].astype(jnp.int32)
         else:
@@ -86,15 +100,21 @@ class TopK:
             level_MK = (codes_MK & jnp.uint8(levels)).astype(jnp.float32)
             size_MK = low_M[:, None] + (high_M - low_M)[:, None] * level_MK / levels
             values_MK = jnp.where(codes_MK > levels, -size_MK, size_MK)
-        return _scatter(values_MK, places_MK, self.chunk)
+        return jnp.where(values_MK == 0, 0.0, values_MK), places_MK
+
+
+DISTINCT: dict[str, Any] = {"unique_indices": True, "mode": "promise_in_bounds"}
 
 
 def _scatter(values_MK: jax.Array, places_MK: jax.Array, chunk: int) -> jax.Array:
     """Zeros [M·chunk] with these values; places are distinct within a chunk."""
-    M = values_MK.shape[0]
-    flat = (places_MK + chunk * jnp.arange(M, dtype=jnp.int32)[:, None]).reshape(-1)
-    zeros = jnp.zeros((M * chunk,), jnp.float32)
-    return zeros.at[flat].set(values_MK.reshape(-1), unique_indices=True, mode="promise_in_bounds")
+    zeros = jnp.zeros((values_MK.shape[0] * chunk,), jnp.float32)
+    return zeros.at[_flat(places_MK, chunk)].set(values_MK.reshape(-1), **DISTINCT)
+
+
+def _flat(places_MK: jax.Array, chunk: int) -> jax.Array:
+    """Places in the vector, of places in its chunks."""
+    return (places_MK + chunk * jnp.arange(places_MK.shape[0], dtype=jnp.int32)[:, None]).reshape(-1)
 
 
 def _pack12(places_MK: jax.Array) -> jax.Array:
