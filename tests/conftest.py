@@ -9,6 +9,8 @@ CACHE = Path(tempfile.gettempdir()) / f"slackline-tests-{os.getuid()}"
 CACHE.mkdir(mode=0o700, exist_ok=True)
 os.environ["SLACKLINE_CACHE"] = str(CACHE)
 
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its compiler runs in several pytest workers at once
+
 import jax  # noqa: E402
 
 from parallel import mesh  # noqa: E402
