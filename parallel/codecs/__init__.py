@@ -3,7 +3,8 @@
 A *block codec* has `encode(x, key) -> message`, a pytree of arrays whose bytes are exactly the bytes sent,
 `decode(message) -> x`, `block` (a message encodes a multiple of so many elements) and `wire(n)`, its bytes by the dtype
 that travels: that of its array, uint8 where there are several, which travel as one.
-If it is `sparse`, messages are gathered, never added up on the way; if `uses_key`, encode gets a key, else None.
+If it is `sparse`, messages are gathered, never added up on the way, and `add(x, message)`, `subtract(x, message)` work
+without a decoded array; if `uses_key`, encode gets a key, else None.
 
 A *round codec* needs several rounds, or randomness that all replicas share: `mean(p, state, key, leaf, net) ->
 (mean, sent, state)`, where `net.mean` is the only door to the wire; `takes(leaf)` says which arrays it is for (the
