@@ -63,6 +63,7 @@ def temporaries(devices: Any, codec: str, arrays: int) -> float:
     tree = {name: shaped((4, *SHAPE), np.float32, P("replica")) for name in leaves}
     state = jax.eval_shape(lambda: residuals.init(exchange))
     state = jax.tree.map(lambda x, spec: shaped(x.shape, x.dtype, spec), state, exchange.state_specs)
+    # Residuals are donated, as by a step. The tree is not: a step makes it, and as an argument it would be copied.
     program = jax.jit(exchange.mean, donate_argnums=1).lower(tree, state, shaped((), np.int32, P()))
     return common.temporary_bytes(program.compile()) / (4 * SHAPE[0] * SHAPE[1])
 
