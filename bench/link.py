@@ -11,8 +11,7 @@ acknowledgements' too. Hosts cut their packets themselves (gso_max_segs 1): what
 A row trains for --seconds, the time within which `loss` compares them: the mean of the last fifth of that time, of the
 replicas that exchange gradients, of replica 0 where each has parameters of its own. The row `no link limit` says how
 long a step takes without the link; all hosts share this machine's cores, so real ones are faster. Speed-ups are over
-`sync none`, float32 through the same exchange, and over `psum`, XLA's own all-reduce: gloo's all-gather, which the
-exchange uses between 2 hosts, takes 1.5 times as long as its all-reduce for the same bytes.
+`sync none`, float32 through the same exchange, and over `psum`, XLA's own all-reduce.
 """
 
 import argparse
