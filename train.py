@@ -145,7 +145,7 @@ class Outcome:
 def train(run: Run, programs, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
     """The loop. Updates made so far are counted by `done`; a checkpoint's number is the updates it contains."""
     meshes.keep_freed_memory()
-    gc.freeze()
+    gc.freeze()  # what the start has made stays
     gc.enable()
     config, recorder, checkpoints = run.config, run.recorder, run.checkpoints
     strategy = run.parts.strategy

@@ -18,10 +18,9 @@ SHORT = 2**18  # bytes; 100 Mbit/s send as many in 20 ms
 
 def collectives(devices: int) -> dict[str, Callable]:
     """Those that are faster than XLA's own. In a ring of three or more a connection carries one direction anyway."""
-    is_power_of_two = devices.bit_count() == 1
-    return ({"all_gather": all_gather} if devices == 2 else {}) | (
-        {"all_to_all": all_to_all} if is_power_of_two else {}
-    )
+    if devices == 2:
+        return {"all_gather": all_gather, "all_to_all": all_to_all}
+    return {"all_to_all": all_to_all} if devices.bit_count() == 1 else {}
 
 
 def all_gather(x_k: jax.Array, axis: str, *, tiled: bool) -> jax.Array:

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from parallel import exchange as exchanges
 from parallel import mesh as meshes
 from parallel import pairwise, residuals, wire
 from parallel.codecs import CODECS
@@ -268,6 +269,21 @@ def test_zeros_stay_zeros_and_are_survived(case, algorithm):
     exact = x["large"].mean(axis=0)
     cosine = np.sum(total * exact) / np.linalg.norm(total) / np.linalg.norm(exact)
     assert cosine > (0.5 if feedback else 0.95), cosine
+
+
+# The last number: collectives. XLA:CPU writes an all-to-all between R devices as R of them.
+@pytest.mark.parametrize(
+    ("codec", "form", "sent"), [("int8", "two_stage", 4 + 1), ("none", "gather", 1), ("topk", "auto", 1)]
+)
+def test_small_messages_travel_together_and_decode_as_if_each_by_itself(codec, form, sent, monkeypatch):
+    exchange = make((codec, ()), form, (4, 2, 1), feedback=Feedback())
+    arguments = placed(exchange, tree(4)), begin(exchange), np.int32(0)
+    together = compiled(exchange)
+    monkeypatch.setattr(exchanges, "TOGETHER", 0)
+    apart = compiled(exchange)
+    jax.tree.map(np.testing.assert_array_equal, together(*arguments), apart(*arguments))
+    counted = [len(list(wire.collectives(f.as_text(), exchange.mesh))) for f in (together, apart)]
+    assert counted[0] == sent and counted[1] >= sent * len(exchange.units)
 
 
 # ── over gloo: parallel/pairwise.py ──────────────────────────────────────────────────────────────────────────────

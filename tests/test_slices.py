@@ -117,7 +117,7 @@ def test_every_transfer_of_each_hop_runs_while_something_is_computed(chips, stra
     parts = build(chips, sync__codec="int8", sync__algorithm="two_stage", **options)
     text = compiled(parts, name)
     found, transfers = exposed(text)
-    assert transfers >= 2 and not found
+    assert transfers >= 2 and not found  # all small messages in one transfer a hop
     assert sent(text, parts.mesh) == exchange_bytes(parts.strategy.exchange)
     # Without the barriers the compiler is free to wait for the first hop before it computes anything.
     for module in (stale, local):
