@@ -5,7 +5,7 @@ python bench/codecs.py --tpu       memory only, compiled for a TPU v5p without o
 
 Time: encoding all parameters of the quickstart, packing included, and decoding them, two programs as on two hosts, in
 turn with its training step. Memory: the compiler's own figure for one exchange with error feedback over 4 devices, its
-temporaries in units of what is exchanged: one array of 2 M elements, and four of them.
+temporaries in units of what is exchanged: one array of 16 M elements, and four of them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from parallel.codecs import CODECS  # noqa: E402
 from parallel.exchange import Feedback, is_round  # noqa: E402
 from parallel.units import Leaf  # noqa: E402
 
-SHAPE = (1024, 2048)
+SHAPE = (4096, 4096)
 BLOCKS = [name for name, kind in CODECS.items() if not is_round(kind) and name != "none"]
 TIMED = {"int8": 0.15, "int4": 0.15}  # codec: share of a step that it may take
 
@@ -64,7 +64,10 @@ def temporaries(devices: Any, codec: str, arrays: int) -> float:
     state = jax.eval_shape(lambda: residuals.init(exchange))
     state = jax.tree.map(lambda x, spec: shaped(x.shape, x.dtype, spec), state, exchange.state_specs)
     # Residuals are donated, as by a step. The tree is not: a step makes it, and as an argument it would be copied.
-    program = jax.jit(exchange.mean, donate_argnums=1).lower(tree, state, shaped((), np.int32, P()))
+    # Shardings are given, as by a step: else the compiler may put means, not new residuals, where residuals were.
+    shardings = {name: NamedSharding(mesh, P()) for name in leaves}, jax.tree.map(lambda x: x.sharding, state)
+    program = jax.jit(exchange.mean, donate_argnums=1, out_shardings=shardings)
+    program = program.lower(tree, state, shaped((), np.int32, P()))
     return common.temporary_bytes(program.compile()) / (4 * SHAPE[0] * SHAPE[1])
 
 

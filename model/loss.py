@@ -108,11 +108,3 @@ def _local(x_BTD, head_DV, targets_BT, mask_BT, constrain, z_loss, chunk_bytes, 
         carry, dx = jax.lax.scan(chunk, zero, inputs)
     loss, dhead_DV = carry
     return (loss, dx.reshape(-1, D)[: B * T].reshape(B, T, D), dhead_DV) if with_gradient else (loss,)
-
-
-def reference_cross_entropy(x_BTD, head_DV, targets_BT, mask_BT, *, z_loss: float) -> jax.Array:
-    """The obvious one, which holds all logits: what `cross_entropy` is compared with."""
-    logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV)
-    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jnp.sum(mask_BT * (lse_BT - target_BT + z_loss * lse_BT**2))

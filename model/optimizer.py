@@ -4,7 +4,6 @@ An optimizer here has two halves, because with several replicas what is exchange
 `message(grads, state)` is what each replica sends, `apply(mean, state, params)` what is done with the mean.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +68,9 @@ def build(
 
     Weight decay is decoupled, and spares biases and norm scales. clip_norm 0: no clipping.
     """
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     if name == "adamw":
-        core = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+        core = adamw
     elif name == "lion":
         core = optax.lion(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays)
     elif name == "sgd":
@@ -80,7 +80,9 @@ def build(
             optax.scale_by_learning_rate(schedule),
         )
     elif name == "muon":
-        core = _muon(schedule, axes, b1, b2, eps, momentum, weight_decay)
+        from model.muon import muon
+
+        core = muon(schedule, axes, momentum, weight_decay, eps, adamw)
     elif name == "sign":
         decay = optax.add_decayed_weights(weight_decay, decays)
         core = optax.chain(optax.scale_by_sign(), decay, optax.scale_by_learning_rate(schedule))
@@ -90,54 +92,12 @@ def build(
     return Optimizer(schedule, optax.chain(*clip, core))
 
 
-def _muon(schedule, axes, b1, b2, eps, momentum, weight_decay) -> optax.GradientTransformation:
-    """Muon for the matrices of the blocks, AdamW for embedding, head, biases and norms (Jordan et al. 2024).
-
-    Updates have the root mean square 0.2, about AdamW's, so its learning rate fits (Liu et al. 2025, §2.2). Put
-    together from optax's parts: its own `muon` decays biases, and turns the AdamW half into NAdam.
-    """
-    from optax import contrib
-
-    def is_matrix(path) -> bool:
-        return path[0].key == "blocks" and not _is_vector(path)
-
-    def to_rms(update: jax.Array, dims: Any) -> jax.Array:
-        """An orthogonal [m, n] matrix has the root mean square 1 / sqrt(max(m, n))."""
-        sizes = [math.prod(update.shape[i] for i in side) for side in dims]
-        return update * (0.2 * math.sqrt(max(sizes)))
-
-    def dimensions(path, names) -> Any:
-        if not is_matrix(path):
-            return optax.MaskedNode()
-        model = names.index("embed")
-        others = tuple(i for i, name in enumerate(names) if name not in ("embed", "layers"))
-        rows, columns = (others, (model,)) if model == len(names) - 1 else ((model,), others)
-        return contrib.MuonDimensionNumbers(reduction_axis=rows, output_axis=columns)
-
-    numbers = jax.tree_util.tree_map_with_path(dimensions, axes, is_leaf=_is_axes)
-    muon = optax.chain(
-        contrib.scale_by_muon(beta=momentum, eps=eps, weight_dimension_numbers=lambda _: numbers),
-        optax.stateless(lambda updates, _: jax.tree.map(to_rms, updates, numbers)),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(schedule),
-    )
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
-    labels = jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if is_matrix(path) else "adamw", axes, is_leaf=_is_axes
-    )
-    return optax.partition({"muon": muon, "adamw": adamw}, labels)
-
-
 def decays(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path), params)
 
 
-def _is_vector(path) -> bool:
+def is_vector(path) -> bool:
     return path[-1].key == "scale" or path[-1].key.endswith("bias")
-
-
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple)
 
 
 # ── the guard ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,6 @@ as a scan or unrolled. No mesh axis is named here; logical axes are, and `constr
 B batch, T sequence, D model, H query heads, G key/value heads, K head size, F feed-forward, V vocabulary, L layers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -244,6 +243,3 @@ def _positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array
         [jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
     )
     return index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
-
-
-LossFn = Callable[[Params, dict[str, jax.Array], Any], tuple[jax.Array, jax.Array]]

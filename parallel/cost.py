@@ -29,8 +29,9 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_BF16.items() if name.lower() in device_kind.lower()), None)
 
 
-def wire(net: Any, n: int, codec: Any = FLOAT32) -> dict[str, float]:
-    """Closed form: bytes by dtype that one device sends for the mean of n elements, w bytes when encoded.
+def wire(net: Any, n: int, codec: Any = FLOAT32, pieces: int = 1) -> dict[str, float]:
+    """Closed form: bytes by dtype that one device sends for the mean of n elements, w bytes when encoded in so many
+    equal pieces.
 
     R replicas on D devices, k = R/D: two_stage (k+1)(D−1)/D · w; gather (R−k) · w; psum 2(D−1)/D · w; 0 when D = 1.
     """
@@ -39,7 +40,7 @@ def wire(net: Any, n: int, codec: Any = FLOAT32) -> dict[str, float]:
         return {}
     k = R // D
     factor = {"psum": 2 * (D - 1) / D, "gather": R - k, "two_stage": (k + 1) * (D - 1) / D}[form]
-    encoded = codec.wire(n if form == "psum" else net.padded(n, codec))
+    encoded = codec.wire(n if form == "psum" else pieces * net.padded(n // pieces, codec))
     return {dtype: factor * size for dtype, size in encoded.items()}
 
 
@@ -50,7 +51,8 @@ def exchange_bytes(exchange: Any) -> dict[str, float]:
         if exchange.net.devices == 1:
             break
         send = functools.partial(wire, exchange.net)
-        sizes = unit.codec.wire(unit.local, send) if is_round(unit.codec) else send(unit.size, unit.codec)
+        own = unit.codec
+        sizes = own.wire(unit.local, send) if is_round(own) else send(unit.size, own, unit.pieces)
         for dtype, size in sizes.items():
             total[dtype] = total.get(dtype, 0) + size
     return total

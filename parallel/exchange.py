@@ -28,6 +28,7 @@ AXIS = "replica"
 ALGORITHMS = ("auto", "gather", "two_stage", "psum")
 FLOAT32 = Identity()
 TOGETHER = 2**22  # bytes: larger messages travel by themselves
+HOP_DIMS = {"psum": 0, "gather": 1, "two_stage": 2}  # what the first hop moves: […], [k, …], [k, R, …] of messages
 
 
 @dataclass(frozen=True)
@@ -219,16 +220,15 @@ class Exchange:
         leaves, (worker, treedef) = jax.tree.leaves(tree_k), jax.tree.flatten(state["worker"])
         rounds, messages, codec = {}, {}, FLOAT32
         for unit in self.units:
-            p_kN = _join(unit, leaves)
-            if self.feedback:
-                p_kN = p_kN + self.feedback.decay * _join(unit, worker).astype(jnp.float32)
+            x_kP, owed_kP = _join(unit, leaves), _join(unit, worker) if self.feedback else None
             if is_round(unit.codec):
-                rounds[unit.name] = p_kN
+                rounds[unit.name] = self._with_owed(x_kP, owed_kP)
                 continue
             codec = unit.codec  # one for all that are not exchanged in rounds
-            messages[unit.name], _, owed_kN = self.net.encode(p_kN, codec, self._key(unit, step))
+            encode = functools.partial(self._encode, unit, x_kP, step)
+            owed_kP, messages[unit.name] = _in_turn(unit.pieces, encode, owed_kP, HOP_DIMS[self.net.form(codec)])
             if self.feedback:
-                _part(unit, owed_kN.astype(self.feedback.dtype), worker)
+                _part(unit, owed_kP, worker, 1)
         return rounds | self.net.first_hop(messages, codec), state | {"worker": treedef.unflatten(worker)}
 
     def _finish(self, flights: dict[str, Any], state: Any, step: jax.Array) -> tuple[Any, Any]:
@@ -237,36 +237,58 @@ class Exchange:
         worker, worker_treedef = jax.tree.flatten(state["worker"])
         server, rounds, messages = dict(state["server"]), dict(state["rounds"]), {}
         for unit in self.units:
-            key, flight = self._key(unit, step), flights[unit.name]
+            flight = flights[unit.name]
             if is_round(unit.codec):
                 own = jax.tree.map(lambda x: x[0, 0], rounds[unit.name])
-                mean_N, sent_kN, own = unit.codec.mean(flight, own, key, unit.local, self.net)
+                mean_N, sent_kN, own = unit.codec.mean(flight, own, self._key(unit, step, 0), unit.local, self.net)
                 rounds[unit.name] = jax.tree.map(lambda x: x[None, None], own)
                 if self.feedback:
-                    _part(unit, (flight - sent_kN).astype(self.feedback.dtype), worker)
-                _part(unit, mean_N, means)
+                    _part(unit, (flight - sent_kN).astype(self.feedback.dtype), worker, 1)
+                _part(unit, mean_N, means, 0)
             elif self.net.form(unit.codec) == "two_stage":
-                owed_kC = server[unit.name][:, 0, 0] if unit.name in server else None
-                decay = self.feedback.decay if self.feedback else 1.0
-                messages[unit.name], owed_kC = self.net.round_sum(flight, unit.size, unit.codec, key, owed_kC, decay)
+                owed_kPC = server[unit.name][:, 0, 0] if unit.name in server else None
+                add_up = functools.partial(self._add_up, unit, flight, step)
+                owed_kPC, messages[unit.name] = _in_turn(unit.pieces, add_up, owed_kPC, 1)
                 if unit.name in server:
-                    server[unit.name] = owed_kC[:, None, None]
+                    server[unit.name] = owed_kPC[:, None, None]
         flights = flights | self.net.second_hop(messages)
         for unit in self.units:
             if not is_round(unit.codec):
-                _part(unit, self.net.decode(flights[unit.name], unit.size, unit.codec), means)
+                decode = functools.partial(self._decode, unit, flights[unit.name])
+                _part(unit, _in_turn(unit.pieces, decode, None, 0)[1], means, 0)
         state = {"worker": worker_treedef.unflatten(worker), "server": server, "rounds": rounds}
         return treedef.unflatten(means), state
 
-    def _key(self, unit: Unit, step: jax.Array) -> jax.Array | None:
-        """One key a step, unit and shard. No axis is folded in over which the unit is not sharded: the copies of a
+    # Of piece i of a unit: (what is still owed of all pieces, what is sent or found). Owed is None without feedback.
+
+    def _encode(self, unit: Unit, x_kP: jax.Array, step: jax.Array, i: Any, owed_kP: Any) -> tuple[Any, Any]:
+        p_kN = self._with_owed(_pick(x_kP, i, 1), _pick(owed_kP, i, 1))
+        message, _, owed_kN = self.net.encode(p_kN, unit.codec, self._key(unit, step, i))
+        if self.feedback:
+            owed_kP = _put(owed_kP, owed_kN.astype(self.feedback.dtype).reshape(-1, *unit.piece), i, 1)
+        return owed_kP, message
+
+    def _add_up(self, unit: Unit, received: Any, step: jax.Array, i: Any, owed_kPC: Any) -> tuple[Any, Any]:
+        n, key, decay = unit.size // unit.pieces, self._key(unit, step, i), getattr(self.feedback, "decay", 1.0)
+        received, owed_kC = _pick(received, i, 2), _pick(owed_kPC, i, 1)
+        message, owed_kC = self.net.round_sum(received, n, unit.codec, key, owed_kC, decay)
+        return _put(owed_kPC, owed_kC, i, 1), message
+
+    def _decode(self, unit: Unit, received: Any, i: Any, _: None) -> tuple[None, jax.Array]:
+        received = _pick(received, i, min(1, HOP_DIMS[self.net.form(unit.codec)]))
+        return None, self.net.decode(received, unit.size // unit.pieces, unit.codec).reshape(unit.piece)
+
+    def _with_owed(self, x_k: jax.Array, owed_k: Any) -> jax.Array:
+        x_kN = x_k.reshape(x_k.shape[0], -1)
+        return x_kN + self.feedback.decay * owed_k.reshape(x_kN.shape).astype(jnp.float32) if self.feedback else x_kN
+
+    def _key(self, unit: Unit, step: jax.Array, i: Any) -> jax.Array | None:
+        """One key a step, piece and shard. No axis is folded in over which the unit is not sharded: the copies of a
         replicated array would silently become different. Replicas are told apart by Net."""
         if not is_round(unit.codec) and not unit.codec.uses_key:
             return None
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), unit.salt), step)
-        for axis in unit.axes:
-            key = jax.random.fold_in(key, lax.axis_index(axis))
-        return key
+        places = [lax.axis_index(axis) for axis in unit.axes]
+        return functools.reduce(jax.random.fold_in, [unit.salt, step, i, *places], jax.random.key(self.seed))
 
 
 def round_trip(codec: Any, x_N: jax.Array, key: jax.Array | None) -> tuple[Any, jax.Array]:
@@ -283,8 +305,8 @@ def _together(across: Any, messages: dict[str, Any], lead: int) -> dict[str, Any
     short ones. lead: how many of their leading dimensions count messages."""
     arrays, treedef = jax.tree.flatten(messages)
     views = arrays
-    if len(arrays) > len(messages):  # a message has several: they travel as bytes, uint16 [...] as [..., 2]
-        views = [lax.bitcast_convert_type(x, jnp.uint8) for x in arrays]
+    if len(arrays) > len(messages):  # a message has several: they travel as bytes, all lower ones of uint16 first
+        views = [jnp.stack([x >> 8 * b for b in range(x.itemsize)], lead).astype(jnp.uint8) for x in arrays]
     groups: list[list[jax.Array]] = []
     for x in views:
         if not groups or sum(y.nbytes for y in groups[-1]) + x.nbytes > TOGETHER:
@@ -294,18 +316,47 @@ def _together(across: Any, messages: dict[str, Any], lead: int) -> dict[str, Any
     for group in groups:
         parts += jnp.split(across(jnp.concatenate(group, -1)), np.cumsum([x.shape[-1] for x in group])[:-1], -1)
     own = [part.reshape(*part.shape[:-1], *x.shape[lead:]) for part, x in zip(parts, views, strict=True)]
-    return treedef.unflatten([lax.bitcast_convert_type(part, x.dtype) for part, x in zip(own, arrays, strict=True)])
+    if views is not arrays:
+        word = lambda bytes_, x: sum(_pick(bytes_, b, lead).astype(x.dtype) << 8 * b for b in range(x.itemsize))
+        own = [word(bytes_, x) for bytes_, x in zip(own, arrays, strict=True)]
+    return treedef.unflatten(own)
+
+
+def _in_turn(count: int, code: Any, owed: Any, dims: int) -> tuple[Any, Any]:
+    """(owed, [dims…, count, …]) of code(i, owed) -> (owed, […]) for one piece after another, in the memory of one."""
+    if count == 1:
+        owed, found = code(0, owed)
+        return owed, jax.tree.map(lambda x: jnp.expand_dims(x, dims), found)
+    shapes = jax.eval_shape(lambda: code(0, owed)[1])
+    empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:dims], count, *x.shape[dims:]), x.dtype), shapes)
+
+    def step(i: jax.Array, both: tuple) -> tuple:
+        owed, found = code(i, both[0])
+        return owed, _put(both[1], found, i, dims)
+
+    return lax.fori_loop(0, count, step, (owed, empty))
+
+
+def _pick(tree: Any, i: Any, dims: int) -> Any:
+    """Piece i of arrays [dims…, pieces, …]."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, dims, keepdims=False), tree)
+
+
+def _put(tree: Any, piece: Any, i: Any, dims: int) -> Any:
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, dims), tree, piece)
 
 
 def _join(unit: Unit, leaves: Sequence[jax.Array]) -> jax.Array:
-    """[k, N] of a unit, out of all leaves [k, …]."""
-    return jnp.concatenate([leaves[i].reshape(leaves[i].shape[0], -1) for i in unit.leaves], axis=1)
+    """[k, P, …], the pieces of a unit, out of all leaves [k, …]."""
+    own = [leaves[i] for i in unit.leaves]
+    k = own[0].shape[0]
+    joined = own[0] if len(own) == 1 else jnp.concatenate([x.reshape(k, -1) for x in own], axis=1)
+    return joined.reshape(k, unit.pieces, *unit.piece)
 
 
-def _part(unit: Unit, x_N: jax.Array, leaves: list) -> None:
-    """[..., N] of a unit into its places among all leaves."""
-    start = 0
-    for i, shape in zip(unit.leaves, unit.shapes, strict=True):
-        size = math.prod(shape)
-        leaves[i] = x_N[..., start : start + size].reshape(*x_N.shape[:-1], *shape)
-        start += size
+def _part(unit: Unit, x: jax.Array, leaves: list, dims: int) -> None:
+    """[dims…, …] of a unit into its places among all leaves."""
+    sizes = [math.prod(shape) for shape in unit.shapes]
+    parts = jnp.split(x.reshape(*x.shape[:dims], -1), np.cumsum(sizes)[:-1], -1)
+    for i, part, shape in zip(unit.leaves, parts, unit.shapes, strict=True):
+        leaves[i] = part.reshape(*x.shape[:dims], *shape)

@@ -1,7 +1,7 @@
 """What an exchange remembers from step to step: residuals of error feedback, and the round codecs' own state.
 
 worker: what each replica still owes, like the exchanged tree, [R, …].
-server: {unit: what the owner of each chunk owes from rounding the sum, [R, F, T, C]}.
+server: {unit: what the owners of chunks owe from rounding the sums, [R, F, T, pieces, C]}.
 rounds: {unit: [F, T, …]}. F and T are the sizes of fsdp and tensor where the unit is sharded over them, else 1.
 
 All three are {} where there is nothing to remember.
@@ -69,8 +69,8 @@ def init(exchange: Exchange) -> dict[str, Any]:
             make = lambda key, unit=unit: unit.codec.init(unit.local, key)
             state["rounds"][unit.name] = jax.vmap(jax.vmap(make))(jax.random.split(key, counts))
         elif has_server(exchange.net, unit, exchange.feedback):
-            C = exchange.net.padded(unit.size, unit.codec) // R
-            state["server"][unit.name] = jnp.zeros((R, *counts, C), dtype)
+            C = exchange.net.padded(unit.size // unit.pieces, unit.codec) // R
+            state["server"][unit.name] = jnp.zeros((R, *counts, unit.pieces, C), dtype)
     return state
 
 

@@ -129,7 +129,7 @@ def _mean(x_R: jax.Array) -> jax.Array:
 
 
 def server_residuals(server: dict[str, jax.Array], leaves: list[Leaf]) -> dict[str, jax.Array]:
-    """{leaf: what the servers owe, in its own shape} from {unit: [R, F, T, C]}, whatever R, mesh and buckets were.
+    """{leaf: what the servers owe, in its shape} from {unit: [R, F, T, pieces, C]}, whatever R, mesh and buckets were.
 
     A unit is one array, or all arrays over the same axes that are no unit by themselves ("small Int4 fsdp").
     """
@@ -140,10 +140,12 @@ def server_residuals(server: dict[str, jax.Array], leaves: list[Leaf]) -> dict[s
         members = [leaf for leaf in leaves if leaf.name == unit]
         if unit.startswith("small "):
             members = [leaf for leaf in leaves if leaf.name not in server and axes(leaf) == own]
-        R, F, T, C = x.shape
-        flat_FTN, start = jnp.moveaxis(x.astype(jnp.float32), 0, 2).reshape(F, T, R * C), 0
-        for leaf in members:
-            local = leaf.shard({"fsdp": F, "tensor": T, "replica": 1})
+        R, F, T, pieces, C = x.shape
+        shards = [leaf.shard({"fsdp": F, "tensor": T, "replica": 1}) for leaf in members]
+        size = sum(local.size for local in shards) // pieces  # of one, without padding
+        flat_FTN = jnp.moveaxis(x.astype(jnp.float32), 0, 3).reshape(F, T, pieces, R * C)[..., :size].reshape(F, T, -1)
+        start = 0
+        for leaf, local in zip(members, shards, strict=True):
             part = flat_FTN[..., start : start + local.size].reshape(F, T, *local.shape)
             owed[leaf.name] = _whole(part, leaf)
             start += local.size

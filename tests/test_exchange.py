@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel import exchange as exchanges
 from parallel import mesh as meshes
-from parallel import pairwise, residuals, wire
+from parallel import pairwise, residuals, units, wire
 from parallel.codecs import CODECS
 from parallel.cost import exchange_bytes
 from parallel.exchange import Feedback, is_round
@@ -28,6 +28,12 @@ LEAVES = {
 }
 MESHES = [(2, 1, 1), (4, 1, 1), (2, 2, 1), (2, 1, 2), (8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 1, 4), (2, 2, 2)]
 SOME = ((2, 2, 2), (4, 2, 1))
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """The large array in four pieces, or two of a shard of it."""
+    monkeypatch.setattr(units, "PIECE", 2**14)
 
 
 def variants() -> list[tuple[str, tuple]]:
@@ -193,7 +199,9 @@ def owed(exchange, state) -> dict[str, np.ndarray]:
     names = list(LEAVES)
     for unit in exchange.units:
         if unit.name in state["server"]:
-            flat, start = np.asarray(state["server"][unit.name], np.float64).reshape(-1), 0
+            chunks = np.asarray(state["server"][unit.name], np.float64)[:, 0, 0]  # [R, pieces, C]
+            pieces = np.moveaxis(chunks, 0, 1).reshape(unit.pieces, -1)[:, : unit.size // unit.pieces]
+            flat, start = pieces.reshape(-1), 0
             for i, shape in zip(sorted(unit.leaves), unit.shapes, strict=True):
                 size = int(np.prod(shape))
                 total[sorted(names)[i]] += flat[start : start + size].reshape(shape)

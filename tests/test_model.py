@@ -17,7 +17,7 @@ import pytest
 
 from model import attention, transformer
 from model.layers import Weights, normal
-from model.loss import cross_entropy, reference_cross_entropy
+from model.loss import cross_entropy
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
 from parallel.rules import Constrain
 
@@ -272,6 +272,14 @@ def value_and_gradients(f, x, head, weight: float = 0.37):
     """f, and the gradients of weight · f: the weight shows that what comes from behind the loss is passed on."""
     both = lambda x, head: (f(x, head), jax.grad(lambda x, head: weight * f(x, head), (0, 1))(x, head))
     return jax.jit(both, compiler_options=QUICKLY)(x, head)
+
+
+def reference_cross_entropy(x_BTD, head_DV, targets_BT, mask_BT, *, z_loss: float) -> jax.Array:
+    """The obvious one, which holds all logits: what `cross_entropy` is compared with."""
+    logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, head_DV)
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jnp.sum(mask_BT * (lse_BT - target_BT + z_loss * lse_BT**2))
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
