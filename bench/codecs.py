@@ -1,11 +1,12 @@
 """What coding a message costs: time beside the quickstart's step, memory beside what is coded.
 
 python bench/codecs.py             3 minutes on 2 cores
-python bench/codecs.py --tpu       memory only, compiled for a TPU v5p without one (needs libtpu; 10 minutes)
+python bench/codecs.py --tpu       memory only, compiled for a TPU v5p without one (needs libtpu; 2 minutes)
 
 Time: encoding all parameters of the quickstart, packing included, and decoding them, two programs as on two hosts, in
 turn with its training step. Memory: the compiler's own figure for one exchange with error feedback over 4 devices, its
-temporaries in units of what is exchanged: one array of 16 M elements, and four of them.
+temporaries in units of one array of 16 M elements, for one such array and for four. Allowed are two arrays, and what is
+in flight (parallel/cost.py): messages sent and received; of the codecs with rounds the arrays too, which wait for them.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from bench.step import Ours, load, random_batches  # noqa: E402
 from parallel import mesh as meshes  # noqa: E402
 from parallel import residuals  # noqa: E402
 from parallel.codecs import CODECS  # noqa: E402
+from parallel.cost import in_flight_bytes  # noqa: E402
 from parallel.exchange import Feedback, is_round  # noqa: E402
 from parallel.units import Leaf  # noqa: E402
 
@@ -54,11 +56,11 @@ def time_beside_a_step(report: common.Report, pairs: int) -> None:
         report.details[f"time {name}"] = found
 
 
-def temporaries(devices: Any, codec: str, arrays: int) -> float:
-    """Of one exchange of so many arrays, in units of one array's bytes."""
+def temporaries(devices: Any, codec: str, form: str, arrays: int) -> tuple[float, float]:
+    """Of one exchange of so many arrays over 4 devices, in units of one array's bytes; and what is in flight of it."""
     mesh = meshes.build({"replica": 4, "fsdp": 1, "tensor": 1}, devices[:4])
     leaves = {f"w{i}": Leaf(f"w{i}", SHAPE, P(None, None), 0, 1) for i in range(arrays)}
-    exchange = residuals.build(CODECS[codec](), "auto", mesh, 4, leaves, Feedback())
+    exchange = residuals.build(CODECS[codec](), form, mesh, 4, leaves, Feedback())
     shaped = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
     tree = {name: shaped((4, *SHAPE), np.float32, P("replica")) for name in leaves}
     state = jax.eval_shape(lambda: residuals.init(exchange))
@@ -67,15 +69,16 @@ def temporaries(devices: Any, codec: str, arrays: int) -> float:
     # Shardings are given, as by a step: else the compiler may put means, not new residuals, where residuals were.
     shardings = {name: NamedSharding(mesh, P()) for name in leaves}, jax.tree.map(lambda x: x.sharding, state)
     program = jax.jit(exchange.mean, donate_argnums=1, out_shardings=shardings)
-    program = program.lower(tree, state, shaped((), np.int32, P()))
-    return common.temporary_bytes(program.compile()) / (4 * SHAPE[0] * SHAPE[1])
+    compiled = program.lower(tree, state, shaped((), np.int32, P())).compile()
+    array = 4 * SHAPE[0] * SHAPE[1]
+    return common.temporary_bytes(compiled) / array, in_flight_bytes(exchange) / array
 
 
-def memory(report: common.Report, devices: Any, where: str, codecs: list[str]) -> None:
-    for name in codecs:
-        one, four = temporaries(devices, name, 1), temporaries(devices, name, 4)
-        report.row(f"{name}, {where}: temporary / array, one array", one, "×", at_most=2)
-        report.row(f"{name}, {where}: temporary / array, four arrays", four, "×")
+def memory(report: common.Report, devices: Any, where: str) -> None:
+    for codec in CODECS:
+        for arrays, what in ((1, "an array"), (4, "four arrays")):
+            used, in_flight = temporaries(devices, codec, "auto", arrays)
+            report.row(f"{codec}, {where}: temporaries / array, {what}", used, "×", at_most=2 + in_flight)
 
 
 def main() -> None:
@@ -89,10 +92,10 @@ def main() -> None:
         from jax.experimental import topologies
 
         chips = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
-        memory(report, chips, "TPU", ["int8", "int4", "sign"])
+        memory(report, chips, "TPU")
     else:
         time_beside_a_step(report, args.pairs)
-        memory(report, jax.devices(), "CPU", [*BLOCKS, "powersgd"])
+        memory(report, jax.devices(), "CPU")
     report.finish()
 
 

@@ -58,6 +58,22 @@ def exchange_bytes(exchange: Any) -> dict[str, float]:
     return total
 
 
+def in_flight_bytes(exchange: Any) -> int:
+    """What one device holds of an exchange besides what it codes: the messages that it sends in a hop and those that it
+    receives. Of round codecs the arrays themselves, which wait for the rounds to come."""
+    net, total = exchange.net, 0
+    k = net.replicas // net.devices
+    for unit in exchange.units:
+        if is_round(unit.codec):
+            total += 4 * k * unit.size
+            continue
+        n, form = unit.size // unit.pieces, net.form(unit.codec)
+        codec = FLOAT32 if net.devices == 1 else unit.codec
+        message = unit.pieces * sum(codec.wire(net.padded(n, unit.codec)).values())
+        total += message * {"psum": 2, "gather": k + net.replicas, "two_stage": 2 * k}[form]
+    return total
+
+
 def bytes_per_step(strategy: Any, steps: int, a_device_per_replica: bool = False) -> float:
     """Closed form of the bytes that one device sends over `replica`, on average over a run of so many steps; as it is
     laid out, or as it would be if every replica had a device of its own."""

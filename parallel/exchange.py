@@ -21,14 +21,13 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from parallel.codecs.plain import Identity, is_round
+from parallel.codecs.plain import HOP_DIMS, Identity, in_turn, is_round, pick
 from parallel.units import Unit
 
 AXIS = "replica"
 ALGORITHMS = ("auto", "gather", "two_stage", "psum")
 FLOAT32 = Identity()
 TOGETHER = 2**22  # bytes: larger messages travel by themselves
-HOP_DIMS = {"psum": 0, "gather": 1, "two_stage": 2}  # what the first hop moves: […], [k, …], [k, R, …] of messages
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Net:
-    """The wire: means over `replica` of one flat vector per replica. Inside a shard_map only.
+    """The wire, for one flat vector per replica. Inside a shard_map only.
 
     gather: every device gets all messages and adds them up. R−k messages sent, one quantisation, one hop.
     two_stage: each device adds up one R-th of the vector and sends the sum on: all_to_all, sum, all_gather. About two
@@ -60,15 +59,6 @@ class Net:
         if codec.sparse:
             return "gather"
         return self.algorithm if self.algorithm != "auto" else "gather" if self.replicas <= 2 else "two_stage"
-
-    def mean(self, x_kN: jax.Array, codec: Any = FLOAT32, with_sent: bool = False) -> Any:
-        """[k, N] -> [N], the same on every device; with_sent: and what this device's replicas have sent, decoded."""
-        message, sent_kN, _ = self.encode(x_kN, codec, None)
-        hop, n = self.first_hop({"": message}, codec), x_kN.shape[1]
-        if self.form(codec) == "two_stage":
-            hop = self.second_hop({"": self.round_sum(hop[""], n, codec, None, None, 1.0)[0]})
-        mean_N = self.decode(hop[""], n, codec)
-        return (mean_N, sent_kN) if with_sent else mean_N
 
     def encode(self, x_kN: jax.Array, codec: Any, key: jax.Array | None) -> tuple[Any, jax.Array, jax.Array]:
         """(message of the first hop; decoded, [k, N]: what this device's replicas send with it, and still owe)."""
@@ -226,7 +216,7 @@ class Exchange:
                 continue
             codec = unit.codec  # one for all that are not exchanged in rounds
             encode = functools.partial(self._encode, unit, x_kP, step)
-            owed_kP, messages[unit.name] = _in_turn(unit.pieces, encode, owed_kP, HOP_DIMS[self.net.form(codec)])
+            owed_kP, messages[unit.name] = in_turn(unit.pieces, encode, owed_kP, HOP_DIMS[self.net.form(codec)])
             if self.feedback:
                 _part(unit, owed_kP, worker, 1)
         return rounds | self.net.first_hop(messages, codec), state | {"worker": treedef.unflatten(worker)}
@@ -240,42 +230,39 @@ class Exchange:
             flight = flights[unit.name]
             if is_round(unit.codec):
                 own = jax.tree.map(lambda x: x[0, 0], rounds[unit.name])
-                mean_N, sent_kN, own = unit.codec.mean(flight, own, self._key(unit, step, 0), unit.local, self.net)
+                mean_N, owed_kN, own = unit.codec.mean(flight, own, self._key(unit, step, 0), unit.local, self.net)
                 rounds[unit.name] = jax.tree.map(lambda x: x[None, None], own)
                 if self.feedback:
-                    _part(unit, (flight - sent_kN).astype(self.feedback.dtype), worker, 1)
+                    _part(unit, owed_kN.astype(self.feedback.dtype), worker, 1)
                 _part(unit, mean_N, means, 0)
             elif self.net.form(unit.codec) == "two_stage":
                 owed_kPC = server[unit.name][:, 0, 0] if unit.name in server else None
                 add_up = functools.partial(self._add_up, unit, flight, step)
-                owed_kPC, messages[unit.name] = _in_turn(unit.pieces, add_up, owed_kPC, 1)
+                owed_kPC, messages[unit.name] = in_turn(unit.pieces, add_up, owed_kPC, 1)
                 if unit.name in server:
                     server[unit.name] = owed_kPC[:, None, None]
         flights = flights | self.net.second_hop(messages)
         for unit in self.units:
             if not is_round(unit.codec):
                 decode = functools.partial(self._decode, unit, flights[unit.name])
-                _part(unit, _in_turn(unit.pieces, decode, None, 0)[1], means, 0)
+                _part(unit, in_turn(unit.pieces, decode, None, 0)[1], means, 0)
         state = {"worker": worker_treedef.unflatten(worker), "server": server, "rounds": rounds}
         return treedef.unflatten(means), state
 
-    # Of piece i of a unit: (what is still owed of all pieces, what is sent or found). Owed is None without feedback.
+    # Of piece i of a unit: (what is owed now, what is sent or found). Owed is None without error feedback.
 
-    def _encode(self, unit: Unit, x_kP: jax.Array, step: jax.Array, i: Any, owed_kP: Any) -> tuple[Any, Any]:
-        p_kN = self._with_owed(_pick(x_kP, i, 1), _pick(owed_kP, i, 1))
+    def _encode(self, unit: Unit, x_kP: jax.Array, step: jax.Array, i: Any, owed_k: Any) -> tuple[Any, Any]:
+        p_kN = self._with_owed(pick(x_kP, i, 1), owed_k)
         message, _, owed_kN = self.net.encode(p_kN, unit.codec, self._key(unit, step, i))
-        if self.feedback:
-            owed_kP = _put(owed_kP, owed_kN.astype(self.feedback.dtype).reshape(-1, *unit.piece), i, 1)
-        return owed_kP, message
+        return owed_kN.astype(owed_k.dtype).reshape(owed_k.shape) if self.feedback else None, message
 
-    def _add_up(self, unit: Unit, received: Any, step: jax.Array, i: Any, owed_kPC: Any) -> tuple[Any, Any]:
+    def _add_up(self, unit: Unit, received: Any, step: jax.Array, i: Any, owed_kC: Any) -> tuple[Any, Any]:
         n, key, decay = unit.size // unit.pieces, self._key(unit, step, i), getattr(self.feedback, "decay", 1.0)
-        received, owed_kC = _pick(received, i, 2), _pick(owed_kPC, i, 1)
-        message, owed_kC = self.net.round_sum(received, n, unit.codec, key, owed_kC, decay)
-        return _put(owed_kPC, owed_kC, i, 1), message
+        message, owed_kC = self.net.round_sum(pick(received, i, 2), n, unit.codec, key, owed_kC, decay)
+        return owed_kC, message
 
     def _decode(self, unit: Unit, received: Any, i: Any, _: None) -> tuple[None, jax.Array]:
-        received = _pick(received, i, min(1, HOP_DIMS[self.net.form(unit.codec)]))
+        received = pick(received, i, min(1, HOP_DIMS[self.net.form(unit.codec)]))
         return None, self.net.decode(received, unit.size // unit.pieces, unit.codec).reshape(unit.piece)
 
     def _with_owed(self, x_k: jax.Array, owed_k: Any) -> jax.Array:
@@ -311,39 +298,16 @@ def _together(across: Any, messages: dict[str, Any], lead: int) -> dict[str, Any
     for x in views:
         if not groups or sum(y.nbytes for y in groups[-1]) + x.nbytes > TOGETHER:
             groups.append([])
-        groups[-1].append(x.reshape(*x.shape[:lead], -1))
+        groups[-1].append(x)
     parts = []
     for group in groups:
-        parts += jnp.split(across(jnp.concatenate(group, -1)), np.cumsum([x.shape[-1] for x in group])[:-1], -1)
-    own = [part.reshape(*part.shape[:-1], *x.shape[lead:]) for part, x in zip(parts, views, strict=True)]
+        flat = [x.reshape(*x.shape[:lead], -1) for x in group] if len(group) > 1 else group
+        parts += jnp.split(across(jnp.concatenate(flat, -1)), np.cumsum([x.shape[-1] for x in flat])[:-1], -1)
+    own = [part.reshape(*part.shape[:lead], *x.shape[lead:]) for part, x in zip(parts, views, strict=True)]
     if views is not arrays:
-        word = lambda bytes_, x: sum(_pick(bytes_, b, lead).astype(x.dtype) << 8 * b for b in range(x.itemsize))
+        word = lambda bytes_, x: sum(pick(bytes_, b, lead).astype(x.dtype) << 8 * b for b in range(x.itemsize))
         own = [word(bytes_, x) for bytes_, x in zip(own, arrays, strict=True)]
     return treedef.unflatten(own)
-
-
-def _in_turn(count: int, code: Any, owed: Any, dims: int) -> tuple[Any, Any]:
-    """(owed, [dims…, count, …]) of code(i, owed) -> (owed, […]) for one piece after another, in the memory of one."""
-    if count == 1:
-        owed, found = code(0, owed)
-        return owed, jax.tree.map(lambda x: jnp.expand_dims(x, dims), found)
-    shapes = jax.eval_shape(lambda: code(0, owed)[1])
-    empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:dims], count, *x.shape[dims:]), x.dtype), shapes)
-
-    def step(i: jax.Array, both: tuple) -> tuple:
-        owed, found = code(i, both[0])
-        return owed, _put(both[1], found, i, dims)
-
-    return lax.fori_loop(0, count, step, (owed, empty))
-
-
-def _pick(tree: Any, i: Any, dims: int) -> Any:
-    """Piece i of arrays [dims…, pieces, …]."""
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, dims, keepdims=False), tree)
-
-
-def _put(tree: Any, piece: Any, i: Any, dims: int) -> Any:
-    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, dims), tree, piece)
 
 
 def _join(unit: Unit, leaves: Sequence[jax.Array]) -> jax.Array:

@@ -10,11 +10,11 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from parallel.codecs import rounds
 from parallel.codecs.plain import Identity, is_round
 from parallel.rules import path_name, spec
 
 SMALL = 2**14  # shards of fewer elements share one unit: a collective costs about as much as 64 KiB more to send
-PIECE = 2**20  # elements: larger shards are coded in pieces, so that what coding needs of memory is bounded
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
         axes = tuple(axis for axis in mesh.axis_names if axis in leaf.spec)
         own: Any = codec if not is_round(codec) or codec.takes(local) else Identity()
         if local.size >= SMALL or (is_round(own) and own.per_matrix and local.matrix is not None):
-            pieces = 1 if is_round(own) else _pieces(local.shape)
+            pieces = 1 if is_round(own) else rounds.pieces(local.shape)
             cut = pieces, _piece(local.shape, pieces)
             units.append(Unit(leaf.name, (i,), (local.shape,), axes, local.size, local, own, _salt(leaf.name), *cut))
         else:
@@ -102,15 +102,6 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
         shapes = tuple(local.shape for local in locals_)
         units.append(Unit(name, numbers, shapes, axes, whole.size, whole, own, _salt(name), 1, whole.shape))
     return tuple(units)
-
-
-def _pieces(shape: tuple[int, ...]) -> int:
-    """How many pieces: as few as have at most PIECE elements each. Larger ones where the array's dimensions have no
-    divisors for it (a prime number of rows): thousands of small ones would take time."""
-    wanted = -(-math.prod(shape) // PIECE)
-    before = [math.prod(shape[:i]) for i in range(len(shape))]
-    counts = {m * part for m, n in zip(before, shape, strict=True) for part in range(1, n + 1) if n % part == 0}
-    return min((n for n in counts if wanted <= n <= 4 * wanted), default=max(n for n in counts if n <= wanted))
 
 
 def _piece(shape: tuple[int, ...], pieces: int) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from parallel import exchange as exchanges
 from parallel import mesh as meshes
-from parallel import pairwise, residuals, units, wire
-from parallel.codecs import CODECS
+from parallel import pairwise, residuals, wire
+from parallel.codecs import CODECS, rounds
 from parallel.cost import exchange_bytes
 from parallel.exchange import Feedback, is_round
 from parallel.units import Leaf
@@ -33,7 +33,7 @@ SOME = ((2, 2, 2), (4, 2, 1))
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """The large array in four pieces, or two of a shard of it."""
-    monkeypatch.setattr(units, "PIECE", 2**14)
+    monkeypatch.setattr(rounds, "PIECE", 2**14)
 
 
 def variants() -> list[tuple[str, tuple]]:
@@ -150,6 +150,16 @@ def test_replicas_on_any_number_of_devices_give_the_same_bits(case, algorithm):
         found = run(make(case, algorithm, (devices, 1, 1), 4, feedback), steps=2)
         for ours, theirs in zip(found, expected, strict=True):
             jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+# Not with stochastic rounding: each piece has random numbers of its own.
+@pytest.mark.parametrize(("case", "algorithm"), [p for p in EVERY if ("stochastic", True) not in p.values[0][1]])
+def test_pieces_of_whole_blocks_give_the_same_bits_as_the_array_by_itself(case, algorithm, monkeypatch):
+    found = run(make(case, algorithm, (4, 1, 1), feedback=Feedback()), steps=2)
+    monkeypatch.setattr(rounds, "PIECE", 2**20)
+    expected = run(make(case, algorithm, (4, 1, 1), feedback=Feedback()), steps=2)
+    for (mean, state), (whole_mean, whole_state) in zip(found, expected, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, (mean, state["worker"]), (whole_mean, whole_state["worker"]))
 
 
 def test_gather_and_two_stage_without_a_codec_give_the_same_bits_as_psum():

@@ -1,6 +1,6 @@
 """DeMo's codec: the largest coefficients of a cosine transform (Peng et al. 2024, Decoupled Momentum Optimization).
 
-Shapes: k replicas on this device, L layers, m × n this device's shard of a layer, cut into G tiles of s × s.
+Shapes: k replicas on this device, L layers, m × n this device's shard of a layer, cut into tiles of s × s.
 """
 
 import math
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parallel.codecs import rounds
 from parallel.codecs.sparse import TopK, kept
 
 
@@ -39,30 +40,38 @@ class DeMo:
         return {}
 
     def wire(self, leaf: Any, send: Callable) -> dict[str, float]:
-        return send(math.prod(self._tiles(leaf)) * self.tile**2, self._sparse)
+        return send(math.prod(self._tiles(leaf)) * self.tile**2, self._sparse, self._pieces(leaf))
 
     def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> tuple[Any, Any, Any]:
-        (L, rows, columns), s = self._tiles(leaf), self.tile
+        (L, rows, columns), s, k = self._tiles(leaf), self.tile, p_kN.shape[0]
         _, m, n = leaf.matrix or (1, -(-leaf.size // s), s)
         basis_ss = jnp.asarray(_cosines(s))
 
-        def to_coefficients(x_N: jax.Array) -> jax.Array:
-            x_Lmn = jnp.pad(x_N, (0, L * m * n - x_N.size)).reshape(L, m, n)
-            x_Lmn = jnp.pad(x_Lmn, ((0, 0), (0, rows * s - m), (0, columns * s - n)))
-            tiles = x_Lmn.reshape(L, rows, s, columns, s).swapaxes(2, 3)
+        def to_coefficients(x_Gsn: jax.Array, i: Any) -> jax.Array:
+            tiles = x_Gsn.reshape(-1, s, columns, s).swapaxes(1, 2)
             return (basis_ss @ tiles @ basis_ss.T).reshape(-1)
 
-        def from_coefficients(c_G: jax.Array) -> jax.Array:
-            tiles = basis_ss.T @ c_G.reshape(L, rows, columns, s, s) @ basis_ss
-            x_Lmn = tiles.swapaxes(2, 3).reshape(L, rows * s, columns * s)[:, :m, :n]
-            return x_Lmn.reshape(-1)[: leaf.size]
+        def from_coefficients(c_N: jax.Array, i: Any) -> jax.Array:
+            tiles = basis_ss.T @ c_N.reshape(-1, columns, s, s) @ basis_ss
+            return tiles.swapaxes(1, 2).reshape(-1, s, columns * s)
 
-        mean_G, sent_kG = net.mean(jax.vmap(to_coefficients)(p_kN), self._sparse, with_sent=True)
-        return from_coefficients(mean_G), jax.vmap(from_coefficients)(sent_kG), state
+        def unpadded(x: jax.Array, leading: tuple[int, ...]) -> jax.Array:
+            x_Lmn = x.reshape(*leading, L, rows * s, columns * s)[..., :m, :n]
+            return x_Lmn.reshape(*leading, -1)[..., : leaf.size]
+
+        x_kLmn = jnp.pad(p_kN, ((0, 0), (0, L * m * n - leaf.size))).reshape(k, L, m, n)
+        x_kLmn = jnp.pad(x_kLmn, ((0, 0), (0, 0), (0, rows * s - m), (0, columns * s - n)))
+        x_kPGsn = x_kLmn.reshape(k, self._pieces(leaf), -1, s, columns * s)  # G rows of tiles in a piece
+        mean, owed_k = rounds.mean_in_pieces(net, x_kPGsn, to_coefficients, from_coefficients, self._sparse)
+        return unpadded(mean, ()), unpadded(owed_k, (k,)), state
 
     @property
     def _sparse(self) -> TopK:
         return TopK(density=self.density, chunk=self.tile**2)
+
+    def _pieces(self, leaf: Any) -> int:
+        L, rows, columns = self._tiles(leaf)
+        return rounds.pieces((L * rows,), columns * self.tile**2)
 
     def _tiles(self, leaf: Any) -> tuple[int, int, int]:
         L, m, n = leaf.matrix or (1, -(-leaf.size // self.tile), self.tile)

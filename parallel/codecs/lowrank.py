@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from parallel.codecs import rounds
+
 
 @dataclass(frozen=True)
 class PowerSGD:
@@ -50,9 +52,9 @@ class PowerSGD:
         M_kLmn = p_kN.reshape(k, L, m, n)
         # Each replica's product by itself: the last bits of a larger one would depend on how many share a device.
         M_Q_k = jnp.stack([M_Lmn @ state["q"] for M_Lmn in M_kLmn])
-        P_Lmr = net.mean(M_Q_k.reshape(k, -1)).reshape(L, m, r)
+        P_Lmr = rounds.mean(net, M_Q_k.reshape(k, -1)).reshape(L, m, r)
         P_Lmr = jnp.linalg.qr(P_Lmr)[0]
         Mt_P_k = jnp.stack([M_Lmn.mT @ P_Lmr for M_Lmn in M_kLmn])
-        Q_Lnr = net.mean(Mt_P_k.reshape(k, -1)).reshape(L, n, r)
+        Q_Lnr = rounds.mean(net, Mt_P_k.reshape(k, -1)).reshape(L, n, r)
         mean_N = (P_Lmr @ Q_Lnr.mT).reshape(-1)
-        return mean_N, jnp.broadcast_to(mean_N, p_kN.shape), {"q": Q_Lnr}
+        return mean_N, p_kN - mean_N, {"q": Q_Lnr}

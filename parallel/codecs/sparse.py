@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from parallel.codecs.plain import Message
+from parallel.codecs import rounds
+from parallel.codecs.plain import Identity, Message, pick
 from parallel.codecs.quantized import bf16_bits, from_bf16_bits, pack, round_up_to_bf16, unpack
 
 
@@ -152,20 +153,25 @@ class RandomK:
         return {}
 
     def wire(self, leaf: Any, send: Callable) -> dict[str, float]:
-        return send(self._chunks(leaf.size) * kept(self.density, self.chunk))
+        M = self._chunks(leaf.size)
+        return send(M * kept(self.density, self.chunk), Identity(), rounds.pieces((M,), self.chunk))
 
     def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> tuple[Any, Any, Any]:
         k, n = p_kN.shape
         M, K = self._chunks(n), kept(self.density, self.chunk)
-        p_kMC = jnp.pad(p_kN, ((0, 0), (0, M * self.chunk - n))).reshape(k, M, self.chunk)
-        draw_M2 = jax.random.bits(key, (M, 2), jnp.uint32)
-        j_K = jnp.arange(K, dtype=jnp.uint32)
-        places_MK = (draw_M2[:, :1] + (draw_M2[:, 1:] | 1) * j_K) % self.chunk
-        places_MK = places_MK.astype(jnp.int32)
-        values_kMK = jnp.take_along_axis(p_kMC, places_MK[None], axis=2)
-        mean_MK = net.mean(values_kMK.reshape(k, -1)).reshape(M, K)
-        spread = lambda values_MK: _scatter(values_MK, places_MK, self.chunk)[:n]
-        return spread(mean_MK), jax.vmap(spread)(values_kMK), state
+        P = rounds.pieces((M,), self.chunk)
+        p_kPMC = jnp.pad(p_kN, ((0, 0), (0, M * self.chunk - n))).reshape(k, P, -1, self.chunk)
+        draw_PM2 = jax.random.bits(key, (P, M // P, 2), jnp.uint32)
+
+        def places_MK(i: Any) -> jax.Array:
+            draw_M2 = pick(draw_PM2, i, 0)
+            places = draw_M2[:, :1] + (draw_M2[:, 1:] | 1) * jnp.arange(K, dtype=jnp.uint32)
+            return (places % self.chunk).astype(jnp.int32)
+
+        take = lambda x_MC, i: jnp.take_along_axis(x_MC, places_MK(i), axis=1).reshape(-1)
+        spread = lambda x_N, i: _scatter(x_N.reshape(-1, K), places_MK(i), self.chunk).reshape(-1, self.chunk)
+        mean, owed_k = rounds.mean_in_pieces(net, p_kPMC, take, spread, Identity())
+        return mean.reshape(-1)[:n], owed_k.reshape(k, -1)[:, :n], state
 
     def _chunks(self, n: int) -> int:
         return -(-n // self.chunk)
