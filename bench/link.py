@@ -61,7 +61,7 @@ class Row:
 
     def flags(self, config: str, hosts: int) -> list[str]:
         sync = [f"--config.sync.strategy={self.strategy}", f"--config.sync.codec={self.codec}"]
-        mesh = [f"--config.mesh.replica={hosts}", "--config.mesh.fsdp=1", f"--config.data.batch_size={2 * hosts}"]
+        mesh = [f"--config.mesh.replica={hosts}", "--config.mesh.fsdp=1", f"--config.data.batch_size={max(4, hosts)}"]
         quiet = "log_every=1 eval_every=0 checkpoint.every=0 sample.tokens=0 metrics.tensorboard=off steps=30000"
         return [f"--config={config}", *sync, *mesh, *(f"--config.{o}" for o in quiet.split()), *self.options]
 
@@ -215,14 +215,15 @@ class Run:
         self.workdir.mkdir()
         self.rows: list[dict[str, Any]] = []
         self._file, self._rest, self.processes = None, "", []
-        n = len(hosts.names)
+        n, cores = len(hosts.names), sorted(os.sched_getaffinity(0))
         for i, name in enumerate(hosts.names):
             flags = [f"--coordinator={hosts.addresses[0]}:{port}", f"--num_processes={n}", f"--process_id={i}"]
             flags += [f"--simulate={n}", f"--workdir={self.workdir / 'run'}", *row.flags(config, n)]
             with open(self.workdir / f"output-{i}", "w") as output:
                 pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
                 pipes |= {"cwd": common.ROOT, "start_new_session": True}  # Ctrl-C is ours to handle
-                command = ["ip", "netns", "exec", name, sys.executable, "train.py", *flags]
+                core = str(cores[i % len(cores)])
+                command = ["ip", "netns", "exec", name, "taskset", "-c", core, sys.executable, "train.py", *flags]
                 self.processes.append(subprocess.Popen(command, **pipes))
 
     def poll(self) -> bool:

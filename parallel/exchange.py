@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from parallel.codecs.plain import HOP_DIMS, Identity, in_turn, is_round, pick
+from parallel.codecs.rounds import in_lockstep
 from parallel.units import Unit
 
 AXIS = "replica"
@@ -226,15 +227,12 @@ class Exchange:
         means: list[Any] = [None] * len(leaves)
         worker, worker_treedef = jax.tree.flatten(state["worker"])
         server, rounds, messages = dict(state["server"]), dict(state["rounds"]), {}
+        runs: dict[str, Any] = {}
         for unit in self.units:
             flight = flights[unit.name]
             if is_round(unit.codec):
                 own = jax.tree.map(lambda x: x[0, 0], rounds[unit.name])
-                mean_N, owed_kN, own = unit.codec.mean(flight, own, self._key(unit, step, 0), unit.local, self.net)
-                rounds[unit.name] = jax.tree.map(lambda x: x[None, None], own)
-                if self.feedback:
-                    _part(unit, owed_kN.astype(self.feedback.dtype), worker, 1)
-                _part(unit, mean_N, means, 0)
+                runs[unit.name] = unit.codec.mean(flight, own, self._key(unit, step, 0), unit.local, self.net)
             elif self.net.form(unit.codec) == "two_stage":
                 owed_kPC = server[unit.name][:, 0, 0] if unit.name in server else None
                 add_up = functools.partial(self._add_up, unit, flight, step)
@@ -242,10 +240,16 @@ class Exchange:
                 if unit.name in server:
                     server[unit.name] = owed_kPC[:, None, None]
         flights = flights | self.net.second_hop(messages)
+        returned = in_lockstep(runs) if runs else {}
         for unit in self.units:
-            if not is_round(unit.codec):
-                decode = functools.partial(self._decode, unit, flights[unit.name])
-                _part(unit, in_turn(unit.pieces, decode, None, 0)[1], means, 0)
+            if is_round(unit.codec):
+                mean, owed_kN, own = returned[unit.name]
+                rounds[unit.name] = jax.tree.map(lambda x: x[None, None], own)
+                if self.feedback:
+                    _part(unit, owed_kN.astype(self.feedback.dtype), worker, 1)
+            else:
+                _, mean = in_turn(unit.pieces, functools.partial(self._decode, unit, flights[unit.name]), None, 0)
+            _part(unit, mean, means, 0)
         state = {"worker": worker_treedef.unflatten(worker), "server": server, "rounds": rounds}
         return treedef.unflatten(means), state
 

@@ -6,10 +6,11 @@ that travels: that of its array, uint8 where there are several, which travel as 
 If it is `sparse`, messages are gathered, never added up on the way, and `add(x, message)`, `subtract(x, message)` work
 without a decoded array; if `uses_key`, encode gets a key, else None.
 
-A *round codec* needs several rounds, or randomness that all replicas share: `mean(p, state, key, leaf, net) ->
-(mean, owed, state)`, where rounds.py is the only door to the wire; `takes(leaf)` says which arrays it is for (the
-others are sent as float32), `init(leaf, key)` makes its state, `wire(leaf, send)` tells its bytes by dtype, where
-send(n, codec, pieces) are those of one mean; `per_matrix` says that every matrix is exchanged by itself.
+A *round codec* needs several rounds, or randomness that all replicas share: `mean(p, state, key, leaf, net)` is a
+generator that returns (mean, owed, state); `yield from` the means of rounds.py is its only door to the wire, and rounds
+of different arrays share their hops. `takes(leaf)` says which arrays it is for (the others are sent as float32),
+`init(leaf, key)` makes its state, `wire(leaf, send)` tells its bytes by dtype, where send(n, codec, pieces) are those
+of one mean; `per_matrix` says that every matrix is exchanged by itself.
 
 Both say whether they want error feedback by default: `wants_error_feedback`.
 

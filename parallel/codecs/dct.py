@@ -4,7 +4,7 @@ Shapes: k replicas on this device, L layers, m × n this device's shard of a lay
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +42,7 @@ class DeMo:
     def wire(self, leaf: Any, send: Callable) -> dict[str, float]:
         return send(math.prod(self._tiles(leaf)) * self.tile**2, self._sparse, self._pieces(leaf))
 
-    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> tuple[Any, Any, Any]:
+    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> Generator:
         (L, rows, columns), s, k = self._tiles(leaf), self.tile, p_kN.shape[0]
         _, m, n = leaf.matrix or (1, -(-leaf.size // s), s)
         basis_ss = jnp.asarray(_cosines(s))
@@ -62,7 +62,7 @@ class DeMo:
         x_kLmn = jnp.pad(p_kN, ((0, 0), (0, L * m * n - leaf.size))).reshape(k, L, m, n)
         x_kLmn = jnp.pad(x_kLmn, ((0, 0), (0, 0), (0, rows * s - m), (0, columns * s - n)))
         x_kPGsn = x_kLmn.reshape(k, self._pieces(leaf), -1, s, columns * s)  # G rows of tiles in a piece
-        mean, owed_k = rounds.mean_in_pieces(net, x_kPGsn, to_coefficients, from_coefficients, self._sparse)
+        mean, owed_k = yield from rounds.mean_in_pieces(net, x_kPGsn, to_coefficients, from_coefficients, self._sparse)
         return unpadded(mean, ()), unpadded(owed_k, (k,)), state
 
     @property

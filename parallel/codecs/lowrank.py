@@ -3,7 +3,7 @@
 Shapes: k replicas on this device, L layers, m rows, n columns of this device's shard, r the rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,15 +46,15 @@ class PowerSGD:
         first, second = send(L * m * self.rank), send(L * n * self.rank)
         return {dtype: first[dtype] + second[dtype] for dtype in first}
 
-    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> tuple[Any, Any, Any]:
+    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> Generator:
         L, m, n = leaf.matrix
         k, r = p_kN.shape[0], self.rank
         M_kLmn = p_kN.reshape(k, L, m, n)
         # Each replica's product by itself: the last bits of a larger one would depend on how many share a device.
         M_Q_k = jnp.stack([M_Lmn @ state["q"] for M_Lmn in M_kLmn])
-        P_Lmr = rounds.mean(net, M_Q_k.reshape(k, -1)).reshape(L, m, r)
+        P_Lmr = (yield from rounds.mean(net, M_Q_k.reshape(k, -1))).reshape(L, m, r)
         P_Lmr = jnp.linalg.qr(P_Lmr)[0]
         Mt_P_k = jnp.stack([M_Lmn.mT @ P_Lmr for M_Lmn in M_kLmn])
-        Q_Lnr = rounds.mean(net, Mt_P_k.reshape(k, -1)).reshape(L, n, r)
+        Q_Lnr = (yield from rounds.mean(net, Mt_P_k.reshape(k, -1))).reshape(L, n, r)
         mean_N = (P_Lmr @ Q_Lnr.mT).reshape(-1)
         return mean_N, p_kN - mean_N, {"q": Q_Lnr}

@@ -3,7 +3,7 @@
 Shapes: N elements of a vector, M = N / chunk chunks, C elements of a chunk, K of them sent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -156,7 +156,7 @@ class RandomK:
         M = self._chunks(leaf.size)
         return send(M * kept(self.density, self.chunk), Identity(), rounds.pieces((M,), self.chunk))
 
-    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> tuple[Any, Any, Any]:
+    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> Generator:
         k, n = p_kN.shape
         M, K = self._chunks(n), kept(self.density, self.chunk)
         P = rounds.pieces((M,), self.chunk)
@@ -170,7 +170,7 @@ class RandomK:
 
         take = lambda x_MC, i: jnp.take_along_axis(x_MC, places_MK(i), axis=1).reshape(-1)
         spread = lambda x_N, i: _scatter(x_N.reshape(-1, K), places_MK(i), self.chunk).reshape(-1, self.chunk)
-        mean, owed_k = rounds.mean_in_pieces(net, p_kPMC, take, spread, Identity())
+        mean, owed_k = yield from rounds.mean_in_pieces(net, p_kPMC, take, spread, Identity())
         return mean.reshape(-1)[:n], owed_k.reshape(k, -1)[:, :n], state
 
     def _chunks(self, n: int) -> int:
