@@ -77,6 +77,9 @@ def main(argv: list[str]) -> int:
     meshes.wait_for_all("workdir checked")
 
     # ── Compile, while the data is read ──────────────────────────────────────────────────────────────────────────
+    # Grain before there is a second thread: it replaces Python's import for a moment, and one that traces then fails.
+    import grain  # noqa: F401
+
     background = ThreadPoolExecutor(2)
     compiling = background.submit(assemble.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)

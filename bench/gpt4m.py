@@ -1,4 +1,4 @@
-"""A GPT-2-like model of 4.2 M parameters that sees 64 bytes a step and host: what bench/link.py trains.
+"""A GPT-2-like model of 4.2 M parameters that sees 128 bytes a step: what bench/link.py trains.
 
 Small work beside a large message (16.9 MB in float32), so that a slow link decides the time of a step.
 """
@@ -25,7 +25,7 @@ def get_config():
     c.compute.dtype = "float32"
     c.compute.remat = "none"
     c.data.seq_len = 32
-    c.data.batch_size = 4  # 2 for each of 2 hosts
+    c.data.batch_size = 4
     c.optimizer.schedule = "constant"  # what a run has learnt when it is stopped does not depend on when that is
     c.optimizer.warmup_steps = 5
     c.checkpoint.every = 0

@@ -9,9 +9,11 @@ not count; `socket` is what is left of them without 66 bytes of headers a packet
 acknowledgements' too. Hosts cut their packets themselves (gso_max_segs 1): what is counted is a frame on the link.
 
 A row trains for --seconds, the time within which `loss` compares them: the mean of the last fifth of that time, of the
-replicas that exchange gradients, of replica 0 where each has parameters of its own. The row `no link limit` says how
-long a step takes without the link; all hosts share this machine's cores, so real ones are faster. Speed-ups are over
-`sync none`, float32 through the same exchange, and over `psum`, XLA's own all-reduce.
+replicas that exchange gradients, of replica 0 where each has parameters of its own. Each host has one of this machine's
+cores, alone or with others, and the batch is 4 however many hosts there are: real ones compute faster. What a step
+takes without the link say the rows `no link limit`: `sync none` moves its 25 MB through sockets on the same cores,
+`diloco none` computes, and sends something in one step of 30. Speed-ups are over `sync none`, float32 through the same
+exchange, and over `psum`, XLA's own all-reduce.
 """
 
 import argparse
@@ -80,6 +82,7 @@ ROWS = (
     Row("stale", "none"),
     Row("stale", "int4"),
     Row("diloco", "none", LOCAL, H),
+    Row("diloco", "none", LOCAL, H, limited=False),
     Row("diloco", "int4", LOCAL, H, speedup=15),
     Row("eager", "int4", LOCAL, H),
     Row("streaming", "int4", STREAMING, H),
@@ -165,6 +168,9 @@ class Hosts:
             tool("ip", "-n", name, "link", "set", "lo", "up")
             tool("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
             tool("ip", "-n", name, "link", "set", "eth0", "up")
+            # A row begins as if it were the first: Linux would go on with the windows of the one before it.
+            forget = "echo 1 > /proc/sys/net/ipv4/tcp_no_metrics_save"
+            tool("ip", "netns", "exec", name, "sh", "-c", forget)
 
     def limit(self, mbit: float) -> None:
         """The rate of each host's link, in each direction; 0: none."""
@@ -342,8 +348,10 @@ def report_on(report: common.Report, rows: list[Row], found: list[dict[str, Any]
             if r["speedup_psum"]:
                 report.row(f"{row.name}: steps as fast as those of XLA's own all-reduce", r["speedup_psum"], "×")
     times = {r["name"]: r["step_seconds"] for r in found}
-    if len(free := [times[name] for name in ("sync none, no link limit", "sync none") if name in times]) == 2:
-        report.row("float32: share of a step that is not the link", free[0] / free[1], at_most=0.05)
+    if "sync none" in times:
+        for name, bar in (("diloco none, no link limit", 0.05), ("sync none, no link limit", None)):
+            if name in times:
+                report.row(f"a step of {name} / of sync none", times[name] / times["sync none"], at_most=bar)
 
 
 def main() -> int:

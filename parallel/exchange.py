@@ -295,9 +295,10 @@ def _together(across: Any, messages: dict[str, Any], lead: int) -> dict[str, Any
     """Sends messages of one codec, small ones in one array: a collective costs a round trip of the link, and TPUs widen
     short ones. lead: how many of their leading dimensions count messages."""
     arrays, treedef = jax.tree.flatten(messages)
-    views = arrays
-    if len(arrays) > len(messages):  # a message has several: they travel as bytes, all lower ones of uint16 first
-        views = [jnp.stack([x >> 8 * b for b in range(x.itemsize)], lead).astype(jnp.uint8) for x in arrays]
+    views, bits = arrays, lambda x: jnp.dtype(f"uint{8 * x.itemsize}")
+    if len(arrays) > len(messages):  # a message has several: they travel as bytes, of wider words all lower ones first
+        words = [lax.bitcast_convert_type(x, bits(x)) for x in arrays]
+        views = [jnp.stack([x >> 8 * b for b in range(x.itemsize)], lead).astype(jnp.uint8) for x in words]
     groups: list[list[jax.Array]] = []
     for x in views:
         if not groups or sum(y.nbytes for y in groups[-1]) + x.nbytes > TOGETHER:
@@ -309,8 +310,8 @@ def _together(across: Any, messages: dict[str, Any], lead: int) -> dict[str, Any
         parts += jnp.split(across(jnp.concatenate(flat, -1)), np.cumsum([x.shape[-1] for x in flat])[:-1], -1)
     own = [part.reshape(*part.shape[:lead], *x.shape[lead:]) for part, x in zip(parts, views, strict=True)]
     if views is not arrays:
-        word = lambda bytes_, x: sum(pick(bytes_, b, lead).astype(x.dtype) << 8 * b for b in range(x.itemsize))
-        own = [word(bytes_, x) for bytes_, x in zip(own, arrays, strict=True)]
+        word = lambda bytes_, x: sum(pick(bytes_, b, lead).astype(bits(x)) << 8 * b for b in range(x.itemsize))
+        own = [lax.bitcast_convert_type(word(y, x), x.dtype) for y, x in zip(own, arrays, strict=True)]
     return treedef.unflatten(own)
 
 

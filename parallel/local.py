@@ -5,6 +5,7 @@ Replicas count equally, whatever their numbers of tokens. `params` are the globa
 (2.67 against 2.77 for a replica's own, in the Streaming paper), and they only change where something is exchanged.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from parallel import residuals
+from parallel import overlap, residuals
 from parallel.exchange import AXIS, Exchange
 from parallel.strategies import Batch, State, Strategy
 
@@ -53,9 +54,14 @@ class Local(Strategy):
 
     def inner_step(self, inner_R: Any, batch_RBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """One step of every replica by itself: nothing crosses `replica`, not even the loss."""
+        gradient = lambda params, batch_BT, _: (*self.loss_and_gradient(params, batch_BT), None)
+        return self._inner_step(gradient, inner_R, batch_RBT, None)[:2]
 
-        def one(inner: Any, batch_BT: Batch) -> tuple[Any, dict[str, jax.Array]]:
-            loss, grads = self.loss_and_gradient(inner["params"], batch_BT)
+    def _inner_step(self, gradient: Callable, inner_R: Any, batch_RBT: Batch, between: Any) -> tuple[Any, Any, Any]:
+        """The same, and `between`. gradient(params, batch, between) -> (loss, gradient, between), of one replica."""
+
+        def one(inner: Any, batch_BT: Batch, between: Any) -> tuple[Any, Any, Any]:
+            loss, grads, between = gradient(inner["params"], batch_BT, between)
             tokens = jnp.maximum(jnp.sum(batch_BT["mask"]), 1)
             grads = jax.tree.map(lambda g: g / tokens, grads)
             norm, guard = optax.tree.norm(grads), inner["guard"]
@@ -64,13 +70,15 @@ class Local(Strategy):
             keep = lambda new, old: jnp.where(allowed, new, old)
             after = self.guard.update(guard, norm, allowed)
             metrics = (loss / tokens, norm, tokens, after.skipped, after.in_a_row)
-            return {
+            inner = {
                 "params": jax.tree.map(keep, params, inner["params"]),
                 "opt_state": jax.tree.map(keep, opt_state, inner["opt_state"]),
                 "guard": after,
-            }, dict(zip(LOCAL_METRICS, metrics, strict=True))
+            }
+            return inner, dict(zip(LOCAL_METRICS, metrics, strict=True)), between
 
-        return jax.vmap(one, spmd_axis_name=AXIS)(inner_R, batch_RBT)
+        per_replica = jax.vmap(one, in_axes=(0, 0, None), out_axes=(0, 0, None), spmd_axis_name=AXIS)
+        return per_replica(inner_R, batch_RBT, between)
 
     def inner_steps(self, inner_R: Any, batch_KRBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
         if batch_KRBT["tokens"].shape[0] == 1:
@@ -80,7 +88,8 @@ class Local(Strategy):
 
     def exchange_meanwhile(self, step: jax.Array, exchanges: Any, codec: Any, inner_R: Any, batch_KRBT: Batch) -> tuple:
         """Exchanges {name: (exchange, tree)} during these inner steps: the first hop during the first half, the second
-        during the rest. Without the barriers a compiler may wait for the first hop before it computes anything.
+        during the rest; of a single step, of its halves. Without the barriers a compiler may wait for the first hop
+        before it computes anything.
 
         Returns ({name: (mean, codec state)}, inner_R, metrics or None without steps)."""
         K = batch_KRBT["tokens"].shape[0]
@@ -90,13 +99,19 @@ class Local(Strategy):
         half = -(-K // 2)
         part = lambda a, b: jax.tree.map(lambda x: x[a:b], batch_KRBT)
         flights: Any = {name: exchange.start(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
-        inner_R, metrics = self.inner_steps(inner_R, part(0, half))
-        flights, inner_R = lax.optimization_barrier((flights, inner_R))
+        if K == 1:
+            gradient = functools.partial(overlap.loss_and_gradient, self)
+            batch_RBT = jax.tree.map(lambda x: x[0], batch_KRBT)
+            inner_R, metrics, flights = self._inner_step(gradient, inner_R, batch_RBT, flights)
+            metrics = jax.tree.map(lambda x: x[None], metrics)
+        else:
+            inner_R, metrics = self.inner_steps(inner_R, part(0, half))
+            flights, inner_R = lax.optimization_barrier((flights, inner_R))
         done = {name: exchanges[name][0].finish(flight, own, step) for name, (flight, own) in flights.items()}
         if half < K:
             inner_R, more = self.inner_steps(inner_R, part(half, K))
             metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), metrics, more)
-            done, inner_R = lax.optimization_barrier((done, inner_R))
+        done, inner_R = lax.optimization_barrier((done, inner_R))
         return done, inner_R, metrics
 
     def all_finite(self, tree_R: Any) -> jax.Array:

@@ -1,6 +1,7 @@
 """Stale-synchronous: the update of step t uses the exchanged gradients of step t−s, so that their exchange may take as
 long as a step's computation."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from parallel import overlap
 from parallel.exchange import AXIS
 from parallel.strategies import Batch, State, Sync
 
@@ -38,7 +40,7 @@ class Stale(Sync):
 
     def step(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
         batch_RBT = jax.tree.map(lambda x: x[0], batch_KRBT)
-        if self.staleness and self.accumulate > 1 and self.exchange.replicas > 1:
+        if self.staleness and self.exchange.replicas > 1:
             mean, codec, (messages_R, opt_state, loss, tokens, finite) = self._overlapped(state, batch_RBT)
             own = self._entry(state, messages_R, finite)
             oldest, *pending = [*state.strategy["pending"], own]
@@ -65,19 +67,13 @@ class Stale(Sync):
         return entry | {"params": state.params} if self.compensation else entry
 
     def _overlapped(self, state: State, batch_RBT: Batch) -> tuple[Any, Any, tuple]:
-        """The exchange of the oldest messages during the gradient's micro-steps: the first hop during the first half,
-        the second during the rest. Without the barriers a compiler runs the first hop before everything."""
-        half = self.accumulate // 2
+        """The exchange of the oldest messages during the gradient: the first hop during its first half, the second
+        during the rest."""
         oldest_R = state.strategy["pending"][0]["messages"]
-        batch_RABT = jax.vmap(self.micro_batches, spmd_axis_name=AXIS)(batch_RBT)
-        part = lambda a, b: jax.tree.map(lambda x: x[:, a:b], batch_RABT)
-        per_replica = jax.vmap(self.add_micro_steps, in_axes=(None, 0, None), spmd_axis_name=AXIS)
         flight, codec = self.exchange.start(oldest_R, state.codec, state.step)
-        total_R = per_replica(state.params, part(0, half), None)
-        rest_RABT = part(half, self.accumulate)  # in the barrier: else its forward pass would join the first half
-        flight, codec, total_R, rest_RABT = lax.optimization_barrier((flight, codec, total_R, rest_RABT))
+        one = functools.partial(overlap.loss_and_gradient, self)
+        gradient = jax.vmap(one, in_axes=(None, 0, None), out_axes=(0, 0, None), spmd_axis_name=AXIS)
+        loss_R, grads_R, (flight, codec) = gradient(state.params, batch_RBT, (flight, codec))
         mean, codec = self.exchange.finish(flight, codec, state.step)
-        more = jax.vmap(self.add_micro_steps, in_axes=(None, 0, 0), spmd_axis_name=AXIS)
-        loss_R, grads_R = more(state.params, rest_RABT, total_R)
         mean, codec, loss_R, grads_R = lax.optimization_barrier((mean, codec, loss_R, grads_R))
         return mean, codec, self.weighted(state, batch_RBT, loss_R, grads_R)

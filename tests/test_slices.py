@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import assemble
-from parallel import local, residuals, stale, units, wire
+from parallel import local, overlap, residuals, stale, units, wire
 from parallel import mesh as meshes
 from parallel.codecs import CODECS, rounds
 from parallel.cost import exchange_bytes
@@ -87,7 +87,9 @@ def test_every_codec_sends_the_bytes_of_its_closed_form_between_slices(chips, co
 
 OVERLAPPING: dict = {
     "stale": ("step", {"sync__strategy": "stale", "optimizer__accumulate": 4}),
+    "stale, one micro-step": ("step", {"sync__strategy": "stale"}),
     "streaming": ("fragment", {"sync__strategy": "streaming", "sync__interval": 8, "sync__overlap": 4}),
+    "streaming, one step": ("fragment", {"sync__strategy": "streaming", "sync__interval": 8, "sync__overlap": 1}),
     "eager": ("round", {"sync__strategy": "eager", "sync__interval": 4}),
 }
 
@@ -123,8 +125,10 @@ def test_every_transfer_of_each_hop_runs_while_something_is_computed(chips, stra
     found, transfers = exposed(text)
     assert transfers >= 2 and not found  # all small messages in one transfer a hop
     assert sent(text, parts.mesh) == exchange_bytes(parts.strategy.exchange)
+    if strategy == "streaming, one step":
+        return  # the compiler of today hides both hops of this one without the barriers, too
     # Without the barriers the compiler is free to wait for the first hop before it computes anything.
-    for module in (stale, local):
+    for module in (stale, local, overlap):
         free = type("free", (), {**vars(lax), "optimization_barrier": staticmethod(lambda x: x)})
         monkeypatch.setattr(module, "lax", free)
     found, transfers = exposed(compiled(parts, name))

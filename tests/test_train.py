@@ -1,6 +1,9 @@
 """One run as a user makes it: what it writes, what it shows, and that the device never waits for the host."""
 
 import json
+import re
+import subprocess
+import sys
 
 import helpers
 import jax
@@ -74,11 +77,32 @@ def test_a_dry_run_compiles_and_trains_nothing(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+WATCH = """
+import sys, threading
+from etils import epy
+
+def lazy_imports(original=epy.lazy_imports, **options):
+    print("Python's import is replaced beside", threading.active_count() - 1, "threads", flush=True)
+    return original(**options)
+
+epy.lazy_imports = lazy_imports
+import train
+sys.exit(train.run(sys.argv))
+"""
+
+
+def test_no_other_thread_imports_while_grain_replaces_pythons_import(tmp_path):
+    """A thread that traced in that moment failed: No module named 'jax._src.hijax.HiType'."""
+    _, *arguments = helpers.command(tmp_path / "run", "--config.steps=1")
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, *arguments[1:]], cwd=helpers.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"replaced beside (\d+) threads", done.stdout) == ["0"]
+
+
 @pytest.mark.slow
 def test_llama3_8b_is_described_on_64_simulated_devices():
-    import subprocess
-    import sys
-
     command = [sys.executable, "train.py", "--config=configs/llama3_8b.py", "--simulate=64", "--dry_run"]
     done = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "8.0 B" in done.stdout, done.stdout + done.stderr
