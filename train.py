@@ -17,7 +17,6 @@ import functools
 import math
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ import numpy as np
 import assemble
 import ending
 from data import corpus as corpora
-from data.loader import Loader, eval_batches
+from data.loader import Loader, eval_batches, threads_beside_grain
 from parallel import mesh as meshes
 from parallel import placement
 from runtime import config as configuration
@@ -77,10 +76,7 @@ def main(argv: list[str]) -> int:
     meshes.wait_for_all("workdir checked")
 
     # ── Compile, while the data is read ──────────────────────────────────────────────────────────────────────────
-    # Grain before there is a second thread: it replaces Python's import for a moment, and one that traces then fails.
-    import grain  # noqa: F401
-
-    background = ThreadPoolExecutor(2)
+    background = threads_beside_grain(2)
     compiling = background.submit(assemble.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
     corpus = load_corpus(config)

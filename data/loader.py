@@ -11,6 +11,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
@@ -153,6 +154,14 @@ def _end(thread: threading.Thread, room: threading.Semaphore, closed: threading.
     room.release()
     if thread is not threading.current_thread():
         thread.join()
+
+
+def threads_beside_grain(count: int) -> ThreadPoolExecutor:
+    """Threads that may import and trace. Grain is imported first: while it is, it replaces Python's own import for a
+    moment (etils.epy.lazy_imports), and what other threads import just then fails."""
+    import grain  # noqa: F401
+
+    return ThreadPoolExecutor(count)
 
 
 def eval_batches(

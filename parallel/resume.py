@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from parallel.units import Leaf
 
 OURS = ("codec/", "strategy/")  # what may change; anything else of another shape is another model
+SERVER = "codec/server/"  # those of fragments belong to what each fragment still owes, and are dropped with it
 Arrays = dict[str, jax.Array]
 
 
@@ -48,7 +49,7 @@ def adapt(
     old, new = ours(saved), ours(wanted)
     if old == new and all(same(name) for name in new):
         return None
-    servers = {name for name in old if "/server/" in name}
+    servers = {name for name in old if name.startswith(SERVER) and len(saved[name]["shape"]) == 5}
     notes, sources = [], {}
     for name in new:
         if name in saved and same(name) and not servers:
@@ -114,7 +115,7 @@ def _convert(arrays: Arrays, sources: dict[str, str], wanted: dict[str, Any], le
             found[name] = jnp.zeros(x.shape, x.dtype)
         else:
             found[name] = jnp.broadcast_to(_mean(arrays[name]), x.shape).astype(x.dtype)
-    owed = server_residuals({n.split("/server/")[1]: x for n, x in arrays.items() if "/server/" in n}, leaves)
+    owed = server_residuals({n.removeprefix(SERVER): x for n, x in arrays.items() if n.startswith(SERVER)}, leaves)
     for leaf, rest in owed.items():
         name = f"codec/worker/{leaf}"
         if name in found:

@@ -122,3 +122,11 @@ def test_the_same_mesh_and_codec_restores_the_same_bits(tmp_path):
     _, restored, _, notes = go_on(tmp_path, options("int4"), (4, 2, 1))
     assert not notes
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+
+
+def test_what_fragments_owe_is_dropped_when_the_model_is_exchanged_whole_and_that_is_said(tmp_path):
+    local = {"sync__interval": 2, "sync__outer__optimizer": "sgd"}  # a step a fragment
+    saved(tmp_path, options("int4", sync__strategy="streaming", sync__fragments=2, **local), (4, 2, 1), 2)
+    _, state, _, notes = go_on(tmp_path, options("int4", sync__strategy="diloco", **local), (4, 2, 1))
+    assert any("dropped" in note and "codec/fragments/server/" in note for note in notes), notes
+    assert not any(np.any(x) for x in jax.tree.leaves(jax.device_get(state.codec)))
