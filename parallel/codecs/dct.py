@@ -42,7 +42,7 @@ class DeMo:
     def wire(self, leaf: Any, send: Callable) -> dict[str, float]:
         return send(math.prod(self._tiles(leaf)) * self.tile**2, self._sparse, self._pieces(leaf))
 
-    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> Generator:
+    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> Generator[Any, Any, Any]:
         (L, rows, columns), s, k = self._tiles(leaf), self.tile, p_kN.shape[0]
         _, m, n = leaf.matrix or (1, -(-leaf.size // s), s)
         basis_ss = jnp.asarray(_cosines(s))

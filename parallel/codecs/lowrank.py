@@ -46,7 +46,7 @@ class PowerSGD:
         first, second = send(L * m * self.rank), send(L * n * self.rank)
         return {dtype: first[dtype] + second[dtype] for dtype in first}
 
-    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> Generator:
+    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> Generator[Any, Any, Any]:
         L, m, n = leaf.matrix
         k, r = p_kN.shape[0], self.rank
         M_kLmn = p_kN.reshape(k, L, m, n)

@@ -24,7 +24,7 @@ def pieces(shape: tuple[int, ...], inside: int = 1) -> int:
     return min((n for n in counts if wanted <= n <= 4 * wanted), default=max(n for n in counts if n <= wanted))
 
 
-def in_lockstep(runs: dict[str, Generator]) -> dict[str, Any]:
+def in_lockstep(runs: dict[str, Generator[Any, Any, Any]]) -> dict[str, Any]:
     """What generators return that yield (hop, its other arguments, message) and are sent what the hop brought: those
     that wait for the same hop share it. A hop costs a round trip of the link, however little it carries."""
     waiting, returned = {}, {}
@@ -46,13 +46,13 @@ def in_lockstep(runs: dict[str, Generator]) -> dict[str, Any]:
     return returned
 
 
-def mean(net: Any, x_kN: jax.Array) -> Generator:
+def mean(net: Any, x_kN: jax.Array) -> Generator[Any, Any, Any]:
     """[k, N] -> [N], the same on every device, sent as float32. For `yield from`."""
     mean_PN, _ = yield from mean_in_pieces(net, x_kN[:, None], lambda x, i: x, lambda x, i: x, Identity())
     return mean_PN[0]
 
 
-def mean_in_pieces(net: Any, x_kP: jax.Array, into: Callable, back: Callable, codec: Any) -> Generator:
+def mean_in_pieces(net: Any, x_kP: jax.Array, into: Callable, back: Callable, codec: Any) -> Generator[Any, Any, Any]:
     """[k, P, …] -> (the mean [P, …] of what was sent, what was not [k, P, …]). For `yield from`.
 
     into(x, i) -> [N] is what of piece i is sent, through a codec; back(sent, i) -> […] puts it in its place.

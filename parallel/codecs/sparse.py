@@ -156,7 +156,7 @@ class RandomK:
         M = self._chunks(leaf.size)
         return send(M * kept(self.density, self.chunk), Identity(), rounds.pieces((M,), self.chunk))
 
-    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> Generator:
+    def mean(self, p_kN: jax.Array, state: Any, key: jax.Array, leaf: Any, net: Any) -> Generator[Any, Any, Any]:
         k, n = p_kN.shape
         M, K = self._chunks(n), kept(self.density, self.chunk)
         P = rounds.pieces((M,), self.chunk)
