@@ -7,6 +7,7 @@ import pytest
 
 import assemble
 from parallel import units
+from parallel.codecs import rounds
 from parallel.resume import server_residuals
 from runtime.checkpoint import Checkpoints
 from runtime.digest import named_arrays
@@ -61,8 +62,12 @@ def options(codec: str, **more):
         pytest.param((2, 1, 1), (4, 2, 1), marks=SLOW),
     ],
 )
-def test_residuals_are_folded_onto_another_mesh_and_number_of_replicas(tmp_path, codec, before, after):
+def test_residuals_are_folded_onto_another_mesh_and_number_of_replicas(tmp_path, codec, before, after, monkeypatch):
+    monkeypatch.setattr(units, "SMALL", 2**11)  # some arrays together, some by themselves, some in pieces
+    monkeypatch.setattr(rounds, "PIECE", 2**11)
     old, state, _ = saved(tmp_path, options(codec), before, 3)
+    pieces = [unit.pieces for unit in old.strategy.exchange.units]
+    assert min(pieces) == 1 and max(pieces) > 1, pieces
     parts, restored, step, notes = go_on(tmp_path, options(codec), after)
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.params), jax.device_get(state.params))

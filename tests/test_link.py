@@ -88,7 +88,10 @@ def test_sockets_carry_what_the_program_says(tmp_path):
 @needs_namespaces
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
 def test_nothing_is_left_when_it_is_killed(number):
-    process = subprocess.Popen([*BENCH, "--seconds=600"], cwd=helpers.ROOT, stderr=subprocess.PIPE, text=True)
+    # Tests that a shell has put in the background ignore Ctrl-C, and so would what they start.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = [*BENCH, "--seconds=600"]
+    process = subprocess.Popen(command, cwd=helpers.ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         metrics = Path(tempfile.gettempdir()).glob
         wait_until(lambda: any(metrics(f"slackline-{process.pid}-*/*/run/metrics.jsonl")), "the hosts train")
