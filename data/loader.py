@@ -1,13 +1,14 @@
 """Batches of token windows as a pure function of (seed, step, row): resuming is arithmetic, and no state is saved.
 
-The tokens are cut into S windows of T, each with its T targets one token later. Row b of step n is window
-perm[n * B + b], where perm is Grain's shuffled, repeated range: indexed directly, so any process can build any rows of
-any step, and the batch does not depend on who asks.
+The tokens are cut into S windows of T, each with its T targets one token later. Row b of step n is number i = n * B + b
+of the order: place i mod S of epoch i div S, whose permutation is Grain's shuffled range. It is indexed directly, so
+any process can build any rows of any step, and the batch does not depend on who asks.
 
 Shapes: N tokens, B batch, R rows asked for, T sequence.
 """
 
 import functools
+import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -52,10 +53,16 @@ class Loader:
         if not 0 <= seed < 2**32:
             raise ValueError(f"The data seed is {seed}; Grain takes 0 to 2**32 - 1.")
         self.num_windows = _num_windows(tokens_N, seq_len)
+        if self.num_windows > 2**32:
+            raise ValueError(
+                f"There are {self.num_windows:,} windows of {seq_len} tokens, and Grain shuffles 2**32 at most. Raise "
+                f"data.seq_len to {-(-len(tokens_N) // 2**32)} or more."
+            )
         self.batch_size = batch_size
         self._tokens_N, self._seq_len = tokens_N, seq_len
         self._eos = eos if document_mask else None
-        self._permutation = grain.MapDataset.range(self.num_windows).shuffle(seed).repeat()
+        windows = grain.MapDataset.range(self.num_windows)
+        self._order = functools.lru_cache(maxsize=2)(functools.partial(_order_of_epoch, windows, seed))
 
     def rows(self, step: int, row_ids: RowIds) -> Batch:
         """Some rows of the batch of one step.
@@ -75,7 +82,10 @@ class Loader:
                 raise IndexError(
                     f"Row {row} was asked of a batch of {self.batch_size} rows, 0 to {self.batch_size - 1}."
                 )
-        windows_R = [self._permutation[step * self.batch_size + int(row)] for row in ids]
+        windows_R = []
+        for row in ids:
+            epoch, place = divmod(step * self.batch_size + int(row), self.num_windows)
+            windows_R.append(self._order(epoch)[place])
         return _cut(self._tokens_N, np.array(windows_R, np.int64), self._seq_len, self._eos)
 
     def batches(
@@ -162,6 +172,19 @@ def threads_beside_grain(count: int) -> ThreadPoolExecutor:
     import grain  # noqa: F401
 
     return ThreadPoolExecutor(count)
+
+
+def _order_of_epoch(windows: Any, seed: int, epoch: int) -> Any:
+    """A permutation of the windows (Grain's range), indexed by place: each seed and epoch has its own.
+
+    Grain's own `repeat` shuffles epoch e with seed + e, so that epoch 1 of seed 0 would be epoch 0 of seed 1. Here the
+    later epochs are shuffled twice, by the two halves of a 64-bit hash of both numbers.
+    """
+    if epoch == 0:
+        return windows.shuffle(seed)
+    mixed = hashlib.blake2b(f"slackline order {seed} {epoch}".encode(), digest_size=8).digest()
+    first, second = (int.from_bytes(half, "little") for half in (mixed[:4], mixed[4:]))
+    return windows.shuffle(first).shuffle(second)
 
 
 def eval_batches(

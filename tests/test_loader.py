@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 
+import grain
 import numpy as np
 import pytest
 
@@ -52,6 +53,26 @@ def test_each_epoch_covers_each_window_once():
     for epoch in epochs:
         assert sorted(epoch) == list(range(251))
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+
+
+def test_no_epoch_of_two_seeds_is_alike():
+    """Of 8 seeds × 8 epochs of 251 windows no two have the same order, nor one that looks like another's."""
+    orders = {}
+    for seed in [0, 1, 2, 3, 4, 5, 2**31, 2**32 - 1]:
+        data = make(seed=seed, batch_size=251)
+        for epoch in range(8):
+            orders[seed, epoch] = data.rows(epoch, slice(None))["tokens"][:, 0] // 4
+            assert sorted(orders[seed, epoch]) == list(range(251))
+    for a, b in itertools.combinations(orders, 2):
+        alike = int((orders[a] == orders[b]).sum())  # two random orders share 1 place on average
+        assert alike < 12, f"seed and epoch {a} and {b} share {alike} of 251 places"
+
+
+def test_the_first_epoch_is_grains_shuffle_of_the_seed():
+    """So that results of one epoch stay what they were."""
+    shuffled = grain.MapDataset.range(251).shuffle(3)
+    tokens_RT = make(batch_size=251).rows(0, slice(None))["tokens"]
+    assert (tokens_RT[:, 0] // 4).tolist() == [shuffled[i] for i in range(251)]
 
 
 def test_another_batch_size_reads_the_same_order():
