@@ -410,7 +410,7 @@ def test_damaged_summary(fails, run):
 def test_resuming_executes_no_config(run, capsys, monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] == "configs"] + ["configs"]:
         monkeypatch.setitem(sys.modules, name, None)  # an import would raise
-    monkeypatch.setattr(configuration, "_execute", lambda _: pytest.fail("executed a config file"))
+    monkeypatch.setattr(configuration.flags, "_execute", lambda _: pytest.fail("executed a config file"))
     assert train.run(["train.py", f"--workdir={run}"]) == 0
     assert f"resuming {run} from step 2" in capsys.readouterr().out
 

@@ -1,0 +1,35 @@
+"""The command line, the config and every check that needs no device.
+
+`flags` reads argv, `keys` knows what each key may be, `check` validates a whole config, `resume` says what may change
+while a run goes on.
+"""
+
+from runtime.config.check import check_batch, profile_range, validate
+from runtime.config.errors import RunError, UsageError, bad_input
+from runtime.config.flags import define_flags, parse
+from runtime.config.keys import CHOICES, CODEC_KEYS, CODECS, NOT_NEGATIVE, POSITIVE, STRATEGIES, UNREAD, flatten
+from runtime.config.resume import check_resume, difference, read_json
+from runtime.config.suggest import nearest_multiples
+
+__all__ = [
+    "CHOICES",
+    "CODECS",
+    "CODEC_KEYS",
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "STRATEGIES",
+    "UNREAD",
+    "RunError",
+    "UsageError",
+    "bad_input",
+    "check_batch",
+    "check_resume",
+    "define_flags",
+    "difference",
+    "flatten",
+    "nearest_multiples",
+    "parse",
+    "profile_range",
+    "read_json",
+    "validate",
+]
