@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
     from runtime.checkpoint import Checkpoints  # slow to import
 
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every, console.warn)
     phases.mark("data")
     programs = compiling.result()
     phases.mark("compile")
@@ -183,9 +183,9 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
             break
     profiler.stop(state)
     recorder.flush()
-    checkpoints.finish()
-    if checkpoints.steps():
-        run.workdir.note_commit()
+    if done not in checkpoints.finish():
+        raise RunError(f"step {done} is not among the checkpoints in {checkpoints.directory}, so it was not saved")
+    run.workdir.note_commit()
     if start == config.steps:  # the run was complete already
         evaluated = evaluate(state.params)
     return Outcome(state, done, stopping and done < config.steps, evaluated)

@@ -12,8 +12,10 @@ mesh, the strategy, and whether layers were scanned.
 import hashlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from runtime import agree, steps
 from runtime.config import RunError
 from runtime.digest import digest_all, named_arrays, to_hex
 
@@ -32,71 +35,76 @@ class CheckpointError(RunError):
 
 
 class Checkpoints:
-    """The steps of one run, in `directory`. Saves are asynchronous; a failed one raises at the next call."""
+    """The steps of one run, in `directory`. Saves are asynchronous; a failed one raises at the next call.
 
-    def __init__(self, directory: Path, keep: int = 1, keep_every: int = 0):
+    Every process makes one and calls it alike. Process 0 alone lists, renames and deletes, and the others take its
+    answer: the view that another machine has of a shared directory may be seconds old.
+
+    keep: so many of the newest steps stay, and the best by eval loss. keep_every: and every so many steps; 0: none.
+    warn: is told what was set aside.
+    """
+
+    def __init__(
+        self, directory: Path, keep: int = 1, keep_every: int = 0, warn: Callable[[str], None] = lambda _: None
+    ):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what is raised here with a better message
-        keep_policies: Any = ocp.training.preservation_policies
-        save_policies: Any = ocp.training.save_decision_policies
-        policies: list = [
-            keep_policies.LatestN(keep),
-            keep_policies.BestN(
-                get_metric_fn=lambda metrics: metrics["eval_loss"],
-                reverse=True,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
-        if keep_every:
-            policies.append(keep_policies.EveryNSteps(keep_every))
-        self.directory = directory
-        self._pending: Any = None
-        self._damaged: set[int] = set()  # found by restore; saved again when training comes by
-        self._orbax = ocp.training.Checkpointer(
-            str(directory.absolute()),
-            save_decision_policy=save_policies.FixedIntervalPolicy(1),
-            preservation_policy=keep_policies.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,  # what a killed save left behind
-        )
+        self.directory, self._keep, self._keep_every, self._warn = directory, keep, keep_every, warn
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[list[int]] | None = None
+        if agree.leader():
+            steps.remove_leftovers(directory)
 
-    def save(self, step: int, state: Any, eval_loss: float | None) -> None:
-        """Starts saving; returns when the state has been copied and may be donated. No-op if the step is there."""
-        self.finish()
-        if step in self.steps() and step not in self._damaged:
+    def save(self, step: int, state: Any, eval_loss: float | None, facts: dict[str, Any] | None = None) -> None:
+        """Starts saving; returns when the state has been copied and may be donated. No-op if the step is there.
+
+        facts: what JSON can hold, kept in the record (`facts` gives it back without a restore).
+        """
+        if step in self.finish():
             return
         arrays = named_arrays(state)
-        record = _make_record(step, arrays)
+        loss = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None  # else it would be the best
+        record = {**_make_record(step, arrays), "eval_loss": loss, "facts": facts or {}}
+        if moved := agree.decided("room for a checkpoint", lambda: steps.make_room(self.directory / str(step))):
+            self._warn(moved)
         try:
-            self._pending = self._orbax.save_checkpointables_async(
-                step,
-                {"state": _nested(arrays), "record": _Record(record)},
-                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
-                overwrite=step in self._damaged,
+            saving = ocp.save_checkpointables_async(
+                str((self.directory / str(step)).absolute()), {"state": _nested(arrays), "record": _Record(record)}
             )
-            self._damaged.discard(step)
         except Exception as error:  # Orbax raises what its storage raises, of many types
             raise self._failed(error) from error
+        self._pending = self._background.submit(self._commit, saving, step)
 
-    def poll(self) -> bool:
-        """Whether a save has just been committed. Raises if it has failed: called at every step, so that training
-        does not run on for nothing."""
-        if self._pending is None or self._orbax.is_saving_in_progress():
-            return False
-        self.finish()
-        return True
+    def _commit(self, saving: Any, step: int) -> list[int]:
+        saving.result()
+        if not agree.leader():
+            return [step]
+        if step not in self._on_disk():
+            raise OSError(f"step {step} was written without an error, but it is not there")
+        steps.rotate(self.directory, self._keep, self._keep_every, _eval_loss)
+        return self._on_disk()
 
-    def finish(self) -> None:
-        """Waits for the save under way."""
+    def poll(self) -> list[int]:
+        """The steps on the disk, where a save has just ended; else none. Raises if it has failed: called at every
+        step, so that training does not run on for nothing. Not a place where processes meet: all but process 0 name
+        only the step that was saved."""
+        return self._end() if self._pending and self._pending.done() else []
+
+    def finish(self) -> list[int]:
+        """Waits for the save under way; the steps that are on the disk then, oldest first."""
+        self._end()
+        return self.steps()
+
+    def _end(self) -> list[int]:
         if self._pending is None:
-            return
+            return []
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            return pending.result()
         except Exception as error:  # Orbax raises what its storage raises, of many types
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> CheckpointError:
-        intact = self.steps()
+        intact = self._on_disk()
         return CheckpointError(
             f"saving a checkpoint in {self.directory} failed, so training stops: {error}\n"
             f"Committed before it, and untouched: {', '.join(f'step {s}' for s in intact) or 'no step'}. "
@@ -104,12 +112,24 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Committed steps, oldest first. Read from the disk: what a crash left half-written is not among them."""
-        return sorted(int(p.name) for p in self.directory.glob("*") if p.name.isdigit())
+        """Committed steps, oldest first, as process 0 sees them on the disk."""
+        return agree.decided("steps on the disk", self._on_disk)
+
+    def _on_disk(self) -> list[int]:
+        return list(steps.committed(self.directory))
+
+    def facts(self) -> dict[str, Any]:
+        """What the newest step whose record can be read was saved with; empty if there is none."""
+
+        def read() -> dict[str, Any]:
+            records = (read_record(folder) for folder in reversed(steps.committed(self.directory).values()))
+            return next((record.get("facts", {}) for record in records if record), {})
+
+        return agree.decided("facts of the checkpoint", read)
 
     def close(self) -> None:
-        self.finish()
-        self._orbax.close()
+        self._end()
+        self._background.shutdown()
 
     def restore(
         self, abstract_state: Any, warn: Callable[[str], None], adapt: Callable[[dict, dict], Any] = lambda *_: None
@@ -118,35 +138,39 @@ class Checkpoints:
 
         adapt(saved arrays, wanted arrays) may say how to make some of the wanted ones from others (parallel/resume.py).
 
-        A damaged step is named, with its arrays, through `warn`, and the one before it is tried. Raises
-        CheckpointError if none is intact, or if the arrays are another model's.
+        A damaged step is named, with its arrays, through `warn`, and the one before it is tried; once an intact one is
+        found, those above it are set aside as N.damaged. Raises CheckpointError if none is intact, or if the arrays
+        are another model's.
         """
-        found: list[str] = []
-        for step in reversed(self.steps()):
+        damaged: dict[int, str] = {}
+        for step in reversed(agree.decided("steps to restore", self._on_disk)):
             state, problems = self._load(step, abstract_state, warn, adapt)
-            if not _any_process(bool(problems)):
+            if not problems:
+                aside = lambda: [steps.set_aside(self.directory / str(step), steps.DAMAGED) for step in damaged]
+                for moved in agree.decided("damaged steps set aside", aside):
+                    warn(moved)
                 return state, step
-            self._damaged.add(step)
-            found.append(_damage(step, problems))
-            warn(found[-1])
+            damaged[step] = _damage(step, problems)
+            warn(damaged[step])
         raise CheckpointError(
             f"no checkpoint in {self.directory} is intact, so there is nothing to resume from:\n  "
-            + "\n  ".join(found or ["(no step was ever committed)"])
+            + "\n  ".join(damaged.values() or ["(no step was ever committed)"])
             + "\nRestore the directory from a backup, or start a new run with another --workdir."
         )
 
     def _load(self, step: int, abstract_state: Any, warn: Callable, adapt: Callable) -> tuple[Any, list[str]]:
-        wanted = named_arrays(abstract_state)
-        record = read_record(self.directory / str(step))
+        """The state, or the problems of all processes: all take the same way."""
+        wanted, folder = named_arrays(abstract_state), self.directory / str(step)
+        record = agree.decided("record of a checkpoint", lambda: read_record(folder))
         if record is None:
-            return None, ["its record of digests is missing or damaged in both copies"]
+            return None, [NO_RECORD]
         adapted, load = adapt(record["arrays"], wanted), wanted
         if adapted:
             replaced = adapted.replaced
             load = {name: x for name, x in wanted.items() if name not in replaced} | adapted.load
         known = {name: x for name, x in record["arrays"].items() if not adapted or name not in adapted.ignored}
         _check_same_arrays(step, known, load)
-        arrays, problems = load_arrays(self.directory / str(step), load)
+        arrays, problems = load_arrays(folder, load)
         problems += compare(record, arrays)
         if problems:
             return None, problems
@@ -158,8 +182,21 @@ class Checkpoints:
         return treedef.unflatten([arrays[name] for name in wanted]), []
 
 
+NO_RECORD = "its record of digests is missing or damaged in both copies"
+
+
 def _damage(step: int, problems: list[str]) -> str:
     return f"checkpoint step {step} is corrupt: " + "; ".join(problems)
+
+
+def _eval_loss(folder: Path) -> float | None:
+    record = read_record(folder) or {}
+    if "eval_loss" in record:
+        return record["eval_loss"]
+    try:  # a run that was begun before records had it
+        return json.loads((folder / "metrics" / "metrics").read_bytes())["eval_loss"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 # ── arrays by name ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -246,33 +283,37 @@ def _check_same_arrays(step: int, saved: dict[str, Any], wanted: dict[str, Any])
 
 
 def load_arrays(step_directory: Path, wanted: dict[str, Any]) -> tuple[dict[str, jax.Array], list[str]]:
-    """Loads arrays by name; those that cannot be read are left out and named."""
-    try:
-        return _load_some(step_directory, wanted), []
-    except Exception:  # Orbax raises what its storage raises; which arrays are to blame is found out one by one
-        arrays, problems = {}, []
-        for name, abstract in wanted.items():
-            try:
-                arrays |= _load_some(step_directory, {name: abstract})
-            except Exception as error:  # as above
-                problems.append(f"array {name} cannot be read ({str(error).strip().splitlines()[0][:160]})")
-        return arrays, problems
+    """Loads arrays by name; those that a process cannot read are left out in all and named. All processes load alike:
+    Orbax numbers its operations, and a number that differs would keep the next save waiting for ever."""
+    arrays, error = _try_load(step_directory, wanted)
+    if not any(agree.everyone("arrays loaded", error)):
+        return arrays, []
+    arrays, failures = {}, {}  # which arrays are to blame is found out one by one
+    for name, abstract in wanted.items():
+        one, error = _try_load(step_directory, {name: abstract})
+        arrays |= one
+        if error:
+            failures[name] = error
+    problems = {}
+    found_by = agree.everyone("arrays that cannot be read", failures)
+    for process, found in enumerate(found_by):
+        where = f"by process {process} " if len(found_by) > 1 else ""
+        problems |= {name: f"array {name} cannot be read {where}({text})" for name, text in found.items()}
+    return {name: x for name, x in arrays.items() if name not in problems}, list(problems.values())
 
 
-def _load_some(step_directory: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+def _try_load(step_directory: Path, wanted: dict[str, Any]) -> tuple[dict[str, jax.Array], str]:
+    """The arrays, or the first line of why they could not be loaded. Waits for no other process."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
-        tree = ocp.load_checkpointables(str(step_directory.absolute()), {"state": _nested(wanted)})["state"]
+    try:
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading), multiprocessing_options=alone):
+            tree = ocp.load_checkpointables(str(step_directory.absolute()), {"state": _nested(wanted)})["state"]
+    except Exception as error:  # Orbax raises what its storage raises, of many types
+        return {}, str(error).strip().splitlines()[0][:160]
     loaded = named_arrays(tree)
-    return {name: loaded[name] for name in wanted}
-
-
-def _any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    return {name: loaded[name] for name in wanted}, ""
 
 
 # ── python -m runtime.checkpoint verify WORKDIR ──────────────────────────────────────────────────────────────────
@@ -282,19 +323,15 @@ def verify(workdir: Path) -> list[tuple[int, list[str]]]:
     """Reads every step of a run on this machine; [(step, problems)]."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     rows = []
-    for folder in sorted((workdir / "checkpoints").glob("*"), key=lambda p: (len(p.name), p.name)):
-        if not folder.name.isdigit():
-            continue
+    for step, folder in steps.committed(workdir / "checkpoints").items():
         record = read_record(folder)
-        if record is None:
-            rows.append((int(folder.name), ["its record of digests is missing or damaged in both copies"]))
-            continue
-        problems = []
-        for name, x in record["arrays"].items():  # one array at a time: a model larger than this machine's memory
+        problems = [NO_RECORD] if record is None else []
+        for name, x in record["arrays"].items() if record else ():  # one at a time: they may not fit into memory
             abstract = jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"]), sharding=device)
             arrays, unread = load_arrays(folder, {name: abstract})
             problems += unread + compare(record, arrays)
-        rows.append((int(folder.name), problems))
+        if not problems or step in steps.committed(workdir / "checkpoints"):  # else a run has deleted it meanwhile
+            rows.append((step, problems))
     return rows
 
 

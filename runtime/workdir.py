@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from runtime import config as configuration
+from runtime import steps
 from runtime.config import UsageError
 from runtime.metrics import write_json
 
@@ -40,7 +41,7 @@ def choose(asked: str | None, config_file: str, config: Any) -> tuple[Path, bool
 def holds_run(path: Path) -> bool:
     """Whether training has begun there. A folder without a committed step or a row is what an early kill left."""
     written = any((path / name).exists() for name in ("summary.json", "metrics.jsonl"))
-    return written or any(step.name.isdigit() for step in (path / "checkpoints").glob("*"))
+    return written or bool(steps.committed(path / "checkpoints"))
 
 
 class Workdir:

@@ -234,6 +234,140 @@ def test_a_full_disk_stops_training_and_leaves_the_previous_step_intact(tmp_path
     assert rows[4] == [] and 8 not in rows
 
 
+# ── what else is in the directory ────────────────────────────────────────────────────────────────────────────────
+
+
+def flip_largest(step: Path) -> None:
+    data = max(files_of(step / "state"), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
+def lose_the_record(step: Path) -> None:
+    for copy in checkpoint.COPIES:
+        (step / "record" / copy).unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_largest, lose_the_record, lambda step: shutil.rmtree(step / "state")])
+def test_a_save_below_a_damaged_step_is_on_the_disk(saved, tmp_path, damage):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    (directory / "2").rename(directory / "9")
+    damage(directory / "9")
+    damaged = {str(p.relative_to(directory / "9")): p.read_bytes() for p in files_of(directory / "9")}
+    said: list[str] = []
+    checkpoints = Checkpoints(directory, keep=1)
+    _, step = checkpoints.restore(abstract(mesh(1, 1, 1)), said.append)
+    assert step == 1 and "step 9 is corrupt" in said[0] and "set aside as 9.damaged" in said[1]
+    for step in (4, 5):
+        checkpoints.save(step, place(values(step), mesh(1, 1, 1)), eval_loss=None)
+        assert checkpoints.finish() == [step], "saved, and it is the one that is kept"
+    checkpoints.close()
+    state, step, warnings = restore(directory)
+    assert step == 5 and same(state, values(5)) and not warnings
+    aside = directory / "9.damaged"
+    assert {str(p.relative_to(aside)): p.read_bytes() for p in files_of(aside)} == damaged, "nothing of it is lost"
+
+
+def test_nothing_is_set_aside_where_no_step_is_intact(saved, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for step in ("1", "2"):
+        lose_the_record(directory / step)
+    with pytest.raises(CheckpointError):
+        restore(directory)
+    assert sorted(p.name for p in directory.iterdir()) == ["1", "2"]
+
+
+def foreign(directory: Path) -> set[str]:
+    """Names that are numbers, numbers of other alphabets, links, things of other programs."""
+    (directory / "99").mkdir()
+    (directory / "98").write_text("a file")
+    (directory / "097").mkdir()
+    (directory / "٩٦").mkdir()
+    (directory / "95").symlink_to("nowhere")
+    (directory / "94" / "weights").mkdir(parents=True)
+    (directory / "latest").symlink_to("2")
+    (directory / "7.damaged").mkdir()
+    return {"99", "98", "097", "٩٦", "95", "94", "latest", "7.damaged"}
+
+
+def test_what_is_not_ours_neither_stops_a_save_nor_is_deleted(saved, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    names = foreign(directory)
+    said: list[str] = []
+    checkpoints = Checkpoints(directory, keep=1, warn=said.append)
+    assert checkpoints.restore(abstract(mesh(1, 1, 1)), said.append)[1] == 2 and not said
+    for step in (3, 4):
+        checkpoints.save(step, place(values(step), mesh(1, 1, 1)), eval_loss=None)
+    assert checkpoints.finish() == [4]
+    assert {p.name for p in directory.iterdir()} == names | {"4"}
+    for step in (94, 95, 98, 99):  # training comes by
+        checkpoints.save(step, place(values(step), mesh(1, 1, 1)), eval_loss=None)
+        assert checkpoints.finish() == [step]
+        assert f"{step} in {directory} was set aside as {step}.foreign" in said[-1]
+    checkpoints.close()
+    assert (directory / "94.foreign" / "weights").is_dir() and (directory / "98.foreign").read_text() == "a file"
+
+
+def test_what_a_kill_left_of_a_save_or_a_deletion_goes_and_is_no_step(saved, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for name in ("3.orbax-checkpoint-tmp", "1.deleted"):
+        shutil.copytree(directory / "2", directory / name)
+    checkpoints = Checkpoints(directory)
+    assert sorted(p.name for p in directory.iterdir()) == ["1", "2"] and checkpoints.steps() == [1, 2]
+
+
+def test_poll_and_finish_tell_what_is_on_the_disk(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert checkpoints.poll() == checkpoints.finish() == []
+    for step in (1, 2):
+        checkpoints.save(step, place(values(step), mesh(1, 1, 1)), eval_loss=None)
+        while not (found := checkpoints.poll()):
+            pass
+        assert found == list(range(1, step + 1)) and checkpoints.poll() == []
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    assert checkpoints.finish() == [1]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_best_step_is_one_whose_loss_is_a_number(tmp_path, bad):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    for step, loss in enumerate([3.0, 2.0, bad, bad], start=1):
+        checkpoints.save(step, place(values(step), mesh(1, 1, 1)), eval_loss=loss)
+    assert checkpoints.finish() == [2, 4]
+
+
+def test_the_best_step_of_a_run_begun_before_records_had_losses_stays(saved, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for step, loss in ((1, 1.0), (2, 2.0)):
+        record = checkpoint.read_record(directory / str(step))
+        assert record
+        del record["eval_loss"], record["facts"]
+        for copy in checkpoint.COPIES:
+            (directory / str(step) / "record" / copy).write_text(checkpoint._Record(record).text)
+        (directory / str(step) / "metrics").mkdir()
+        (directory / str(step) / "metrics" / "metrics").write_text(json.dumps({"eval_loss": loss}))
+    checkpoints = Checkpoints(directory, keep=1)
+    checkpoints.save(3, place(values(3), mesh(1, 1, 1)), eval_loss=None)
+    assert checkpoints.finish() == [1, 3] and checkpoints.facts() == {}
+
+
+def test_facts_are_read_without_a_restore(saved, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(3, place(values(3), mesh(1, 1, 1)), eval_loss=None, facts={"data": "0f", "tokens": 2**70})
+    checkpoints.finish()
+    assert Checkpoints(directory).facts() == {"data": "0f", "tokens": 2**70}
+    (directory / "3" / "record" / checkpoint.COPIES[0]).write_text("{")
+    assert Checkpoints(directory).facts()["data"] == "0f"
+
+
 # ── digests ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
