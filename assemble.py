@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from model import attention, decode, optimizer
+from model import decode, kernels, optimizer
 from model.momentum_messages import OneBitAdam, Signum
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
 from parallel import (
@@ -45,6 +45,7 @@ class Parts:
     """What a run is made of, before anything is compiled or any array exists."""
 
     model: Transformer
+    attention: str  # the kernel, and why that one
     mesh: Mesh
     replicas: int
     strategy: strategies.Strategy
@@ -54,24 +55,23 @@ class Parts:
     eval_batch: Any  # abstract
 
 
-def build_model(c: Any, platform: str) -> Transformer:
-    """The network that config c describes. platform: where it will run; decides what `auto` means."""
+def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
+    """(the network that config c describes; its attention kernel and why that one). device_kind: the chip it will run
+    on, which decides what `auto` means."""
     fields = {k: v for k, v in c.model.items() if k != "rope_scaling"}
     scaling = RopeScaling(**c.model.rope_scaling) if c.model.rope_scaling.factor else None
     config = ModelConfig(vocab_size=c.data.vocab_size, max_seq_len=c.data.seq_len, rope_scaling=scaling, **fields)
-    dtype = c.compute.dtype if c.compute.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-    kernel = c.compute.attention
-    if kernel == "auto":
-        kernel = attention.choose_kernel(platform, jnp.dtype(dtype), c.data.document_mask)
-    platforms = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}.get(kernel, (platform,))
-    if platform not in platforms:
-        raise UsageError(
-            f"compute.attention={kernel} runs on {platforms[0]}, and the devices here are {platform}: "
-            "set compute.attention=auto"
-        )
+    auto = "float32" if device_kind == "cpu" else "bfloat16"
+    dtype = jnp.dtype(auto if c.compute.dtype == "auto" else c.compute.dtype)
+    queries = (c.data.batch_size, c.data.seq_len, config.num_heads, config.head_dim)
+    try:
+        kernel, passed = kernels.choose(c.compute.attention, queries, dtype, device_kind, c.data.document_mask)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     options = {k: v for k, v in c.compute.items() if k not in ("dtype", "attention")}
-    compute = Compute(dtype=jnp.dtype(dtype), attention=kernel, **options)
-    return Transformer(config, compute, z_loss=c.optimizer.z_loss)
+    compute = Compute(dtype=dtype, attention=kernel, **options)
+    why = "; ".join((f"auto: {kernel}", *passed.values())) if c.compute.attention == "auto" else f"{kernel}, as asked"
+    return Transformer(config, compute, z_loss=c.optimizer.z_loss), why
 
 
 def build_optimizer(c: Any, axes: Any) -> optimizer.Optimizer:
@@ -90,7 +90,7 @@ def build(c: Any, mesh: Mesh) -> Parts:
 
     Raises UsageError for a dimension or batch that the mesh does not divide.
     """
-    model = build_model(c, mesh.devices.flat[0].platform)
+    model, attention = build_model(c, mesh.devices.flat[0].device_kind)
     replicas = c.sync.replicas or mesh.shape["replica"]
     check_batch(c.data.batch_size, replicas, mesh.shape["fsdp"], c.optimizer.accumulate)
     if c.data.seq_len % mesh.shape["tensor"]:
@@ -113,7 +113,7 @@ def build(c: Any, mesh: Mesh) -> Parts:
     leading = (strategy.steps_per_call,)
     batch = placement.abstract_batch(mesh, leading, replicas, *sizes, placement.TRAIN, masked)
     eval_batch = placement.abstract_batch(mesh, (), mesh.shape["replica"], *sizes, placement.EVAL, masked)
-    return Parts(model, mesh, replicas, strategy, shapes, state, batch, eval_batch)
+    return Parts(model, attention, mesh, replicas, strategy, shapes, state, batch, eval_batch)
 
 
 def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any) -> strategies.Strategy:
@@ -245,6 +245,7 @@ def describe(
         ("parameters", human_count(num_parameters(parts))),
         ("mesh", f"{meshes.describe(mesh)} = {mesh.size} devices ({', '.join(sorted(kinds))})"),
         ("replicas", f"{parts.replicas}, {_exchange(parts)}"),
+        ("attention", parts.attention),
         ("tokens per step", human_count(math.prod(parts.batch["tokens"].shape[1:]))),
         (
             "FLOPs per token",

@@ -1,21 +1,18 @@
-"""Causal grouped-query attention: one module, three kernels of the same mathematics.
+"""Causal grouped-query attention: one module, kernels of the same mathematics (the fused ones in model/kernels.py).
 
 B batch, T query positions, S key positions, D model, H query heads, G key/value heads, M = H / G, K head size.
 """
 
 import math
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from model import kernels
+from model.kernels import HEADS, KV_HEADS
 from model.layers import RMSNorm, Weights, normal, zeros
-
-HEADS = ("batch", None, "heads", "head_dim")
-KV_HEADS = ("batch", None, "kv_heads", "head_dim")
 
 
 class Attention(nnx.Module):
@@ -109,56 +106,4 @@ def reference(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain) -> jax.Arr
     return y.reshape(B, T, H, K)
 
 
-def cudnn(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain) -> jax.Array:
-    """cuDNN's fused kernel (NVIDIA GPUs, bf16/fp16). JAX never picks it by itself, so it is named here."""
-    if segments_BT is not None:
-        raise ValueError(
-            "compute.attention=cudnn cannot mask documents: a boolean mask becomes a B×H×T×T bias there. "
-            "Set compute.attention=reference, or data.document_mask=False."
-        )
-    left = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q_BTHK, k_BSGK, v_BSGK, is_causal=True, implementation="cudnn", local_window_size=left
-    )
-
-
-def splash(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain) -> jax.Array:
-    """JAX's splash attention (TPU, Pallas). XLA cannot partition a Pallas call, so it runs on each device's shard."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    T, K = q_BTHK.shape[1], q_BTHK.shape[3]
-    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-
-    def local(q_BTHK, k_BSGK, v_BSGK, segments_BT):
-        attend: Any = kernel.make_splash_mha_single_device(masks.MultiHeadMask([mask] * q_BTHK.shape[2]))
-        ids = None if segments_BT is None else kernel.SegmentIds(q=segments_BT, kv=segments_BT)
-        repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
-        q, k, v = (
-            x.transpose(0, 2, 1, 3)
-            for x in (
-                q_BTHK * (1 / math.sqrt(K)),
-                jnp.repeat(k_BSGK, repeat, axis=2),
-                jnp.repeat(v_BSGK, repeat, axis=2),
-            )
-        )
-        y_BHTK: Any = jax.vmap(attend, in_axes=(0, 0, 0, None if ids is None else 0))(q, k, v, ids)
-        return y_BHTK.transpose(0, 2, 1, 3).astype(q_BTHK.dtype)
-
-    if segments_BT is None:
-        run = constrain.manual(partial(local, segments_BT=None), (HEADS, KV_HEADS, KV_HEADS), HEADS)
-        return run(q_BTHK, k_BSGK, v_BSGK)
-    run = constrain.manual(local, (HEADS, KV_HEADS, KV_HEADS, ("batch", None)), HEADS)
-    return run(q_BTHK, k_BSGK, v_BSGK, segments_BT)
-
-
-KERNELS = {"reference": reference, "cudnn": cudnn, "splash": splash}
-
-
-def choose_kernel(platform: str, dtype: jnp.dtype, document_mask: bool) -> str:
-    """The kernel for `compute.attention=auto`."""
-    if platform == "tpu":
-        return "splash"
-    if platform in ("gpu", "cuda") and dtype == jnp.bfloat16 and not document_mask:
-        return "cudnn"
-    return "reference"
+KERNELS = {"cudnn": kernels.cudnn, "splash": kernels.splash, "reference": reference}

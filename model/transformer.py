@@ -147,14 +147,10 @@ class Transformer:
     ) -> tuple[jax.Array, jax.Array]:
         """Final features x_BTD and the head's weight [D, V], both in the compute dtype; logits are x_BTD @ head."""
         c = self.config
+        positions_BT = _positions(tokens_BT, segments_BT)
+        x_BTD = self._embedded(params, tokens_BT, positions_BT, constrain)
         params = _cast(params, self.compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
         ends = nnx.merge(self._ends, {k: v for k, v in params.items() if k != "blocks"})
-        positions_BT = _positions(tokens_BT, segments_BT)
-        table_VD = constrain(ends.embed[...], ("vocab", None))
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
-        if c.position == "learned":
-            x_BTD = x_BTD + jnp.take(ends.position[...], positions_BT, axis=0)
-        x_BTD = constrain(x_BTD, RESIDUAL)
         rope = None
         if c.position == "rope":
             rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling)
@@ -163,6 +159,14 @@ class Transformer:
         x_BTD = constrain(ends.final_norm(x_BTD), GATHERED)
         head_DV = ends.embed[...].T if c.tie_embeddings else ends.head[...]
         return x_BTD, head_DV
+
+    def _embedded(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, constrain) -> jax.Array:
+        """Embeddings of the tokens (and of learned positions), sharded as RESIDUAL."""
+        names = ("embed", "position") if self.config.position == "learned" else ("embed",)
+        look_up = partial(_look_up, constrain=constrain, dtype=self.compute.dtype)
+        in_axes = (("batch", None), ("batch", None), *(self.axes[name] for name in names))
+        tables = (params[name] for name in names)
+        return constrain.manual(look_up, in_axes, RESIDUAL)(tokens_BT, positions_BT, *tables)
 
     def _run_blocks(self, blocks: Params, x_BTD: jax.Array, ctx: Context) -> jax.Array:
         def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
@@ -213,6 +217,20 @@ class Transformer:
         visible = min(seq_len, c.sliding_window or seq_len)  # keys that a query sees, on average
         visible = visible - visible**2 / (2 * max(seq_len, 1)) if causal else visible
         return 6 * matmul + 12 * c.num_layers * c.num_heads * c.head_dim * visible
+
+
+def _look_up(tokens_BT, positions_BT, embed_VD, position_TD=None, *, constrain, dtype) -> jax.Array:
+    """Rows of the embedding, on each device's shard of it: every device looks up its columns and its part of the
+    vocabulary for the tokens of all batch shards, and hands on what belongs to others. Neither the table nor its
+    gradient, which adds up in float32, ever leaves its shards; left to XLA, it may cross any axis, `replica` too.
+    """
+    ids_BT = constrain.gather(tokens_BT, "batch", 0) - constrain.index("vocab") * embed_VD.shape[0]
+    own_BT = (ids_BT >= 0) & (ids_BT < embed_VD.shape[0])
+    x_BTD = jnp.take(embed_VD, jnp.where(own_BT, ids_BT, 0), axis=0).astype(dtype)
+    if position_TD is not None:  # every token is one device's own: its position is added once
+        x_BTD = x_BTD + jnp.take(position_TD, constrain.gather(positions_BT, "batch", 0), axis=0).astype(dtype)
+    x_BTD = constrain.scatter(jnp.where(own_BT[..., None], x_BTD, 0), "sequence", 1)
+    return constrain.transpose(x_BTD, "batch", 0, 2)
 
 
 def _axes(state: nnx.State, leading: tuple[str, ...]) -> Params:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -108,6 +109,25 @@ class Constrain:
 
     def sum(self, x: jax.Array, axis: str) -> jax.Array:
         return x if self.mesh is None else lax.psum(x, RULES[axis])
+
+    def gather(self, x: jax.Array, axis: str, dim: int) -> jax.Array:
+        """The shards along a logical axis, one after another in dimension `dim`."""
+        return x if self.mesh is None else lax.all_gather(x, RULES[axis], axis=dim, tiled=True)
+
+    def scatter(self, x: jax.Array, axis: str, dim: int) -> jax.Array:
+        """The sum along a logical axis, cut along dimension `dim`."""
+        return x if self.mesh is None else lax.psum_scatter(x, RULES[axis], scatter_dimension=dim, tiled=True)
+
+    def transpose(self, x: jax.Array, axis: str, cut: int, joined: int) -> jax.Array:
+        """Cut along dimension `cut` by a logical axis whose mesh axis had cut dimension `joined`. In steps: of an
+        all-to-all along two dimensions XLA:GPU chooses a layout that the whole residual stream would follow."""
+        if self.mesh is None:
+            return x
+        n = lax.axis_size(RULES[axis])
+        x = x.reshape(*x.shape[:cut], n, x.shape[cut] // n, *x.shape[cut + 1 :])
+        x = lax.all_to_all(jnp.moveaxis(x, cut, 0), RULES[axis], 0, 0, tiled=True)
+        x = jnp.moveaxis(x, 0, joined)
+        return x.reshape(*x.shape[:joined], n * x.shape[joined + 1], *x.shape[joined + 2 :])
 
     def max(self, x: jax.Array, axis: str) -> jax.Array:
         return x if self.mesh is None else lax.pmax(x, RULES[axis])

@@ -63,7 +63,8 @@ class _Places:
 
 def _places(mesh: Mesh) -> _Places:
     devices = list(mesh.devices.flat)
-    slices = [getattr(d, "slice_index", None) for d in devices]
+    # A GPU's slice_index is its host: the program is one over all hosts.
+    slices = [getattr(d, "slice_index", None) if d.platform == "tpu" else None for d in devices]
     first = [i for i, s in enumerate(slices) if s == slices[0]]
     return _Places(mesh.axis_names, mesh.devices.shape, np.array(first), {d.id: i for i, d in enumerate(devices)})
 
@@ -101,7 +102,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         if match := _COMPUTATION.match(line):
             current = computations.setdefault(match["name"], [])
             entry = match["name"] if match["entry"] else entry
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, "):  # not the "}}, …" that ends a kernel's own lines within
             current = None
         elif current is not None:
             current.append(line)
@@ -172,8 +173,8 @@ def _collective(
 ) -> Iterator[Collective]:
     """scattered: a reduce-scatter as TPUs write it, a fusion of an all-reduce and the choice of one's own part."""
     arrays = _arrays(type_)
-    if start:
-        arrays = _results_of_start(kind, arrays)
+    if start and (kind != "all-reduce" or type_.startswith("((")):
+        arrays = _results_of_start(arrays)
     groups = _groups(kind, rest, places)
     if groups.shape[1] == 1:
         return
@@ -257,10 +258,8 @@ def _ranges(text: str) -> list[int]:
     return [i for part in parts for i in range(part[0], part[-1] + 1)]
 
 
-def _results_of_start(kind: str, arrays: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """A -start's type is (operands, results, contexts…); an all-reduce-start's is its results alone."""
-    if kind == "all-reduce":
-        return arrays
+def _results_of_start(arrays: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """A -start's type is (operands, results, contexts…); an all-reduce-start's, but on GPUs, its results alone."""
     payload = [a for a in arrays if not (a[0] in ("u32", "s32") and a[1] == 4)]
     return payload[len(payload) // 2 :]
 

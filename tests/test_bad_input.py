@@ -107,8 +107,8 @@ OPTIONS = {
     "--config.model.num_kv_heads=3": ["model.num_heads=8 is not a multiple of model.num_kv_heads=3"],
     "--config.model.head_dim=7": ["model.head_dim=7: ", "must be even"],
     "--config.sync.algorithm=psum --config.sync.codec=bf16": ["sync.algorithm=psum", "set sync.codec=none"],
-    "--config.compute.attention=cudnn": ["compute.attention=cudnn runs on gpu", "are cpu", "compute.attention=auto"],
-    "--config.compute.attention=splash": ["compute.attention=splash runs on tpu"],
+    "--config.compute.attention=cudnn": ["compute.attention=cudnn: ", "GPUs, not on cpu", "attention=auto"],
+    "--config.compute.attention=splash": ["compute.attention=splash", "TPUs, not on cpu"],
     # the mesh
     "--config.mesh.fsdp=3": ["mesh replica 1 × fsdp 3 × tensor 1", "8 devices", "mesh.fsdp", FACTORINGS_OF_8],
     "--config.mesh.tensor=16": ["fsdp -1 × tensor 16", "8 devices", FACTORINGS_OF_8],
