@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from model import decode, kernels, optimizer
+from model import kernels, optimizer
 from model.momentum_messages import OneBitAdam, Signum
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
 from parallel import (
@@ -25,9 +25,9 @@ from parallel import (
     rules,
     stale,
     strategies,
+    stray,
     streaming,
     units,
-    wire,
 )
 from parallel import mesh as meshes
 from parallel.cost import exchange_bytes, peak_flops
@@ -52,7 +52,7 @@ class Parts:
     param_shapes: Any
     state: Any  # abstract: shapes, dtypes, shardings
     batch: Any  # abstract
-    eval_batch: Any  # abstract
+    eval_batch: Any  # abstract; as large as a micro-step's, so that evaluation never needs more memory than training
 
 
 def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
@@ -112,7 +112,8 @@ def build(c: Any, mesh: Mesh) -> Parts:
     sizes, masked = (c.data.batch_size, c.data.seq_len), c.data.document_mask
     leading = (strategy.steps_per_call,)
     batch = placement.abstract_batch(mesh, leading, replicas, *sizes, placement.TRAIN, masked)
-    eval_batch = placement.abstract_batch(mesh, (), mesh.shape["replica"], *sizes, placement.EVAL, masked)
+    micro = (c.data.batch_size // c.optimizer.accumulate, c.data.seq_len)
+    eval_batch = placement.abstract_batch(mesh, (), mesh.shape["replica"], *micro, placement.EVAL, masked)
     return Parts(model, attention, mesh, replicas, strategy, shapes, state, batch, eval_batch)
 
 
@@ -178,33 +179,34 @@ def compile_steps(parts: Parts, options: Any = None) -> dict[str, Any]:
         return {name: future.result() for name, future in found.items()}
 
 
-def wire_bytes(parts: Parts, programs: dict[str, Any], steps: int) -> dict[str, float]:
-    """{mesh axis: bytes that one device sends per step}, on average over a run of so many steps."""
+def traffic(parts: Parts, programs: dict[str, Any]) -> dict[str, stray.Traffic]:
+    """What each of the strategy's programs sends, and what of it over `replica` is not its exchange's."""
+    exchanges = parts.strategy.exchanges()
+    predicted = {name: sum(sum(exchange_bytes(e).values()) for e in exchanges[name]) for name in programs}
+    return {name: stray.traffic(program, parts.mesh, predicted[name]) for name, program in programs.items()}
+
+
+def refuse_stray(found: dict[str, stray.Traffic], allow: bool) -> None:
+    """Raises UsageError where a program sends over `replica` what is not ours, unless sync.allow_stray_bytes."""
+    lines = [f"  {name}: {t.stray:,} bytes a call: {t.culprits}" for name, t in found.items() if t.stray]
+    if lines and not allow:
+        raise UsageError(
+            "the compiled programs send bytes over the slow axis, mesh.replica, that the exchange did not ask for:\n"
+            + "\n".join(lines)
+            + "\nXLA added them, to lay out an array anew. Another mesh, batch or version of JAX may need none; "
+            "sync.allow_stray_bytes=True trains with them"
+        )
+
+
+def wire_bytes(parts: Parts, found: dict[str, stray.Traffic], steps: int) -> dict[str, float]:
+    """{mesh axis: bytes that one device sends per step}, on average over a run of so many steps; {} if a program's
+    text was not understood. found: of `traffic`."""
+    if any(t.not_counted for t in found.values()):
+        return {}
     K = parts.strategy.steps_per_call
     calls = [parts.strategy.program_at(step, steps) for step in range(0, steps, K)]
-    sizes = {name: wire.per_axis(program.as_text(), parts.mesh) for name, program in programs.items()}
-    total = {axis: sum(sizes[name][axis] for name in calls) for axis in parts.mesh.axis_names}
+    total = {axis: sum(found[name].per_axis[axis] for name in calls) for axis in parts.mesh.axis_names}
     return {axis: round(size / (len(calls) * K)) for axis, size in total.items()}
-
-
-class Evaluator:
-    """params -> (nats per token, bits per byte) of held-out text, the same batches each time."""
-
-    def __init__(self, parts: Parts, host_batches: list[dict[str, np.ndarray]], token_bytes: np.ndarray):
-        """token_bytes [V]: the bytes of text that each token stands for."""
-        size, groups = math.prod(parts.batch["tokens"].shape[1:3]), parts.mesh.shape["replica"]
-        self._parts, self._compiled = parts, None
-        self._bytes = sum(float(np.sum(token_bytes[b["targets"]] * b["mask"])) for b in host_batches)
-        self._batches = [placement.place_eval(parts.mesh, groups, size, b) for b in host_batches]
-
-    def __call__(self, params: Any) -> tuple[float, float]:
-        if self._compiled is None:  # at the first evaluation: earlier, it would delay the first step
-            model = Transformer(self._parts.model.config, self._parts.model.compute)  # plain cross-entropy: no z-loss
-            evaluate = jax.jit(placement.evaluation(model.loss, self._parts.mesh))
-            self._compiled = evaluate.lower(self._parts.state.params, self._parts.eval_batch).compile()
-        sums = jax.device_get([self._compiled(params, batch) for batch in self._batches])
-        loss, tokens = np.array(sums, np.float64).sum(axis=0).tolist()
-        return loss / tokens, loss / math.log(2) / self._bytes
 
 
 def compile_init(parts: Parts) -> Any:
@@ -234,9 +236,16 @@ def num_parameters(parts: Parts) -> int:
 
 
 def describe(
-    parts: Parts, programs: dict[str, Any], per_step: dict[str, float], phases: dict[str, float]
+    parts: Parts,
+    programs: dict[str, Any],
+    found: dict[str, stray.Traffic],
+    per_step: dict[str, float],
+    phases: dict[str, float],
 ) -> list[tuple[str, str]]:
-    """Rows of the start-up table. Memory and wire bytes are those of the compiled programs, not estimates."""
+    """Rows of the start-up table. Memory and wire bytes are those of the compiled programs, not estimates.
+
+    found: what these programs send, and those beside them that are compiled already.
+    """
     mesh, seq_len = parts.mesh, parts.batch["tokens"].shape[-1]
     memory = max((p.memory_analysis() for p in programs.values()), key=lambda m: m.temp_size_in_bytes)
     state = sum(_shard_bytes(x) for x in jax.tree.leaves(parts.state))
@@ -261,12 +270,20 @@ def describe(
     for axis, size in per_step.items():
         if mesh.shape[axis] > 1:
             rows.append((f"wire per step, {axis}", f"{human_bytes(size)} sent by each device"))
-    if len(programs) > 1:
-        for name, program in programs.items():
-            size = wire.per_axis(program.as_text(), mesh)["replica"]
-            rows.append((f"  {name}", f"{human_bytes(size)} over replica per call"))
+    if len(programs) > 1 and per_step:
+        for name in programs:
+            rows.append((f"  {name}", f"{human_bytes(found[name].per_axis['replica'])} over replica per call"))
+    rows.append(("stray, replica", stray_row(found)))
     rows.append(("start-up", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())))
     return rows
+
+
+def stray_row(found: dict[str, stray.Traffic]) -> str:
+    """What of these programs crosses `replica` and is not ours."""
+    said = {name: t.not_counted or f"{human_bytes(t.stray)} a call" for name, t in found.items()}
+    odd = [f"{name}: {said[name]}" for name, t in found.items() if t.stray or t.not_counted]
+    fine = [name for name, t in found.items() if not (t.stray or t.not_counted)]
+    return "; ".join(([f"0 B in {', '.join(fine)}"] if fine else []) + odd)
 
 
 def _exchange(parts: Parts) -> str:
@@ -302,17 +319,3 @@ def use_compilation_cache(cache_directory: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def sample_text(c: Any, parts: Parts, params: Any, tokenizer: Any) -> str:
-    """A sample from the trained model. Called by every process: the parameters stay in their shards."""
-    if not c.sample.tokens:
-        return ""
-    prompt = np.asarray(tokenizer.encode(c.sample.prompt), np.int32)
-    prompt = prompt if len(prompt) else np.array([tokenizer.eos], np.int32)
-    compute = dataclasses.replace(
-        parts.model.compute, attention="reference"
-    )  # the other kernels run on a mesh's shards
-    model = Transformer(parts.model.config, compute)
-    ids = decode.sample(model, params, prompt, c.sample.tokens, c.data.seq_len, c.sample.temperature, c.seed)
-    return tokenizer.decode(ids)

@@ -8,6 +8,7 @@ it at any time: the same command goes on where it stopped.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import runpy
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import assemble
+import beside
 import comparison
 from data import corpus as corpora
 from data.loader import Loader, eval_batches
@@ -194,7 +196,7 @@ class Runner:
     def _train(self, row: Row, config: Any, seed: int) -> dict[str, Any]:
         parts, programs, init, evaluate, corpus = self._build(config)
         strategy = parts.strategy
-        loader = Loader(corpus.train_N, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=seed)
+        loader = Loader(corpus.train_N, seed=seed, **_shape(config, corpus))
         state = init(np.uint32(seed))
         if row.perturbed:
             state.params = jax.jit(_perturb, out_shardings=assemble.shardings_of(parts.state.params))(state.params)
@@ -204,7 +206,7 @@ class Runner:
             state, _ = programs[strategy.program_at(done, config.steps)](state, batch)
             done += strategy.steps_per_call
             if done % config.eval_every == 0 or done == config.steps:
-                steps, losses = [*steps, done], [*losses, evaluate(state.params)[0]]
+                steps, losses = [*steps, done], [*losses, evaluate(state.params).loss]
         size, source = _wire_bytes(parts, programs, config)
         return {
             "steps": steps,
@@ -227,12 +229,18 @@ class Runner:
                 k: config.data[k] for k in ("corpus", "path", "tokenizer", "vocab_size", "eval_fraction", "seq_len")
             }
             corpus = corpora.load(cache_dir=corpora.cache_directory(), **data)
-            shape = {"seq_len": config.data.seq_len, "batch_size": config.data.batch_size}
-            batches = eval_batches(corpus.eval_N, num_batches=config.eval_batches, **shape)
-            evaluate = assemble.Evaluator(parts, batches, corpus.tokenizer.token_bytes())
+            batches = eval_batches(corpus.eval_N, num_batches=config.eval_batches, **_shape(config, corpus))
+            program = functools.cache(functools.partial(beside.compile_evaluation, parts))
+            evaluate = beside.Evaluator(parts, batches, corpus.tokenizer.token_bytes(), program)
             built = (parts, assemble.compile_steps(parts), assemble.compile_init(parts), evaluate, corpus)
             self._built = {key: built}
         return self._built[key]
+
+
+def _shape(config: Any, corpus: Any) -> dict[str, Any]:
+    """Of a batch, and where its documents end."""
+    names = ("seq_len", "batch_size", "document_mask")
+    return {name: config.data[name] for name in names} | {"eos": corpus.tokenizer.eos}
 
 
 def _perturb(params: Any) -> Any:
@@ -245,7 +253,9 @@ def _perturb(params: Any) -> Any:
 def _wire_bytes(parts: assemble.Parts, programs: dict[str, Any], config: Any) -> tuple[float, str]:
     """Bytes per step that a replica sends: counted in the program where every replica has a device of its own."""
     if parts.mesh.shape["replica"] == parts.replicas:
-        return assemble.wire_bytes(parts, programs, config.steps)["replica"], "compiled program"
+        counted = assemble.wire_bytes(parts, assemble.traffic(parts, programs), config.steps)
+        if counted:
+            return counted["replica"], "compiled program"
     return bytes_per_step(parts.strategy, config.steps, a_device_per_replica=True), "closed form"
 
 

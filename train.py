@@ -14,15 +14,16 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 import assemble
+import beside
 import ending
 from data import corpus as corpora
 from data.loader import Loader, eval_batches, threads_beside_grain
@@ -63,11 +64,7 @@ def main(argv: list[str]) -> int:
     phases.mark("import")
 
     if flags.dry_run:
-        programs = assemble.compile_steps(parts)
-        phases.mark("compile")
-        wire_bytes = assemble.wire_bytes(parts, programs, config.steps)
-        console.table(f"{flags.config_name}, dry run", assemble.describe(parts, programs, wire_bytes, phases.seconds))
-        return 0
+        return dry_run(config, flags.config_name, parts, console, phases)
 
     # ── Workdir ──────────────────────────────────────────────────────────────────────────────────────────────────
     workdir = Workdir(*choose(flags.workdir, flags.config_name, config), leader)
@@ -80,6 +77,7 @@ def main(argv: list[str]) -> int:
     compiling = background.submit(assemble.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
     corpus = load_corpus(config)
+    prompt_P = ending.try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
     loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
     from runtime.checkpoint import Checkpoints  # slow to import
 
@@ -97,13 +95,16 @@ def main(argv: list[str]) -> int:
         state, start = init(np.uint32(config.seed)), None
         console.say(f"starting {workdir.path}")
     phases.mark("restore")
-    wire_bytes = assemble.wire_bytes(parts, programs, config.steps)
-    console.table(f"{workdir.path}", assemble.describe(parts, programs, wire_bytes, phases.seconds))
+    traffic = assemble.traffic(parts, programs)
+    wire_bytes = assemble.wire_bytes(parts, traffic, config.steps)
+    console.table(f"{workdir.path}", assemble.describe(parts, programs, traffic, wire_bytes, phases.seconds))
+    assemble.refuse_stray(traffic, config.sync.allow_stray_bytes)
 
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
     recorder = make_recorder(config, parts, workdir, console, wire_bytes, start)
     workdir.begin(config, start)
-    this = Run(config, parts, corpus, workdir, checkpoints, recorder, console, phases)
+    others = beside.Later(parts, config.sample, background, functools.partial(show_beside, config, parts, console))
+    this = Run(config, parts, others, corpus, workdir, checkpoints, recorder, console, phases)
     meshes.wait_for_all("ready to train")
     with contextlib.closing(recorder):
         outcome = train(this, programs, state, start, loader, notice)
@@ -115,7 +116,18 @@ def main(argv: list[str]) -> int:
         return EXIT_CODE
 
     # ── Tell ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    ending.finish(config, parts, corpus, workdir, console, phases, outcome.state.params, outcome.evaluated)
+    return ending.finish(this, outcome.state.params, outcome.evaluated, prompt_P)
+
+
+def dry_run(config, name: str, parts, console, phases) -> int:
+    """Compiles every program of a run and shows what they need."""
+    programs, others = assemble.compile_steps(parts), beside.compile_all(parts, config.sample, with_init=True)
+    phases.mark("compile")
+    traffic = assemble.traffic(parts, programs) | beside.traffic(parts, others)
+    wire_bytes = assemble.wire_bytes(parts, traffic, config.steps)
+    rows = assemble.describe(parts, programs, traffic, wire_bytes, phases.seconds)
+    console.table(f"{name}, dry run", rows + beside.describe(others))
+    assemble.refuse_stray(traffic, config.sync.allow_stray_bytes)
     return 0
 
 
@@ -125,6 +137,7 @@ class Run:
 
     config: Any
     parts: assemble.Parts
+    beside: beside.Later
     corpus: corpora.Corpus
     workdir: Workdir
     checkpoints: Any
@@ -138,7 +151,7 @@ class Outcome:
     state: Any
     step: int
     interrupted: bool
-    evaluated: tuple[float, float]  # nats per token, bits per byte
+    evaluated: beside.Evaluation
 
 
 def train(run: Run, programs, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
@@ -150,11 +163,12 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
     strategy = run.parts.strategy
     place = functools.partial(placement.place_train, run.parts.mesh, run.parts.replicas, loader.batch_size)
     held_out = eval_batches(run.corpus.eval_N, **batch_shape(config, run.corpus), num_batches=config.eval_batches)
-    evaluate = assemble.Evaluator(run.parts, held_out, run.corpus.tokenizer.token_bytes())
+    program = lambda: run.beside["evaluation"]
+    evaluate = beside.Evaluator(run.parts, held_out, run.corpus.tokenizer.token_bytes(), program)
     profiler = Profiler(config.profile.steps, run.workdir.path)
     if start is None and config.checkpoint.every:
         checkpoints.save(0, state, None)
-    done, evaluated, stopping = start or 0, (math.nan, math.nan), False
+    done, evaluated, stopping = start or 0, beside.NOT_EVALUATED, False
     recorder.resume_clock()
     for batch in loader.batches(done, config.steps, place, strategy.steps_per_call):
         profiler.before(done, state)
@@ -166,16 +180,20 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
         if "first step" not in run.phases.seconds:
             recorder.flush()
             run.phases.mark("first step")
+            run.beside.start()
         last, stopping = done == config.steps, notice.requested(done)
         evaluating = last or (config.eval_every and done % config.eval_every == 0)
         saving = last or stopping or (config.checkpoint.every and done % config.checkpoint.every == 0)
         if evaluating or saving:
             recorder.flush()
-            evaluated = evaluate(state.params) if evaluating else evaluated
+            if last:  # what is trained is on the disk before anything runs that can fail: evaluation, sample
+                checkpoints.save(done, state, None)
+                checkpoints.finish()
             if evaluating:
-                recorder.evaluation(done, *evaluated)
-            if saving:
-                checkpoints.save(done, state, evaluated[0] if evaluating else None)
+                evaluated = evaluate(state.params)
+                recorder.evaluation(done, evaluated.loss, evaluated.bits_per_byte)
+            if saving and not last:
+                checkpoints.save(done, state, evaluated.loss if evaluating else None)
             recorder.resume_clock()
         if checkpoints.poll():
             run.workdir.note_commit()
@@ -189,6 +207,13 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
     if start == config.steps:  # the run was complete already
         evaluated = evaluate(state.params)
     return Outcome(state, done, stopping and done < config.steps, evaluated)
+
+
+def show_beside(config, parts, console, programs) -> None:
+    """Rows of the programs beside the step. Raises UsageError where one sends bytes that are not ours."""
+    traffic = beside.traffic(parts, programs)
+    console.table("beside the step", [*beside.describe(programs), ("stray, replica", assemble.stray_row(traffic))])
+    assemble.refuse_stray(traffic, config.sync.allow_stray_bytes)
 
 
 def load_corpus(config) -> corpora.Corpus:
@@ -207,7 +232,9 @@ def make_recorder(config, parts, workdir, console, wire_bytes, start) -> Recorde
     log, train_seconds = None, 0.0
     if workdir.leader:
         flag = {"auto": None, "on": True, "off": False}[config.metrics.tensorboard]
-        log = MetricsLog(workdir.path, optional_writers(workdir.path, flag, config.metrics.wandb))
+        with bad_input():
+            writers = optional_writers(workdir.path, flag, config.metrics.wandb)
+        log = MetricsLog(workdir.path, writers, console.warn)
         log.rewind(start if start is not None else 0 if workdir.resuming else None)
         rows = [row for row in read(log.path) if "train_seconds" in row] if log.path.exists() else []
         train_seconds = rows[-1]["train_seconds"] if rows else 0.0
@@ -224,21 +251,16 @@ def make_recorder(config, parts, workdir, console, wire_bytes, start) -> Recorde
     )
 
 
-def run(argv: list[str]) -> int:
-    """main, with what is the user's to mend shown as a message instead of a traceback."""
+def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:
+    """main, with what is the user's to mend shown as a message instead of a traceback. leave: how to end after one."""
     try:
         return main(argv)
-    except UsageError as error:
+    except (UsageError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        sys.stdout.flush()
+        return leave(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":
-    code = run(sys.argv)
-    if code in (1, 2):  # at once: a compilation may be under way, and the other processes would be waited for
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    # An error ends at once: a compilation may be under way, and the other processes would be waited for.
+    sys.exit(run(sys.argv, leave=os._exit))

@@ -1,53 +1,47 @@
 """Sampling text from the training model: a plain loop without a key/value cache, for the sample at a run's end."""
 
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from model.transformer import Params, Transformer
 
 
-def sample(
-    model: Transformer,
-    params: Params,
-    prompt_P: np.ndarray,
-    num_tokens: int,
-    seq_len: int,
-    temperature: float,
-    seed: int,
-) -> np.ndarray:
-    """Token ids [P + num_tokens]: the prompt and what follows it. temperature 0: the likeliest token each time.
+def generator(model: Transformer, constrain, num_tokens: int, temperature: float) -> Callable[..., jax.Array]:
+    """generate(params, window_T, length, seed) -> ids [B, num_tokens] after the first `length` ids of the window.
 
-    Params stay in their shards; the window slides when the text grows past seq_len.
+    temperature 0: the likeliest token each time. The window slides when the text grows past it. B is the number of the
+    batch's shards, and each writes the same text: so weights and activations are laid out as in training, and no device
+    needs more memory than a training step of one sequence a device.
     """
-    assert len(prompt_P), "sampling starts from at least one token"
-    prompt_P = prompt_P[-seq_len + 1 :]
-    window_T = np.zeros((seq_len,), np.int32)
-    window_T[: len(prompt_P)] = prompt_P
-    everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
-    generate = jax.jit(partial(_generate, model, num_tokens, temperature), out_shardings=everywhere)
-    new_N = generate(params, window_T, np.int32(len(prompt_P)), np.uint32(seed))
-    return np.concatenate([prompt_P, np.asarray(new_N)])
+    rows = constrain.size("batch")
 
+    def next_token(params: Params, window_BT: jax.Array, length_B: jax.Array, key: jax.Array) -> jax.Array:
+        x_BTD, head_DV = model.features(params, window_BT, constrain)
+        x_BD = jnp.take_along_axis(x_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
+        dtype = jnp.promote_types(jnp.float32, x_BD.dtype)
+        logits_BV = jnp.einsum("bd,dv->bv", x_BD, head_DV, preferred_element_type=dtype)
+        logits_BV = constrain(logits_BV, ("batch", "vocab"))
+        if not temperature:
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        noise_V = jax.random.gumbel(key, logits_BV.shape[1:], dtype)  # the same for every row
+        return jnp.argmax(logits_BV / temperature + noise_V[None], axis=-1).astype(jnp.int32)
 
-def _generate(model: Transformer, num_tokens: int, temperature: float, params, window_T, length, seed) -> jax.Array:
-    seq_len, key = window_T.shape[0], jax.random.key(seed)
+    def generate(params: Params, window_T: jax.Array, length: jax.Array, seed: jax.Array) -> jax.Array:
+        seq_len, key = window_T.shape[0], jax.random.key(seed)
+        window_BT = constrain(jnp.broadcast_to(window_T, (rows, seq_len)), ("batch", None))
 
-    def step(carry, index):
-        window_T, length = carry
-        logits_TV = model.logits(params, window_T[None], lambda x, axes: x)[0]
-        logits_V = logits_TV[length - 1]
-        if temperature:
-            token = jax.random.categorical(jax.random.fold_in(key, index), logits_V / temperature)
-        else:
-            token = jnp.argmax(logits_V)
-        token = token.astype(jnp.int32)
-        full = length == seq_len
-        window_T = jnp.where(full, jnp.roll(window_T, -1), window_T)
-        length = jnp.where(full, length, length + 1)
-        return (window_T.at[length - 1].set(token), length), token
+        def step(carry, index):
+            window_BT, length_B = carry
+            token_B = next_token(params, window_BT, length_B, jax.random.fold_in(key, index))
+            full_B = length_B == seq_len
+            window_BT = jnp.where(full_B[:, None], jnp.roll(window_BT, -1, axis=1), window_BT)
+            length_B = jnp.where(full_B, length_B, length_B + 1)
+            here_BT = jnp.arange(seq_len)[None] == length_B[:, None] - 1
+            return (jnp.where(here_BT, token_B[:, None], window_BT), length_B), token_B
 
-    return jax.lax.scan(step, (window_T, length), jnp.arange(num_tokens))[1]
+        carry = window_BT, constrain(jnp.full((rows,), length), ("batch",))
+        return constrain(jax.lax.scan(step, carry, jnp.arange(num_tokens))[1].T, ("batch", None))
+
+    return generate

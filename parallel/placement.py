@@ -79,6 +79,7 @@ def evaluation(loss_fn: Callable, mesh: Mesh) -> Callable:
     def evaluate(params: Any, batch_DBT: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         one = lambda params, batch_BT: loss_fn(params, batch_BT, Constrain(mesh))
         loss_D, tokens_D = jax.vmap(one, in_axes=(None, 0), spmd_axis_name="replica")(params, batch_DBT)
-        return jnp.sum(loss_D), jnp.sum(tokens_D)
+        with jax.named_scope("scalars_evaluation"):
+            return jnp.sum(loss_D), jnp.sum(tokens_D)
 
     return evaluate

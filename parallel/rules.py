@@ -101,6 +101,10 @@ class Constrain:
             body, mesh=self.mesh, in_specs=tuple(map(spec, in_axes)), out_specs=out_specs, check_vma=False
         )
 
+    def size(self, axis: str) -> int:
+        """Into how many shards a logical axis is cut."""
+        return 1 if self.mesh is None else self.mesh.shape[RULES[axis]]
+
     # Inside `manual` only:
 
     def index(self, axis: str) -> jax.Array | int:

@@ -7,7 +7,7 @@ formula would never notice.
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jax.sharding import Mesh
@@ -39,8 +39,9 @@ class Collective:
     axis: str
     dtype: str
     sent: float
-    scope: str  # the op_name that JAX gave it: where in our code it comes from
+    scope: str  # the op_name that JAX gave it: what in our code it comes from
     channel: str = ""
+    frame: str = ""  # its number in the table of source lines at the program's head
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, places: _Pl
             found = list(_walk(computations, body[1], 1, places))
             trips = _trips(rest, computations.get(condition[1], [])) if found else 0
             for c in found:
-                yield Collective(c.kind, c.axis, c.dtype, c.sent * times * trips, c.scope)
+                yield replace(c, sent=c.sent * times * trips, channel="")
         else:
             for called in _CALLED.findall(rest):
                 found = list(_walk(computations, called, times, places))
@@ -180,12 +181,10 @@ def _collective(
         return
     n = groups.shape[1]
     share = _share(kind, n) / (2 if scattered else 1)
-    name, channel = re.search(r'op_name="([^"]*)"', rest), re.search(r"channel_id=(\d+)", rest)
-    scope = name[1] if name else ""
-    axes = places.axes(groups)
+    marks = [re.search(mark, rest) for mark in (r'op_name="([^"]*)"', r"channel_id=(\d+)", r"stack_frame_id=(\d+)")]
+    axis, kind = places.axes(groups)[0], "reduce-scatter" if scattered else kind
     for dtype, size in arrays:
-        kind_ = "reduce-scatter" if scattered else kind
-        yield Collective(kind_, axes[0], dtype, share * size * times, scope, channel[1] if channel else "")
+        yield Collective(kind, axis, dtype, share * size * times, *(mark[1] if mark else "" for mark in marks))
 
 
 def _arrays(type_: str) -> list[tuple[str, float]]:

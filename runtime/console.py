@@ -4,6 +4,7 @@ On a terminal the status line is live: it is rewritten in place. Anywhere else (
 line every `every` steps, without colours, boxes or carriage returns, so that `grep` and `less` work on it.
 """
 
+import io
 import os
 import statistics
 import sys
@@ -20,6 +21,9 @@ class Console:
     """Prints for one process; `quiet=True` (every process other than 0) prints nothing at all."""
 
     def __init__(self, total_steps: int, every: int, quiet: bool = False):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # one that is not UTF-8 gets a ? for what it cannot show
+                stream.reconfigure(errors="replace")
         self._total_steps = total_steps
         self._every = max(1, every)
         self._quiet = quiet

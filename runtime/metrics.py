@@ -10,7 +10,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +25,15 @@ class Writer(Protocol):
 
 
 class MetricsLog:
-    """Appends rows to `workdir/metrics.jsonl`. Call `rewind` once before the first `write`."""
+    """Appends rows to `workdir/metrics.jsonl`. Call `rewind` once before the first `write`.
 
-    def __init__(self, workdir: Path, writers: Sequence[Writer] = ()):
+    writers: get a copy of each row. One that fails is told of through `warn` and stands in `failed` from then on.
+    """
+
+    def __init__(self, workdir: Path, writers: Sequence[Writer] = (), warn: Callable[[str], None] = print):
         self.path = Path(workdir) / "metrics.jsonl"
-        self._writers = tuple(writers)
+        self.failed: list[str] = []
+        self._writers, self._warn = list(writers), warn
         self._file = None
 
     def rewind(self, restored_step: int | None) -> int:
@@ -65,13 +69,22 @@ class MetricsLog:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise _write_error(error, self.path) from error
-        for writer in self._writers:
-            writer.write(row)
+        self._to_others(lambda writer: writer.write(row))
 
     def close(self) -> None:
         self._close_file()
+        self._to_others(lambda writer: writer.close())
+
+    def _to_others(self, tell: Callable[[Writer], None]) -> None:
+        """A writer that fails is left out from then on: a service that is away costs its own rows, not the run."""
         for writer in self._writers:
-            writer.close()
+            try:
+                tell(writer)
+            except Exception as error:  # of whatever type its library raises
+                name = type(writer).__name__
+                self._writers = [other for other in self._writers if other is not writer]
+                self.failed.append(name)
+                self._warn(f"{name} failed and gets no more rows ({type(error).__name__}: {error})")
 
     def _close_file(self) -> None:
         if self._file is not None:

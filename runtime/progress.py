@@ -121,6 +121,9 @@ class Recorder:
         if self.last and self.last["step"] % self.log_every:
             self._write(self.last)
 
+    def failed_writers(self) -> list[str]:
+        return self.log.failed if self.log else []
+
     def close(self) -> None:
         self.console.close()
         if self.log:

@@ -155,7 +155,7 @@ def test_the_strategy_trains_and_sends_the_bytes_that_the_page_says(page, regist
     sent = {name: wire.count(program.as_text(), parts.mesh) for name, program in programs.items()}
     expected = exchange_bytes(exchange)
     assert sent == {"inner": {}, "inner+exchange": {"replica": expected | {"f32": scalar}}}
-    average = assemble.wire_bytes(parts, programs, steps)["replica"]
+    average = assemble.wire_bytes(parts, assemble.traffic(parts, programs), steps)["replica"]
     assert average == round(8 / steps * (sum(expected.values()) + scalar))
 
     state, losses = helpers.init_state(config, parts), []
