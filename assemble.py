@@ -102,7 +102,8 @@ def build(c: Any, mesh: Mesh) -> Parts:
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(model.init, key)
     try:
-        rules.check_divisible(shapes, model.axes, mesh.shape)
+        least = {"vocab": configuration.SMALLEST_VOCABULARY.get(c.data.tokenizer, 1)}
+        rules.check_divisible(shapes, model.axes, mesh.shape, least)
         strategy = build_strategy(c, model, mesh, replicas, shapes)
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -52,11 +52,7 @@ def main(argv: list[str]) -> int:
         warning = meshes.start_distributed(flags.coordinator, flags.num_processes, flags.process_id, flags.heartbeat)
     notice = PreemptionNotice()
     leader = jax.process_index() == 0
-    console = Console(config.steps, config.log_every, quiet=not leader)
-    if flags.simulate:
-        console.say(f"simulating {flags.simulate} devices on the CPU: right results, no speed-up")
-    if warning:
-        console.warn(warning)
+    console = make_console(config, flags, leader, warning)
     with bad_input():
         mesh = meshes.build(meshes.fill_sizes(config.mesh, len(jax.devices())))
     parts = assemble.build(config, mesh)
@@ -214,6 +210,17 @@ def show_beside(config, parts, console, programs) -> None:
     traffic = beside.traffic(parts, programs)
     console.table("beside the step", [*beside.describe(programs), ("stray, replica", assemble.stray_row(traffic))])
     assemble.refuse_stray(traffic, config.sync.allow_stray_bytes)
+
+
+def make_console(config, flags, leader: bool, warning: str | None) -> Console:
+    console = Console(config.steps, config.log_every, quiet=not leader)
+    if flags.simulate:
+        console.say(f"simulating {flags.simulate} devices on the CPU: right results, no speed-up")
+    for note in flags.notes:
+        console.say(note)
+    if warning:
+        console.warn(warning)
+    return console
 
 
 def load_corpus(config) -> corpora.Corpus:

@@ -45,8 +45,11 @@ def shardings(mesh: Mesh, specs_tree: Any) -> Any:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs_tree, is_leaf=lambda x: isinstance(x, P))
 
 
-def check_divisible(shapes_tree: Any, axes_tree: Any, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError for the first parameter with a dimension that its mesh axis does not divide."""
+def check_divisible(
+    shapes_tree: Any, axes_tree: Any, sizes: Mapping[str, int], least: Mapping[str, int] | None = None
+) -> None:
+    """Raises ValueError for the first parameter with a dimension that its mesh axis does not divide. least: the
+    smallest size that a logical axis may have for other reasons; none below is offered."""
     axes_leaves = dict(jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=lambda x: isinstance(x, tuple)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_tree):
         for size, axis in zip(leaf.shape, axes_leaves[path], strict=True):
@@ -54,7 +57,7 @@ def check_divisible(shapes_tree: Any, axes_tree: Any, sizes: Mapping[str, int]) 
             count = sizes[mesh_axis] if mesh_axis else 1
             if size % count:
                 below, above = size // count * count, -(-size // count) * count
-                legal = f"{below} or {above}" if below else f"{above}"
+                legal = f"{below} or {above}" if below >= max(1, (least or {}).get(axis, 1)) else f"{above}"
                 fits = ", ".join(str(d) for d in range(1, count + 1) if size % d == 0)
                 raise ValueError(
                     f"parameter {path_name(path)}: its dimension '{axis}' of size {size} cannot be cut over "

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import math
 import shlex
 import shutil
 import signal
 import socket
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import helpers
@@ -16,6 +18,7 @@ import pytest
 
 import assemble
 import train
+from data.tokenizer import build
 from runtime import config as configuration
 
 TINY = f"--config={helpers.ROOT}/configs/tiny.py"
@@ -74,16 +77,23 @@ OPTIONS = {
     # what is typed: what the message says
     "--config.optimizer.learning_rate=1": ["'optimizer.learning_rate'", "optimizer has", " lr,"],
     "--config.optimiser.lr=1": ["'optimiser.lr'", "did you mean 'optimizer.lr'?"],
-    "--simulated=8": ["unknown option --simulated: did you mean --simulate?"],
+    "--simulated=8": ["unknown option --simulated: did you mean --simulate=8?"],
     "--noresum": ["unknown option --noresum: did you mean --resume?"],
+    "--lr=3e-4": ["unknown option --lr: did you mean --config.optimizer.lr=3e-4?"],
+    "--learning-rate 3e-4": ["did you mean --config.optimizer.lr=3e-4?"],
+    "--batch-size 8": ["did you mean --config.data.batch_size=8?"],
+    "--fsdp=2": ["did you mean --config.mesh.fsdp=2?"],
+    "--model.num_layers=2": ["did you mean --config.model.num_layers=2?"],
+    "--wd=0": ["did you mean --config.optimizer.weight_decay=0?"],
+    "--optimizer=sgd": ["--config.optimizer is a group", "as in --config.optimizer."],
     "quickstart": ["unexpected argument 'quickstart'", "start with --"],
-    "--config.steps 5": ["unexpected argument '5'", "value after ="],
+    "--config.steps=5 6": ["unexpected argument '6'", "followed by their value"],
     "--config.model=3": ["--config.model is a group", "as in --config.model."],
     "--config.model.rope_scaling=8": ["--config.model.rope_scaling is a group", "--config.model.rope_scaling."],
     # types
     "--config.steps=many": ["--config.steps=many: expected an integer"],
     "--config.steps=2.5": ["--config.steps=2.5: expected an integer"],
-    "--config.steps": ["--config.steps needs an integer"],
+    "--config.steps": ["--config.steps needs an integer after it"],
     "--config.optimizer.lr=fast": ["--config.optimizer.lr=fast: expected a number"],
     "--config.model.bias=7": ["--config.model.bias=7: expected true or false"],
     "--dry_run=perhaps": ["--dry_run=perhaps: expected true or false"],
@@ -95,11 +105,11 @@ OPTIONS = {
     "--config.optimizer.name=adam": ["optimizer.name='adam' is none of adamw, sgd,", "did you mean 'adamw'?"],
     "--config.sync.codec=bf61": ["sync.codec='bf61' is none of none, bf16", "did you mean 'bf16'?"],
     "--config.optimizer.lr=nan": ["optimizer.lr=nan: must be a finite number"],
-    "--config.optimizer.lr=-1": ["optimizer.lr=-1.0: must not be negative"],
-    "--config.steps=0": ["steps=0: must be greater than 0"],
-    "--config.data.batch_size=-8": ["data.batch_size=-8: must be greater than 0"],
-    "--config.seed=4294967296": ["seed=4294967296: must be less than 2**32"],
-    "--config.data.eval_fraction=1": ["data.eval_fraction=1.0: must lie between 0 and 1"],
+    "--config.optimizer.lr=-1": ["optimizer.lr=-1.0: must be at least 0"],
+    "--config.steps=0": ["steps=0: must be at least 1"],
+    "--config.data.batch_size=-8": ["data.batch_size=-8: must be at least 1"],
+    "--config.seed=4294967296": ["seed=4294967296: must be at least 0 and less than 4294967296"],
+    "--config.data.eval_fraction=1": ["data.eval_fraction=1.0: must be greater than 0 and less than 1"],
     "--config.profile.steps=abc": ["profile.steps='abc': expected FIRST:LAST, as in 10:13"],
     "--config.profile.steps=30:31": ["profile.steps=30:31: the run ends before, at steps=20"],
     # values that do not fit together
@@ -119,6 +129,8 @@ OPTIONS = {
         "blocks/attention/k", "'kv_heads' of size 6", "mesh.tensor=4", "Nearest legal sizes: 4 or 8", "{1, 2, 3}",
     ],
     "--config.model.model_dim=60": ["parameter ", "'embed' of size 60", "mesh.fsdp=8", "legal sizes: 56 or 64"],
+    "--config.mesh.tensor=2 --config.data.vocab_size=257 --config.data.tokenizer=bpe": ["vocab", "sizes: 258; or"],
+    "--config.mesh.tensor=8 --config.data.vocab_size=258": ["vocab", "sizes: 256 or 264; or"],
     "--config.mesh.tensor=4 --config.data.seq_len=30": ["data.seq_len=30", "mesh.tensor=4", "sizes: 28 or 32"],
     "--config.mesh.tensor=4 --config.data.seq_len=3": ["data.seq_len=3", "mesh.tensor=4", "sizes: 4\n"],
     "--config.mesh.replica=2 --config.data.batch_size=30 --config.optimizer.accumulate=2": [
@@ -233,6 +245,122 @@ def test_the_order_of_options_does_not_matter_and_the_last_one_counts():
     assert (config.steps, config.model.bias, flags.resume, flags.dry_run) == (4, True, False, True)
 
 
+def test_an_option_is_followed_by_its_value_after_an_equals_sign_or_a_blank(tmp_path):
+    def parsed(text: str):
+        config, flags = configuration.parse(["train.py", *text.split("|")], "")
+        return config.to_json(), {name: flags[name].value for name in flags}
+
+    file, data = f"{helpers.ROOT}/configs/tiny.py", tmp_path / "text"
+    joined = f"--config={file}|--simulate=2|--dry_run=false|--config.mesh.fsdp=-1|--config.steps=1e1"
+    joined += f"|--config.data.path={data}"
+    assert parsed(joined) == parsed(joined.replace("=", "|"))
+
+
+def flat_base() -> dict:
+    return configuration.keys.base_values()
+
+
+@pytest.mark.parametrize("key", flat_base())
+def test_every_key_has_one_type_wherever_its_value_comes_from(key):
+    good = flat_base()[key]
+    others = {bool: [None, 1, "yes"], int: [None, 1.5, True, "4", float("nan")], float: [None, True, "fast"]}
+    for value in others.get(type(good), [None, 5, True]):
+        with pytest.raises(configuration.UsageError) as wrong:
+            configuration.validate(configuration.keys.nested(flat_base() | {key: value}))
+        assert f"{key}={value!r}: expected " in str(wrong.value)
+    if isinstance(good, int) and not isinstance(good, bool):
+        for value in (4.0, np.int64(4), configuration.keys.read_text(int, "4e0")):
+            found = configuration.convert(key, value)
+            assert found == 4 and type(found) is int
+
+
+def test_every_number_has_a_range_whose_excluded_ends_are_refused():
+    limits = {key: limit for limit, keys in configuration.keys.RANGES.items() for key in keys.split()}
+    numbers = {key for key, value in flat_base().items() if type(value) in (int, float)}
+    assert numbers == limits.keys() | set(configuration.keys.CHECKED_ELSEWHERE)
+    for key, limit in limits.items():
+        for end, sign in ((limit.low, limit.ends[0]), (limit.high, limit.ends[1])):
+            if end == math.inf:
+                continue  # refused for every key
+            try:
+                configuration.validate(configuration.keys.nested(flat_base() | {key: end}))
+                message = ""
+            except configuration.UsageError as error:
+                message = str(error)
+            refused = f"{key}={configuration.convert(key, end)}: must be " in message
+            assert refused == (sign in "()"), f"{key}={end}: {message}"
+
+
+def test_a_config_file_that_sets_none_is_told_so(fails, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FROM_TINY + "    c.sample.prompt = None\n    c.optimizer.b1 = None\n    return c\n")
+    lines = fails(f"--config={file}", f"--workdir={tmp_path}/run").splitlines()
+    assert sorted(lines) == [f"--config={file} sets {x}" for x in (
+        "optimizer.b1=None: expected a number", "sample.prompt=None: expected a string")]  # fmt: skip
+
+
+def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tiny.py").write_text(FROM_TINY + "    return c\n")
+    argv = ["train.py", "--config=~/tiny.py", "--workdir=~/runs/x"]
+    config, flags = configuration.parse([*argv, *(f"--config.{key}=~/a" for key in configuration.keys.PATHS)], "")
+    flat = dict(configuration.flatten(config))
+    assert flags.workdir == f"{tmp_path}/runs/x"
+    assert [flat[key] for key in configuration.keys.PATHS] == [f"{tmp_path}/a"] * len(configuration.keys.PATHS)
+    paths = {key for key, value in flat_base().items() if "path" in key}
+    assert paths <= set(configuration.keys.PATHS)
+
+
+def test_a_run_made_shorter_keeps_the_share_of_its_warm_up():
+    def parsed(*options: str):
+        quickstart = f"--config={helpers.ROOT}/configs/quickstart.py"
+        config, flags = configuration.parse(["train.py", quickstart, *options], "")
+        configuration.validate(config)
+        return config.optimizer.warmup_steps, flags.notes
+
+    assert parsed("--config.steps=45") == (40, [])
+    warmup, notes = parsed("--config.steps=20")
+    assert warmup == 40 * 20 // 450 and len(notes) == 1
+    assert notes[0].startswith("optimizer.warmup_steps=40 does not fit into steps=20: it is 1")
+    with pytest.raises(configuration.UsageError, match="optimizer.warmup_steps=40: must be less than steps=20"):
+        parsed("--config.steps=20", "--config.optimizer.warmup_steps=40")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sync.strategy": "eager", "sync.interval": 12, "steps": 20, "optimizer.warmup_steps": 13},
+        {"sync.strategy": "eager", "sync.interval": 10, "steps": 24, "profile.steps": "20:22"},
+        {"sync.strategy": "streaming", "sync.interval": 9, "steps": 20, "checkpoint.every": 10},
+        {"sync.strategy": "streaming", "sync.interval": 11, "sync.overlap": 5, "steps": 60, "eval_every": 20},
+    ],
+)
+def test_sizes_that_are_offered_are_legal_in_every_respect(options):
+    flat = flat_base() | {"optimizer.warmup_steps": 0, "eval_every": 0, "checkpoint.every": 0} | options
+    with pytest.raises(configuration.UsageError) as wrong:
+        configuration.validate(configuration.keys.nested(flat))
+    (line,) = str(wrong.value).splitlines()
+    key, offered = line.split("=")[0], line.split("Nearest legal sizes: ")[1].split(" or ")
+    for size in offered:
+        configuration.validate(configuration.keys.nested(flat | {key: int(size)}))
+
+
+@pytest.mark.parametrize("tokenizer", configuration.SMALLEST_VOCABULARY)
+def test_the_smallest_vocabulary_is_the_tokenizers_own(tokenizer, tmp_path):
+    size = configuration.SMALLEST_VOCABULARY[tokenizer]
+    documents = lambda: iter(["some words, and some more words"] * 9)
+    assert build(tokenizer, size, documents, tmp_path, "a digest").vocab_size <= size
+    with pytest.raises(ValueError, match=f"data.vocab_size is {size - 1}"):
+        build(tokenizer, size - 1, documents, tmp_path, "a digest")
+
+
+def test_the_version_is_that_of_the_project(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.run(["train.py", "--version"])
+    declared = tomllib.loads((helpers.ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith(f"slackline {declared} (JAX ")
+
+
 @pytest.mark.parametrize("option", ["strategy=diloco", "codec=bf16", "algorithm=gather"])
 def test_sync_options_with_one_replica(option, fails):
     message = fails(TINY, f"--config.sync.{option}")
@@ -257,7 +385,7 @@ def test_sync_options_with_one_replica(option, fails):
         ("codec=topk stochastic", ["sync.stochastic=True is not read when sync.codec=topk"]),
         ("codec=none error_feedback=on", ["sync.error_feedback=on", "loses nothing"]),
         ("codec=sign error_feedback=off decay=0.9", ["sync.decay=0.9 is not read when sync.error_feedback=off"]),
-        ("codec=sign decay=1.5", ["sync.decay=1.5", "between 0 and 1"]),
+        ("codec=sign decay=1.5", ["sync.decay=1.5: must be at least 0 and at most 1"]),
         ("strategy=stale interval=9", ["sync.interval=9 is not read when sync.strategy=stale"]),
         ("strategy=diloco staleness=2", ["sync.staleness=2 is not read when sync.strategy=diloco"]),
         ("strategy=diloco overlap=1", ["sync.overlap=1 is not read when sync.strategy=diloco"]),
@@ -267,7 +395,7 @@ def test_sync_options_with_one_replica(option, fails):
         ("strategy=streaming interval=8 overlap=5", ["sync.overlap=5", "at most 4 steps"]),
         ("strategy=streaming interval=12", ["steps=20", "sync.interval / sync.fragments = 6", "18 or 24"]),
         ("strategy=eager interval=12", ["steps=20", "sync.interval = 12", "12 or 24"]),
-        ("strategy=streaming interval=8 mix=1.5", ["sync.mix=1.5", "between 0"]),
+        ("strategy=streaming interval=8 mix=1.5", ["sync.mix=1.5: must be at least 0 and at most 1"]),
         ("codec=int2 stochastic", ["sync.codec=int2", "sync.error_feedback=off"]),
         ("codec=int44", ["'int44' is none of", "did you mean 'int4'"]),
         ("strategy=dilocco", ["'dilocco' is none of", "did you mean 'diloco'"]),
@@ -395,10 +523,14 @@ def test_config_json_of_another_version_or_hand(fails, run):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "steps": "many", "log_every": None}))
     lines = fails(f"--workdir={run}").splitlines()
-    assert sorted(lines) == ["log_every=None: must be a number", "steps='many': must be a number"]
-    del config["guard"]["window"]
+    has = f"{run}/config.json has "
+    assert sorted(lines) == [f"{has}log_every=None: expected an integer", f"{has}steps='many': expected an integer"]
+    config["guard"]["windou"] = config["guard"].pop("window")
     (run / "config.json").write_text(json.dumps(config))
-    assert "no guard.window" in fails(f"--workdir={run}")
+    assert f"{has}the unknown config key 'guard.windou': did you mean 'guard.window'?" in fails(f"--workdir={run}")
+    del config["guard"]["windou"]  # as an older version wrote it
+    (run / "config.json").write_text(json.dumps(config))
+    assert configuration.read_json(run).guard.window == 64
 
 
 def test_damaged_summary(fails, run):

@@ -6,8 +6,18 @@ while a run goes on.
 
 from runtime.config.check import check_batch, profile_range, validate
 from runtime.config.errors import RunError, UsageError, bad_input
-from runtime.config.flags import define_flags, parse
-from runtime.config.keys import CHOICES, CODEC_KEYS, CODECS, NOT_NEGATIVE, POSITIVE, STRATEGIES, UNREAD, flatten
+from runtime.config.flags import define_flags, parse, version
+from runtime.config.keys import (
+    CHOICES,
+    CODEC_KEYS,
+    CODECS,
+    SMALLEST_VOCABULARY,
+    STRATEGIES,
+    UNREAD,
+    convert,
+    expand_home,
+    flatten,
+)
 from runtime.config.resume import check_resume, difference, read_json
 from runtime.config.suggest import nearest_multiples
 
@@ -15,8 +25,7 @@ __all__ = [
     "CHOICES",
     "CODECS",
     "CODEC_KEYS",
-    "NOT_NEGATIVE",
-    "POSITIVE",
+    "SMALLEST_VOCABULARY",
     "STRATEGIES",
     "UNREAD",
     "RunError",
@@ -24,12 +33,15 @@ __all__ = [
     "bad_input",
     "check_batch",
     "check_resume",
+    "convert",
     "define_flags",
     "difference",
+    "expand_home",
     "flatten",
     "nearest_multiples",
     "parse",
     "profile_range",
     "read_json",
     "validate",
+    "version",
 ]

@@ -6,37 +6,39 @@ from collections.abc import Iterator
 from typing import Any
 
 from runtime.config.errors import UsageError
-from runtime.config.keys import CHOICES, NOT_NEGATIVE, POSITIVE, UNREAD, base_values, flatten
+from runtime.config.keys import CHOICES, RANGES, UNREAD, base_values, convert, flatten
 from runtime.config.suggest import nearest_multiples, nearest_name
 
 
 def validate(config: Any) -> None:
     """Every check that needs no device; all that is wrong in one UsageError."""
-    flat = dict(flatten(config))
-    wrong = []
-    for key in (*POSITIVE, *NOT_NEGATIVE, *CHOICES):
-        if key not in flat:
-            raise UsageError(f"this config has no {key}: was it made by another version? See configs/base.py.")
-    for key, value in flat.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            wrong.append(f"{key}={value}: must be a finite number")
-        elif key in (*POSITIVE, *NOT_NEGATIVE) and not isinstance(value, (int, float)):
-            wrong.append(f"{key}={value!r}: must be a number")
-        elif key in POSITIVE and not value > 0:
-            wrong.append(f"{key}={value}: must be greater than 0")
-        elif key in NOT_NEGATIVE and value < 0:
-            wrong.append(f"{key}={value}: must not be negative")
-    for key, choices in CHOICES.items():
-        if flat[key] not in choices:
-            near = nearest_name(str(flat[key]), choices)
-            wrong.append(f"{key}={flat[key]!r} is none of {', '.join(choices)}: did you mean {near!r}?")
+    flat, base = dict(flatten(config)), base_values()
+    if missing := [key for key in base if key not in flat]:
+        raise UsageError(f"this config has no {', '.join(missing)}: start from base.get_config() of configs/base.py")
+    wrong = [*_values(flat)] or [*relations(flat)]
     if not wrong:
-        wrong += _relations(flat)
-        base = base_values()
         changed = [key for key, value in flat.items() if key.startswith("sync.") and value != base.get(key, value)]
         wrong += unread(flat, changed)
     if wrong:
         raise UsageError("\n".join(wrong))
+
+
+def _values(flat: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with each value by itself."""
+    limits = {key: limit for limit, keys in RANGES.items() for key in keys.split()}
+    for key, value in flat.items():
+        try:
+            value = convert(key, value)
+        except ValueError as error:
+            yield str(error)
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}={value}: must be a finite number"
+        elif key in limits and value not in limits[key]:
+            yield f"{key}={value}: {limits[key]}"
+        elif key in CHOICES and value not in CHOICES[key]:
+            near = nearest_name(str(value), CHOICES[key])
+            yield f"{key}={value!r} is none of {', '.join(CHOICES[key])}: did you mean {near!r}?"
 
 
 def unread(flat: dict[str, Any], changed: list[str]) -> Iterator[str]:
@@ -50,14 +52,20 @@ def unread(flat: dict[str, Any], changed: list[str]) -> Iterator[str]:
             yield f"{key}={flat[key]} is not read when {name}={flat[name]}: leave it out, or change {name}"
 
 
-def _relations(flat: dict[str, Any]) -> Iterator[str]:
+def relations(flat: dict[str, Any], offer: bool = True) -> Iterator[str]:
+    """What is wrong with values together. offer: say which would be right."""
     heads, kv = flat["model.num_heads"], flat["model.num_kv_heads"]
     if heads % kv:
         yield f"model.num_heads={heads} is not a multiple of model.num_kv_heads={kv}: each group has the same size"
     if flat["model.position"] == "rope" and flat["model.head_dim"] % 2:
         yield f"model.head_dim={flat['model.head_dim']}: rotary positions turn pairs, so it must be even"
-    if not 0 < flat["data.eval_fraction"] < 1:
-        yield f"data.eval_fraction={flat['data.eval_fraction']}: must lie between 0 and 1"
+    if flat["model.rope_scaling.factor"] and not (
+        flat["model.rope_scaling.low_freq_factor"] < flat["model.rope_scaling.high_freq_factor"]
+    ):
+        yield (
+            f"model.rope_scaling.low_freq_factor={flat['model.rope_scaling.low_freq_factor']}: must be less than "
+            f"model.rope_scaling.high_freq_factor={flat['model.rope_scaling.high_freq_factor']}"
+        )
     if flat["optimizer.warmup_steps"] >= flat["steps"] and flat["optimizer.warmup_steps"]:
         yield f"optimizer.warmup_steps={flat['optimizer.warmup_steps']}: must be less than steps={flat['steps']}"
     if flat["compute.attention"] == "cudnn" and flat["data.document_mask"]:
@@ -66,9 +74,7 @@ def _relations(flat: dict[str, Any]) -> Iterator[str]:
         yield "sync.algorithm=psum adds up on the wire and knows no codec: set sync.codec=none or another algorithm"
     if flat["compute.attention"] == "cudnn" and flat["compute.dtype"] == "float32":
         yield "compute.attention=cudnn knows no compute.dtype=float32: set bfloat16, or compute.attention=reference"
-    yield from _sync_relations(flat)
-    if flat["seed"] >= 2**32:
-        yield f"seed={flat['seed']}: must be less than 2**32"
+    yield from _sync_relations(flat, offer)
     if flat["profile.steps"]:
         try:
             if profile_range(flat["profile.steps"]).start >= flat["steps"]:
@@ -83,7 +89,7 @@ def _relations(flat: dict[str, Any]) -> Iterator[str]:
             yield f"{key}={flat[key]} needs {package}, which is not installed: `pip install {package}`, or turn it off"
 
 
-def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
+def _sync_relations(flat: dict[str, Any], offer: bool) -> Iterator[str]:
     codec, strategy = flat["sync.codec"], flat["sync.strategy"]
     if flat["optimizer.name"] == "sign" and codec == "powersgd":
         yield (
@@ -109,12 +115,8 @@ def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
             "sync.codec=int2 with sync.stochastic rounds to values larger than the error it leaves, so residuals would "
             "grow: set sync.error_feedback=off, or leave sync.stochastic out"
         )
-    if flat["sync.decay"] > 1:
-        yield f"sync.decay={flat['sync.decay']}: residuals would grow without end; must be between 0 and 1"
-    if flat["sync.mix"] > 1:
-        yield f"sync.mix={flat['sync.mix']}: must be between 0 (global parameters) and 1 (the replica's own)"
     if strategy == "eager":
-        yield from _whole_rounds(flat, flat["sync.interval"], "sync.interval")
+        yield from _whole_rounds(flat, flat["sync.interval"], "sync.interval", offer)
     if strategy != "streaming":
         return
     H, fragments, layers = flat["sync.interval"], flat["sync.fragments"], flat["model.num_layers"]
@@ -122,23 +124,34 @@ def _sync_relations(flat: dict[str, Any]) -> Iterator[str]:
     if layers % fragments:
         yield f"sync.fragments={fragments} does not divide model.num_layers={layers}: choose one of {legal}"
     if H % fragments:
-        yield f"sync.interval={H} is not a multiple of sync.fragments={fragments}. Nearest legal sizes: " + (
-            nearest_multiples(H, fragments)
-        )
+        sizes = _nearest_legal(flat, "sync.interval", fragments) if offer else ""
+        yield f"sync.interval={H} is not a multiple of sync.fragments={fragments}. {sizes}"
         return
     K = H // fragments
     if flat["sync.overlap"] > K:
         yield f"sync.overlap={flat['sync.overlap']}: one fragment is on the wire at a time, for at most {K} steps"
-    yield from _whole_rounds(flat, K, "sync.interval / sync.fragments")
+    yield from _whole_rounds(flat, K, "sync.interval / sync.fragments", offer)
 
 
-def _whole_rounds(flat: dict[str, Any], K: int, name: str) -> Iterator[str]:
+def _whole_rounds(flat: dict[str, Any], K: int, name: str, offer: bool) -> Iterator[str]:
     for key in ("steps", "eval_every", "checkpoint.every"):
         if flat[key] % K:
-            yield (
-                f"{key}={flat[key]} is not a multiple of {name} = {K}, the steps between two exchanges. "
-                f"Nearest legal sizes: {nearest_multiples(flat[key], K)}"
-            )
+            sizes = _nearest_legal(flat, key, K) if offer else ""
+            yield f"{key}={flat[key]} is not a multiple of {name} = {K}, the steps between two exchanges. {sizes}"
+
+
+def _nearest_legal(flat: dict[str, Any], key: str, unit: int) -> str:
+    """The nearest multiples of `unit` that nothing else forbids."""
+    others = {line for line in relations(flat, offer=False) if not line.startswith(f"{key}=")}
+
+    def legal(size: int) -> bool:
+        return size > 0 and set(relations(flat | {key: size}, offer=False)) <= others
+
+    start = flat[key] // unit
+    below = next((n * unit for n in range(start, max(0, start - 1000), -1) if legal(n * unit)), None)
+    above = next((n * unit for n in range(start + 1, start + 1000) if legal(n * unit)), None)
+    found = [str(size) for size in (below, above) if size]
+    return f"Nearest legal sizes: {' or '.join(found)}" if found else f"No multiple of {unit} fits the other values"
 
 
 def profile_range(text: str) -> range:

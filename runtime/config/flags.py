@@ -1,26 +1,23 @@
 """The command line: flags, the config file, overrides. A Python config file is executed when given as --config."""
 
+import importlib.metadata
+import platform
+import re
 import runpy
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
+import runtime
 from runtime.config.check import unread
 from runtime.config.errors import UsageError
-from runtime.config.keys import base_values, flatten
+from runtime.config.keys import EXPECTED, base_values, convert, expand_home, flatten, nested, read_text
 from runtime.config.resume import read_json
 from runtime.config.suggest import nearest_name, unknown_key
-
-PARSERS = {
-    int: flags.IntegerParser(),
-    float: flags.FloatParser(),
-    bool: flags.BooleanParser(),
-    str: flags.ArgumentParser(),
-}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -38,13 +35,20 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "heartbeat", 30, "Seconds after which a silent process is dead.", flag_values=values, lower_bound=1
     )
+    flags.DEFINE_bool("version", False, "Show the versions of this program, JAX and Python.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this help.", flag_values=values, short_name="h")
 
 
-def parse(argv: Sequence[str], doc: str) -> tuple[Any, Any]:
-    """argv (with the program's name first) -> (config, flags). Raises UsageError; prints help and exits if asked.
+def version() -> str:
+    """Of this program and of what computes: `slackline 0.1.0 (JAX 0.12.0, Python 3.13.1)`."""
+    return f"slackline {runtime.VERSION} (JAX {importlib.metadata.version('jax')}, Python {platform.python_version()})"
 
-    Of an option given twice the last one counts.
+
+def parse(argv: Sequence[str], doc: str) -> tuple[Any, Any]:
+    """argv (with the program's name first) -> (config, flags). Raises UsageError; prints help or version and exits if
+    asked.
+
+    Of an option given twice the last one counts. `flags.notes`: what was changed without being asked for.
     """
     values = flags.FlagValues()
     define_flags(values)
@@ -52,58 +56,113 @@ def parse(argv: Sequence[str], doc: str) -> tuple[Any, Any]:
         options = values.get_help(include_special_flags=False)
         print(f"{doc}\n{options}\n  --config: a Python config file.\n  --config.KEY=VALUE: overrides one of its keys.")
         raise SystemExit(0)
-    given = dict(map(_split, argv[1:]))
-    workdir = given.get("workdir")
-    config_file = given.pop("config") or "" if "config" in given else None
-    if "workdir" in given and not workdir:
-        raise UsageError("--workdir needs a folder, as in --workdir=runs/first")
-    if config_file is not None:
-        config = _execute(config_file)
-    elif workdir and (Path(workdir) / "config.json").is_file():
-        config = read_json(Path(workdir))
-    elif workdir:
-        raise UsageError(f"--workdir={workdir} has no config.json to resume from: give a --config=configs/….py")
-    else:
-        raise UsageError("--config is missing, as in --config=configs/quickstart.py (or --workdir of an earlier run)")
-    before = dict(flatten(config))
+    if "--version" in argv:
+        print(version())
+        raise SystemExit(0)
+    given = dict(split(argv[1:]))
+    config_file, before = _start(given)
     _check_names(given, before, values)
     wrong, overridden = [], {}
     for name, text in given.items():
         key = name.removeprefix("config.")
         try:
             if key != name:
-                overridden[key] = _value(name, text, PARSERS.get(type(before[key]), PARSERS[str]))
+                overridden[key] = convert(key, _value(key, text, type(base_values()[key])))
             elif name in values:
-                setattr(values, name, _value(name, text, values[name].parser))
+                setattr(values, name, _flag_value(name, text, values[name].parser))
             else:  # --noresume
-                setattr(values, name.removeprefix("no"), not _value(name, text, flags.BooleanParser()))
+                setattr(values, name.removeprefix("no"), not _flag_value(name, text, flags.BooleanParser()))
         except ValueError as error:
-            wrong.append(str(error))
-    config.update_from_flattened_dict(overridden)
-    wrong += unread(dict(flatten(config)), [key for key, value in overridden.items() if value != before[key]])
+            wrong.append(f"--{error}" if key == name else f"--config.{error}")
+    flat = before | overridden
+    notes = _shorten_warm_up(before, flat, overridden)
+    wrong += unread(flat, [key for key, value in overridden.items() if value != before[key]])
     if wrong:
         raise UsageError("\n".join(wrong))
+    workdir = expand_home(given.get("workdir") or "") or None
+    values.workdir = workdir
     flags.DEFINE_string("config_name", config_file or workdir, "", flag_values=values)
+    flags.DEFINE_multi_string("notes", notes, "", flag_values=values)
     values.mark_as_parsed()
-    return config.lock(), values
+    return nested(flat).lock(), values
 
 
-def _split(argument: str) -> tuple[str, str | None]:
-    if not argument.startswith("-"):
-        raise UsageError(f"unexpected argument {argument!r}: options start with -- and take their value after =")
-    name, equals, value = argument.lstrip("-").partition("=")
-    return name, value if equals else None
+def split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(name, value) of each option: `--name=value`, `--name value`, or `--switch` (None)."""
+    name: str | None = None
+    for argument in arguments:
+        if re.match(r"--?[A-Za-z_]", argument):
+            if name is not None:
+                yield name, None
+            name, equals, value = argument.lstrip("-").partition("=")
+            if equals:
+                yield name, value
+                name = None
+        elif name is None:
+            raise UsageError(f"unexpected argument {argument!r}: options start with -- and are followed by their value")
+        else:
+            yield name, argument
+            name = None
+    if name is not None:
+        yield name, None
 
 
-def _value(name: str, text: str | None, parser: Any) -> Any:
-    """What `text` means to this option; an option without = is a switch, turned on."""
+def _start(given: dict[str, str | None]) -> tuple[str | None, dict[str, Any]]:
+    """(config file, {key: value}) that the command line starts from: --config, or the workdir's config.json."""
+    workdir = expand_home(given.get("workdir") or "")
+    config_file = expand_home(given.pop("config") or "") if "config" in given else None
+    if "workdir" in given and not workdir:
+        raise UsageError("--workdir needs a folder, as in --workdir=runs/first")
+    if config_file is not None:
+        return config_file, _converted(dict(flatten(_execute(config_file))), f"--config={config_file}")
+    if workdir and (Path(workdir) / "config.json").is_file():
+        return None, dict(flatten(read_json(Path(workdir))))
+    if workdir:
+        raise UsageError(f"--workdir={workdir} has no config.json to resume from: give a --config=configs/….py")
+    raise UsageError("--config is missing, as in --config=configs/quickstart.py (or --workdir of an earlier run)")
+
+
+def _converted(flat: dict[str, Any], source: str) -> dict[str, Any]:
+    found, wrong = {}, []
+    for key, value in flat.items():
+        try:
+            found[key] = convert(key, value)
+        except ValueError as error:
+            wrong.append(f"{source} sets {error}")
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    return found
+
+
+def _shorten_warm_up(before: dict[str, Any], flat: dict[str, Any], overridden: dict[str, Any]) -> list[str]:
+    """A run made shorter on the command line keeps the warm-up's share of it, where the whole would not fit."""
+    key, steps = "optimizer.warmup_steps", flat.get("steps", 0)
+    if key in overridden or "steps" not in overridden or not 0 < steps <= flat[key] < before["steps"]:
+        return []
+    flat[key], all_of_it = before[key] * steps // before["steps"], before["steps"]
+    note = f"{key}={before[key]} does not fit into steps={steps}"
+    return [f"{note}: it is {flat[key]}, the same share as of {all_of_it}"]
+
+
+def _value(name: str, text: str | None, kind: type) -> Any:
+    """What `text` means to this key; an option without a value is a switch, turned on."""
+    expected = EXPECTED.get(kind, "a value")
+    if text is None and kind is not bool:
+        raise ValueError(f"{name} needs {expected} after it")
+    try:
+        return read_text(kind, "true" if text is None else text)
+    except ValueError:
+        raise ValueError(f"{name}={text}: expected {expected}") from None
+
+
+def _flag_value(name: str, text: str | None, parser: Any) -> Any:
     expected = parser.syntactic_help or ("true or false" if isinstance(parser, flags.BooleanParser) else "a value")
     if text is None and expected != "true or false":
-        raise ValueError(f"--{name} needs {expected}, as in --{name}=…")
+        raise ValueError(f"{name} needs {expected} after it")
     try:
         return parser.parse("true" if text is None else text)
     except (ValueError, TypeError):
-        raise ValueError(f"--{name}={text}: expected {expected}") from None
+        raise ValueError(f"{name}={text}: expected {expected}") from None
 
 
 def _execute(config_file: str) -> Any:
@@ -129,17 +188,21 @@ def _execute(config_file: str) -> Any:
     return config
 
 
-def _check_names(given: Iterable[str], config: dict[str, Any], values: flags.FlagValues) -> None:
+def _check_names(given: Mapping[str, str | None], config: dict[str, Any], values: flags.FlagValues) -> None:
     keys = list(config)
     groups = {".".join(parts[:n]) for parts in (key.split(".") for key in keys) for n in range(1, len(parts))}
-    for name in given:
-        if name.startswith("config."):
-            key = name.removeprefix("config.")
-            if key in groups:
-                example = next(k for k in keys if k.startswith(f"{key}."))
-                raise UsageError(f"--config.{key} is a group; set one of its keys, as in --config.{example}=…")
-            if key not in keys:
-                raise UsageError(unknown_key(key, keys))
-        elif name not in values and not (name.startswith("no") and name[2:] in values and values[name[2:]].boolean):
-            options = [*(f for f in values if len(f) > 1), "config"]
-            raise UsageError(f"unknown option --{name}: did you mean --{nearest_name(name, options)}? See --help.")
+    for name, text in given.items():
+        key = name.removeprefix("config.")
+        known = name in values or (name.startswith("no") and name[2:] in values and values[name[2:]].boolean)
+        if key in groups:
+            example = next(k for k in keys if k.startswith(f"{key}."))
+            raise UsageError(f"--config.{key} is a group; set one of its keys, as in --config.{example}=…")
+        if key != name and key not in keys:
+            raise UsageError(unknown_key(key, keys))
+        if key == name and not known:
+            options = [*(f for f in values if len(f) > 1), "config", *keys]
+            near = nearest_name(name, options)
+            value = "" if text is None else f"={text}"
+            raise UsageError(
+                f"unknown option --{name}: did you mean --{'config.' * (near in keys)}{near}{value}? See --help."
+            )

@@ -1,10 +1,16 @@
 """What is known of each key: its base value, its legal values, what reads it."""
 
+import functools
+import math
+import numbers
+import os
+import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from absl import flags
 from ml_collections import ConfigDict
 
 BASE = str(Path(__file__).parents[2] / "configs" / "base.py")  # every key that there is
@@ -48,18 +54,54 @@ CHOICES = {
     "sync.outer.optimizer": ("nesterov", "sgd", "adam"),
     "metrics.tensorboard": ("auto", "on", "off"),
 }
-POSITIVE = (
-    "steps log_every eval_batches model.num_layers model.model_dim model.num_heads model.num_kv_heads model.head_dim "
-    "model.mlp_dim model.norm_eps model.rope_theta model.init_std compute.loss_chunk_mib data.vocab_size data.seq_len "
-    "data.batch_size optimizer.accumulate guard.window guard.abort_after checkpoint.keep sync.interval sync.fragments"
+
+
+class Range(NamedTuple):
+    """The numbers from low to high; `ends` says whether each of the two is one of them: "[)", as in [0, 1)."""
+
+    low: float
+    high: float
+    ends: str
+
+    def __contains__(self, x: Any) -> bool:
+        above = x >= self.low if self.ends[0] == "[" else x > self.low
+        return above and (x <= self.high if self.ends[1] == "]" else x < self.high)
+
+    def __str__(self) -> str:
+        low = f"{'at least' if self.ends[0] == '[' else 'greater than'} {self.low}"
+        high = f" and {'at most' if self.ends[1] == ']' else 'less than'} {self.high}"
+        return f"must be {low}{high if self.high < math.inf else ''}"
+
+
+# Every number has a range here, or is in `CHECKED_ELSEWHERE`.
+RANGES: dict[Range, str] = {
+    Range(0, math.inf, "()"): (
+        "model.norm_eps model.rope_theta model.init_std model.rope_scaling.low_freq_factor "
+        "model.rope_scaling.high_freq_factor optimizer.eps"
+    ),
+    Range(1, math.inf, "[)"): (
+        "steps log_every eval_batches model.num_layers model.model_dim model.num_heads model.num_kv_heads "
+        "model.head_dim model.mlp_dim model.rope_scaling.original_max_len compute.loss_chunk_mib data.vocab_size "
+        "data.seq_len data.batch_size optimizer.accumulate guard.window guard.abort_after checkpoint.keep "
+        "sync.interval sync.fragments"
+    ),
+    Range(0, math.inf, "[)"): (
+        "eval_every model.sliding_window model.rope_scaling.factor optimizer.lr optimizer.warmup_steps "
+        "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss "
+        "optimizer.freeze_steps guard.zscore sync.replicas sync.staleness sync.compensation sync.overlap sync.outer.lr "
+        "checkpoint.every checkpoint.keep_every sample.tokens sample.temperature"
+    ),
+    Range(0, 1, "[)"): "optimizer.b1 optimizer.b2 optimizer.momentum sync.outer.momentum",  # 1: nothing is forgotten
+    Range(0, 1, "[]"): "sync.decay sync.mix",
+    Range(0, 1, "()"): "data.eval_fraction",
+    Range(0, 2**32, "[)"): "seed",
+}
+CHECKED_ELSEWHERE = (  # -1 means something of its own there
+    "mesh.replica mesh.fsdp mesh.tensor sync.block sync.density sync.bits sync.rank"
 ).split()
-NOT_NEGATIVE = (
-    "seed eval_every model.sliding_window model.rope_scaling.factor optimizer.lr optimizer.warmup_steps "
-    "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss guard.zscore "
-    "optimizer.freeze_steps "
-    "sync.replicas sync.staleness sync.compensation sync.overlap sync.mix sync.decay sync.outer.lr sync.outer.momentum "
-    "checkpoint.every checkpoint.keep_every sample.tokens sample.temperature"
-).split()
+SMALLEST_VOCABULARY = {"bytes": 256, "bpe": 257}  # by data.tokenizer; of a file it is not known before it is read
+PATHS = ("data.path", "data.tokenizer")  # in these ~ is the home
+EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 # {key: {value: the keys that nothing reads then}}. To set one of them on the command line would be a mistake.
 UNREAD: dict[str, dict[Any, str]] = {
@@ -96,6 +138,49 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def base_values() -> dict[str, Any]:
-    """{key: its default}, every key that there is."""
+@functools.cache
+def _base() -> dict[str, Any]:
     return dict(flatten(runpy.run_path(BASE)["get_config"]()))
+
+
+def base_values() -> dict[str, Any]:
+    """{key: its default}, every key that there is. A default's type is the key's."""
+    return dict(_base())
+
+
+def convert(key: str, value: Any) -> Any:
+    """A value as the key holds it, wherever it comes from: of the type of the key's default, with ~ as the home in
+    paths. Whole numbers may be written as floats. Raises ValueError, with what was expected."""
+    kind = type(_base().get(key, value))
+    number: Any = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+    if number is not None and (kind is float or kind is int and number == number // 1):
+        return kind(number)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{key}={value!r}: expected {EXPECTED.get(kind, kind.__name__)}")
+    return expand_home(str(value)) if key in PATHS else value
+
+
+def read_text(kind: type, text: str) -> Any:
+    """What is typed, as a value of this type; `1e3` is a whole number. Raises ValueError."""
+    if kind is bool:
+        return flags.BooleanParser().parse(text)
+    if kind is int and re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    return float(text) if kind in (int, float) else text
+
+
+def expand_home(path: str) -> str:
+    """~ as the home, in each of several paths with commas between them."""
+    return ",".join(map(os.path.expanduser, path.split(",")))
+
+
+def nested(flat: Mapping[str, Any]) -> Any:
+    """The config with these keys."""
+    groups: dict[str, Any] = {}
+    for key, value in flat.items():
+        node = groups
+        *path, name = key.split(".")
+        for group in path:
+            node = node.setdefault(group, {})
+        node[name] = value
+    return ConfigDict(groups)

@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from runtime.config.errors import UsageError
-from runtime.config.keys import flatten
+from runtime.config.keys import base_values, convert, flatten, nested
+from runtime.config.suggest import unknown_key
 
 # A change here makes another model: the checkpoint's weights mean something else.
 MODEL_KEYS = ("model.", "data.vocab_size", "data.tokenizer")
 
 
 def read_json(workdir: Path) -> Any:
+    """The config of the run in `workdir`. A key that came later than the run has its default."""
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -23,7 +23,16 @@ def read_json(workdir: Path) -> Any:
         raise UsageError(
             f"{path} is damaged ({error}). Restore it from a backup, or start a new run with another --workdir."
         ) from error
-    return ConfigDict(config)
+    flat, known, wrong = dict(flatten(config)), base_values(), []
+    for key, value in flat.items():
+        try:
+            flat[key] = convert(key, value)
+        except ValueError as error:
+            wrong.append(f"{path} has {error}")
+    wrong += [f"{path} has the {unknown_key(key, list(known))}" for key in flat.keys() - known.keys()]
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    return nested(known | flat)
 
 
 def difference(old: Any, new: Any) -> list[tuple[str, Any, Any]]:

@@ -12,14 +12,24 @@ def unknown_key(key: str, keys: list[str]) -> str:
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:
-    """The most similar name; the last part of a dotted key counts most."""
+    """The most similar name. The last part of a dotted key counts most; initials are as good as words."""
+    name = name.replace("-", "_")
     last = name.rpartition(".")[2]
 
     def likeness(k: str) -> float:
-        whole = difflib.SequenceMatcher(None, name, k).ratio()
-        return whole + difflib.SequenceMatcher(None, last, k.rpartition(".")[2]).ratio()
+        own = k.rpartition(".")[2]
+        # A name without a group says nothing of groups: of several, the outermost is meant.
+        whole = difflib.SequenceMatcher(None, name, k).ratio() if "." in name else -0.01 * k.count(".")
+        initials = own in (last, _initials(last)) or _initials(own) == last
+        return whole + (1 if initials else difflib.SequenceMatcher(None, last, own).ratio())
 
     return max(known, key=likeness)
+
+
+def _initials(name: str) -> str:
+    """Of a name of several words; of one word the word itself."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else name
 
 
 def nearest_multiples(size: int, unit: int) -> str:
