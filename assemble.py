@@ -74,9 +74,13 @@ def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
     return Transformer(config, compute, z_loss=c.optimizer.z_loss), why
 
 
-def build_optimizer(c: Any, axes: Any) -> optimizer.Optimizer:
+def build_schedule(c: Any) -> optimizer.Schedule:
     o = c.optimizer
-    schedule = optimizer.schedule(o.schedule, o.lr, o.warmup_steps, c.steps, o.final_lr_fraction)
+    return optimizer.schedule(o.schedule, o.lr, o.warmup_steps, c.steps, o.final_lr_fraction)
+
+
+def build_optimizer(c: Any, axes: Any) -> optimizer.Optimizer:
+    o, schedule = c.optimizer, build_schedule(c)
     if o.name == "signum":
         return Signum(schedule=schedule, momentum=o.momentum, weight_decay=o.weight_decay)
     if o.name == "onebit_adam":

@@ -57,7 +57,11 @@ def finish(run: Any, params: Any, evaluated: beside.Evaluation, prompt_P: np.nda
             console.say(f"a sample:\n{text}")
     if run.workdir.leader:
         attempt("plots/loss.png", lambda: plot(run, evaluated, *baselines))
-        console.say(held_out(evaluated, *baselines) + f"; see {folder}/plots/loss.png and summary.json")
+        console.say(
+            f"complete after {run.config.steps} steps; "
+            + held_out(evaluated, *baselines)
+            + f"; see {folder}/plots/loss.png and summary.json"
+        )
     if failed:
         console.warn(f"training is complete and saved in {folder}, but not all of its end: {', '.join(failed)}")
     return 1 if failed else 0
@@ -69,7 +73,8 @@ def summarise(run: Any, digest: str, evaluated: beside.Evaluation, unigram: Any,
     run.workdir.update_summary(
         parameters=assemble.num_parameters(run.parts),
         mesh=dict(run.parts.mesh.shape),
-        steps=last["step"],
+        step=last["step"],
+        skipped=last.get("skipped", 0),
         tokens=last["tokens"],
         final_loss=last["loss"],
         final_eval_loss=evaluated.loss,

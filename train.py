@@ -78,6 +78,7 @@ def main(argv: list[str]) -> int:
     from runtime.checkpoint import Checkpoints  # slow to import
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every, console.warn)
+    configuration.check_goal(config.steps, checkpoints.newest())
     phases.mark("data")
     programs = compiling.result()
     phases.mark("compile")
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> int:
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
         state, start = checkpoints.restore(parts.state, console.warn, assemble.adapter(parts, config.seed))
-        console.say(f"resuming {workdir.path} from step {start}; every array has the digest it was saved with")
+        say_resumed(config, workdir, start, console)
     else:
         init = initializing.result() if initializing else assemble.compile_init(parts)
         state, start = init(np.uint32(config.seed)), None
@@ -97,7 +98,8 @@ def main(argv: list[str]) -> int:
     assemble.refuse_stray(traffic, config.sync.allow_stray_bytes)
 
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
-    recorder = make_recorder(config, parts, workdir, console, wire_bytes, start)
+    counted = {} if start is None else checkpoints.facts()
+    recorder = make_recorder(config, parts, workdir, console, wire_bytes, start, counted.get("tokens"))
     workdir.begin(config, start)
     others = beside.Later(parts, config.sample, background, functools.partial(show_beside, config, parts, console))
     this = Run(config, parts, others, corpus, workdir, checkpoints, recorder, console, phases)
@@ -163,16 +165,16 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
     evaluate = beside.Evaluator(run.parts, held_out, run.corpus.tokenizer.token_bytes(), program)
     profiler = Profiler(config.profile.steps, run.workdir.path)
     if start is None and config.checkpoint.every:
-        checkpoints.save(0, state, None)
+        checkpoints.save(0, state, None, recorder.counted())
     done, evaluated, stopping = start or 0, beside.NOT_EVALUATED, False
     recorder.resume_clock()
     for batch in loader.batches(done, config.steps, place, strategy.steps_per_call):
-        profiler.before(done, state)
+        profiler.before(done, state, strategy.steps_per_call)
         program = programs[strategy.program_at(done, config.steps)]
         with jax.transfer_guard("disallow"):
             state, metrics = program(state, batch)
         done += strategy.steps_per_call
-        recorder.step(done, metrics)  # reads the step before: the device never waits for the host
+        recorder.step(done, metrics, batch["tokens"].size)  # reads the step before: the device never waits for the host
         if "first step" not in run.phases.seconds:
             recorder.flush()
             run.phases.mark("first step")
@@ -183,13 +185,13 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
         if evaluating or saving:
             recorder.flush()
             if last:  # what is trained is on the disk before anything runs that can fail: evaluation, sample
-                checkpoints.save(done, state, None)
+                checkpoints.save(done, state, None, recorder.counted())
                 checkpoints.finish()
             if evaluating:
                 evaluated = evaluate(state.params)
                 recorder.evaluation(done, evaluated.loss, evaluated.bits_per_byte)
             if saving and not last:
-                checkpoints.save(done, state, evaluated.loss if evaluating else None)
+                checkpoints.save(done, state, evaluated.loss if evaluating else None, recorder.counted())
             recorder.resume_clock()
         if checkpoints.poll():
             run.workdir.note_commit()
@@ -223,6 +225,16 @@ def make_console(config, flags, leader: bool, warning: str | None) -> Console:
     return console
 
 
+def say_resumed(config, workdir, start: int, console: Console) -> None:
+    console.say(f"resuming {workdir.path} from step {start}; every array has the digest it was saved with")
+    before = configuration.read_json(workdir.path)
+    if start == config.steps:
+        console.say(f"this run is complete: it has made its {start} steps, and is evaluated again")
+    elif start and configuration.changes_schedule(before, config):
+        was, now = (float(assemble.build_schedule(c)(step)) for c, step in ((before, start - 1), (config, start)))
+        console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
+
+
 def load_corpus(config) -> corpora.Corpus:
     data = config.data
     names = ("corpus", "path", "tokenizer", "vocab_size", "eval_fraction", "seq_len")
@@ -235,7 +247,8 @@ def batch_shape(config, corpus) -> dict:
     return {name: config.data[name] for name in names} | {"eos": corpus.tokenizer.eos}
 
 
-def make_recorder(config, parts, workdir, console, wire_bytes, start) -> Recorder:
+def make_recorder(config, parts, workdir, console, wire_bytes, start, tokens: int | None) -> Recorder:
+    """tokens: read up to the step `start`; None where its checkpoint does not say."""
     log, train_seconds = None, 0.0
     if workdir.leader:
         flag = {"auto": None, "on": True, "off": False}[config.metrics.tensorboard]
@@ -245,12 +258,13 @@ def make_recorder(config, parts, workdir, console, wire_bytes, start) -> Recorde
         log.rewind(start if start is not None else 0 if workdir.resuming else None)
         rows = [row for row in read(log.path) if "train_seconds" in row] if log.path.exists() else []
         train_seconds = rows[-1]["train_seconds"] if rows else 0.0
+        tokens = rows[-1]["tokens"] if rows and tokens is None else tokens
     return Recorder(
         log,
         console,
         log_every=config.log_every,
         abort_after=config.guard.abort_after,
-        tokens_per_step=config.data.batch_size * config.data.seq_len,
+        tokens=tokens or 0,
         flops_per_second_at_full_speed=assemble.full_speed(parts),
         flops_per_token=parts.model.flops_per_token(config.data.seq_len, causal=False),
         wire_bytes=wire_bytes,

@@ -118,6 +118,11 @@ class Checkpoints:
     def _on_disk(self) -> list[int]:
         return list(steps.committed(self.directory))
 
+    def newest(self) -> int:
+        """The newest step whose record can be read; 0 if there is none."""
+        readable = lambda: [step for step, at in steps.committed(self.directory).items() if read_record(at)]
+        return agree.decided("newest checkpoint", lambda: max(readable(), default=0))
+
     def facts(self) -> dict[str, Any]:
         """What the newest step whose record can be read was saved with; empty if there is none."""
 

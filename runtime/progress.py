@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Recorder:
         *,
         log_every: int,
         abort_after: int,
-        tokens_per_step: int,
+        tokens: int,
         flops_per_second_at_full_speed: float | None,
         flops_per_token: float,
         wire_bytes: dict[str, int],
@@ -47,22 +48,27 @@ class Recorder:
     ):
         self.log, self.console = log, console
         self.log_every, self.abort_after = log_every, abort_after
-        self.tokens_per_step, self.wire_bytes = tokens_per_step, wire_bytes
+        self.tokens, self.wire_bytes = tokens, wire_bytes  # tokens: read by the steps so far, a whole number
         self.flops_per_token, self.peak = flops_per_token, flops_per_second_at_full_speed
         self.train_seconds = train_seconds  # of all starts of this run
         self.last: dict[str, Any] = {}
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, Any, int] | None = None
         self._clock = time.perf_counter()
         self._recent: list[float] = []
 
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics [K] of the K steps that end with `step` (updates made); reads those of the call before."""
+    def step(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
+        """Takes the metrics [K] of the K steps that end with `step` (updates made) and the number of tokens that they
+        read; reads the metrics of the call before."""
         self._read()
-        self._pending = step, metrics
+        self._pending = step, metrics, tokens
 
     def flush(self) -> None:
         """Reads the newest metrics now, waiting for the device."""
         self._read()
+
+    def counted(self) -> dict[str, int]:
+        """What a checkpoint keeps of this; call it after `flush`."""
+        return {"tokens": self.tokens}
 
     def resume_clock(self) -> None:
         """What has passed since the last step (an evaluation, a save) is not step time."""
@@ -71,26 +77,27 @@ class Recorder:
     def _read(self) -> None:
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, tokens), self._pending = self._pending, None
         values = on_host(metrics)
         now, K = time.perf_counter(), len(values["loss"])
         seconds, self._clock = (now - self._clock) / K, now
         for i in range(K):
-            self._record(step - K + 1 + i, seconds, {name: x[i] for name, x in values.items()})
+            self._record(step - K + 1 + i, seconds, {name: x[i] for name, x in values.items()}, tokens // K)
 
-    def _record(self, step: int, seconds: float, values: dict[str, Any]) -> None:
+    def _record(self, step: int, seconds: float, values: dict[str, Any], tokens: int) -> None:
         self._recent.append(seconds)
         self.train_seconds += seconds
+        self.tokens += tokens
         # The middle of the steps since the last row: one slow step does not make the row look slow.
         seconds = statistics.median(self._recent)
-        speed = self.tokens_per_step / seconds
+        speed = tokens / seconds
         row = {
             "step": step,
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
             "param_norm": values["param_norm"],
             "lr": values["lr"],
-            "tokens": step * self.tokens_per_step,
+            "tokens": self.tokens,
             "tokens_per_second": round(speed, 1),
             "step_seconds": round(seconds, 6),
             "mfu": round(speed * self.flops_per_token / self.peak, 4) if self.peak else None,
@@ -103,13 +110,7 @@ class Recorder:
         if step % self.log_every == 0:
             self._recent = []
             self._write(row)
-        if int(values["skipped_in_a_row"]) >= self.abort_after:
-            raise RunError(
-                f"the last {self.abort_after} updates were skipped (guard.abort_after): every gradient was NaN, "
-                f"infinite or a spike, up to step {step} (loss {values['loss']}, gradient norm {values['grad_norm']}). "
-                "The weights are those of the last good update. Lower optimizer.lr, look at the data around this step, "
-                "or raise guard.zscore."
-            )
+        check_refusals(step, values, self.abort_after)
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
         row = {"step": step, "eval_loss": loss, "eval_bits_per_byte": bits_per_byte}
@@ -134,6 +135,17 @@ class Recorder:
             self.log.write(row)
 
 
+def check_refusals(step: int, values: Mapping[str, Any], abort_after: int) -> None:
+    """Raises RunError where the guard has refused the last `abort_after` updates. values: the metrics of this step."""
+    if int(values["skipped_in_a_row"]) >= abort_after:
+        raise RunError(
+            f"the last {abort_after} updates were skipped (guard.abort_after): every gradient was NaN, infinite or a "
+            f"spike, up to step {step} (loss {values['loss']}, gradient norm {values['grad_norm']}). The weights are "
+            "those of the last good update. Lower optimizer.lr, look at the data around this step, or raise "
+            "guard.zscore."
+        )
+
+
 def on_host(metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     """Metrics [K], read at once. What each replica has for itself, [K, R], is averaged over the replicas of this
     process: to add it up over the slow link at every step would cost what local strategies save."""
@@ -153,13 +165,14 @@ class Profiler:
         self._folder = workdir / "profile"
         self._tracing = False
 
-    def before(self, step: int, state: Any) -> None:
-        """Call before dispatching `step`."""
-        if step in self._range and not self._tracing:
+    def before(self, step: int, state: Any, steps_per_call: int = 1) -> None:
+        """Call before dispatching the steps from `step` on. Whole calls are traced."""
+        wanted = step < self._range.stop and step + steps_per_call > self._range.start
+        if wanted and not self._tracing:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
-        elif self._tracing and step not in self._range:
+        elif self._tracing and not wanted:
             self.stop(state)
 
     def stop(self, state: Any) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import shlex
 import shutil
 import signal
@@ -20,6 +21,10 @@ import assemble
 import train
 from data.tokenizer import build
 from runtime import config as configuration
+from runtime.checkpoint import read_record
+from runtime.console import Console
+from runtime.metrics import read
+from runtime.workdir import Workdir
 
 TINY = f"--config={helpers.ROOT}/configs/tiny.py"
 FACTORINGS_OF_8 = "1×8×1, 1×4×2, 1×2×4, 1×1×8, 2×4×1, 2×2×2, 2×1×4, 4×2×1, 4×1×2, 8×1×1"
@@ -485,10 +490,50 @@ def test_run_of_another_model(fails, run):
     assert "  data.vocab_size: 256 in config.json, 512 now" in message
 
 
-def test_harmless_changes_are_shown_and_accepted():
-    old, new = helpers.tiny(), helpers.tiny(optimizer__lr=0.5, steps=9)
-    assert configuration.check_resume(old, new) == ["optimizer.lr: 0.001 -> 0.5", "steps: 20 -> 9"]
+def test_harmless_changes_are_shown_with_what_they_do():
+    old, new = helpers.tiny(), helpers.tiny(optimizer__lr=0.5, steps=9, log_every=3)
+    assert configuration.check_resume(old, new) == [
+        "log_every: 1 -> 3 (training stays the same to the bit)",
+        "optimizer.lr: 0.001 -> 0.5, steps: 20 -> 9 "
+        "(the learning rate follows the new schedule from the next update on)",
+    ]
     assert configuration.check_resume(old, old) == []
+
+
+def test_every_key_has_one_row_in_the_table_of_changes_which_is_that_of_the_page():
+    rows = [name for change in configuration.resume.CHANGES for name in change.keys.split()]
+    known = flat_base()
+    groups = {f"{key.partition('.')[0]}." for key in known if "." in key}
+    assert len(rows) == len(set(rows)) and set(rows) <= known.keys() | groups
+    for key in known:
+        configuration.resume.change_of(key)
+    page = (helpers.ROOT / "docs" / "workdir.md").read_text().split("## Resuming")[1]
+    told = re.findall(r"^\| (`.*`) \| (.*) \|$", page, re.MULTILINE)
+    found = {re.sub(r"[`,*.]", "", keys): effect for keys, effect in told}
+    assert found == {change.keys.replace(".", ""): change.effect for change in configuration.resume.CHANGES}
+
+
+@pytest.mark.parametrize("options", ["--config.steps=1", "--config.steps=1 --config.optimizer.schedule=cosine"])
+def test_fewer_steps_than_were_made(fails, run, options):
+    message = fails(f"--workdir={run}", *options.split())
+    assert message.startswith("steps=1: this run has made 2 steps already") and "steps=2 or more" in message
+    (run / "checkpoints" / "99").mkdir()  # no step of ours
+    shutil.rmtree(run / "checkpoints" / "2" / "record")  # what cannot be read is not made
+    shutil.rmtree(run / "checkpoints" / "2" / "state")
+    assert "nothing to resume from" in fails(f"--workdir={run}", *options.split(), code=1)
+
+
+def test_a_longer_run_says_what_the_learning_rate_jumps_from_and_to(run, capsys):
+    """From the end of a cosine of 20 steps into the middle of one of 40."""
+    cosine = {"optimizer__schedule": "cosine", "optimizer__lr": 1e-3, "optimizer__final_lr_fraction": 0.1}
+    old, new = helpers.tiny(steps=20, **cosine), helpers.tiny(steps=40, **cosine)
+    (run / "config.json").write_text(old.to_json())
+    train.say_resumed(new, Workdir(run, True, True), 20, Console(40, 1))
+    middle = 1e-4 + 9e-4 * 0.5
+    assert f"was 0.000106 at step 20 and is {middle:.3g} at step 21" in capsys.readouterr().out
+    train.say_resumed(old, Workdir(run, True, True), 20, Console(20, 1))
+    out = capsys.readouterr().out
+    assert "this run is complete" in out and "learning rate" not in out
 
 
 def test_checkpoints_of_another_optimizer(fails, run):
@@ -545,6 +590,16 @@ def test_resuming_executes_no_config(run, capsys, monkeypatch):
     monkeypatch.setattr(configuration.flags, "_execute", lambda _: pytest.fail("executed a config file"))
     assert train.run(["train.py", f"--workdir={run}"]) == 0
     assert f"resuming {run} from step 2" in capsys.readouterr().out
+
+
+def test_tokens_are_counted_as_they_are_read(run, capsys):
+    """A whole number of any size from the checkpoint's record: another batch size does not change what was read."""
+    assert train.run(["train.py", f"--workdir={run}", "--config.steps=3", "--config.data.batch_size=64"]) == 0
+    assert "complete after 3 steps" in capsys.readouterr().out
+    tokens = [row["tokens"] for row in read(run / "metrics.jsonl") if "tokens" in row]
+    assert tokens == [32 * 32, 2 * 32 * 32, 2 * 32 * 32 + 64 * 32]
+    record = read_record(run / "checkpoints" / "3")
+    assert record["facts"]["tokens"] == tokens[-1]
 
 
 # ── as a user meets it: real processes ───────────────────────────────────────────────────────────────────────────

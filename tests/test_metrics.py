@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from runtime import metrics, plot
+from runtime.progress import Profiler
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -293,3 +295,15 @@ def test_importing_costs_neither_matplotlib_nor_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_profile_range_inside_one_call_is_traced(tmp_path):
+    """A call of 15 steps holds the steps 10 to 12: the whole of it is traced, and nothing else."""
+    state = jnp.zeros(3)
+    profiler = Profiler("10:13", tmp_path)
+    tracing = []
+    for step in (0, 15, 30):
+        profiler.before(step, state, 15)
+        tracing.append(profiler._tracing)
+    profiler.stop(state)
+    assert tracing == [True, False, False] and list(tmp_path.rglob("*.xplane.pb"))

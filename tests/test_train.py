@@ -33,11 +33,14 @@ def test_the_summary_has_its_keys(finished):
     workdir, _ = finished
     summary = json.loads((workdir / "summary.json").read_text())
     for key in (
-        "parameters mesh steps tokens final_loss final_eval_loss final_eval_bits_per_byte unigram_bits_per_byte "
+        "parameters mesh step skipped tokens final_loss final_eval_loss final_eval_bits_per_byte unigram_bits_per_byte "
         "bigram_bits_per_byte params_digest wire_bytes_per_step compiles phases goodput starts"
     ).split():
         assert key in summary, key
-    assert summary["mesh"] == {"replica": 2, "fsdp": 2, "tensor": 2} and summary["steps"] == 20
+    assert summary["mesh"] == {"replica": 2, "fsdp": 2, "tensor": 2} and (summary["step"], summary["skipped"]) == (
+        20,
+        0,
+    )
     assert summary["tokens"] == 20 * 32 * 32 and summary["compiles"] == 1
     assert len(summary["params_digest"]) == 64 and 0 < summary["goodput"] <= 1
     assert summary["starts"][0]["restored_step"] is None
@@ -138,13 +141,13 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
 
     reads = []
     monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x["step"]) or x)
-    options = {"log_every": 1, "abort_after": 9, "tokens_per_step": 1, "flops_per_token": 1, "wire_bytes": {}}
+    options = {"log_every": 1, "abort_after": 9, "tokens": 0, "flops_per_token": 1, "wire_bytes": {}}
     recorder = Recorder(
         None, Console(9, 1, quiet=True), flops_per_second_at_full_speed=None, train_seconds=0.0, **options
     )
     names = ("loss", "grad_norm", "param_norm", "lr", "skipped", "skipped_in_a_row")
     for step in (1, 2, 3):
-        recorder.step(step, dict.fromkeys(names, jnp.zeros(1)) | {"step": jnp.array([step])})
+        recorder.step(step, dict.fromkeys(names, jnp.zeros(1)) | {"step": jnp.array([step])}, tokens=1)
         assert [int(r[0]) for r in reads] == list(range(1, step)), "one behind"
     recorder.flush()
     assert [int(r[0]) for r in reads] == [1, 2, 3]

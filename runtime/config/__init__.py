@@ -18,7 +18,7 @@ from runtime.config.keys import (
     expand_home,
     flatten,
 )
-from runtime.config.resume import check_resume, difference, read_json
+from runtime.config.resume import changes_schedule, check_goal, check_resume, difference, read_json
 from runtime.config.suggest import nearest_multiples
 
 __all__ = [
@@ -31,7 +31,9 @@ __all__ = [
     "RunError",
     "UsageError",
     "bad_input",
+    "changes_schedule",
     "check_batch",
+    "check_goal",
     "check_resume",
     "convert",
     "define_flags",

@@ -2,14 +2,47 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.config.errors import UsageError
 from runtime.config.keys import base_values, convert, flatten, nested
 from runtime.config.suggest import unknown_key
 
-# A change here makes another model: the checkpoint's weights mean something else.
-MODEL_KEYS = ("model.", "data.vocab_size", "data.tokenizer")
+
+class Change(NamedTuple):
+    """What becomes of a run that goes on with another value of these keys. A name that ends in a dot is a group: those
+    of its keys that no other row names."""
+
+    keys: str
+    effect: str
+    refused: bool = False
+
+
+SCHEDULE = "steps optimizer.lr optimizer.schedule optimizer.warmup_steps optimizer.final_lr_fraction"
+CHANGES = (
+    Change("model. data.vocab_size data.tokenizer", "refused: the weights mean something else", refused=True),
+    Change(SCHEDULE, "the learning rate follows the new schedule from the next update on"),
+    Change(
+        "optimizer. guard.window sync.outer.optimizer",
+        "from the next update on; refused where the arrays of the state differ",
+    ),
+    Change("guard. sync.algorithm sync.allow_stray_bytes", "from the next update on"),
+    Change("seed data.seq_len data.batch_size", "from the same step number of another order of the data"),
+    Change("data.", "other data, from the same step number on"),
+    Change("mesh. sync.", "the state is carried over to the new layout; each array that changes is named"),
+    Change("compute.", "the same mathematics, rounded in another order"),
+    Change(
+        "log_every eval_every eval_batches checkpoint. sample. metrics. profile.",
+        "training stays the same to the bit",
+    ),
+)
+
+
+def change_of(key: str) -> Change:
+    """The row of a key: the one that names it, else the one of its group."""
+    group = f"{key.partition('.')[0]}."
+    rows = [row for name in (key, group) for row in CHANGES if name in row.keys.split()]
+    return rows[0]
 
 
 def read_json(workdir: Path) -> Any:
@@ -42,13 +75,29 @@ def difference(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
 
 
 def check_resume(old: Any, new: Any) -> list[str]:
-    """The changes since the run began, one line each. Raises UsageError if one changes the model."""
+    """What has changed since the run began, one line for each of its effects. Raises UsageError for another model."""
     rows = difference(old, new)
-    fatal = [row for row in rows if row[0].startswith(MODEL_KEYS)]
+    fatal = [row for row in rows if change_of(row[0]).refused]
     if fatal:
         lines = "\n".join(f"  {key}: {a!r} in config.json, {b!r} now" for key, a, b in fatal)
         raise UsageError(
             f"this workdir holds a run of another model:\n{lines}\n"
             "Go on with --workdir alone (it uses config.json), or give this config another --workdir."
         )
-    return [f"{key}: {a!r} -> {b!r}" for key, a, b in rows]
+    by_effect: dict[str, list[str]] = {}
+    for key, a, b in rows:
+        by_effect.setdefault(change_of(key).effect, []).append(f"{key}: {a!r} -> {b!r}")
+    return [f"{', '.join(changed)} ({effect})" for effect, changed in by_effect.items()]
+
+
+def check_goal(steps: int, made: int) -> None:
+    """Raises UsageError where a run is to end before the step that it has reached."""
+    if steps < made:
+        raise UsageError(
+            f"steps={steps}: this run has made {made} steps already, and none can be taken back. "
+            f"Set steps={made} or more, or another --workdir"
+        )
+
+
+def changes_schedule(old: Any, new: Any) -> bool:
+    return any(key in SCHEDULE.split() for key, *_ in difference(old, new))
