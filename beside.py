@@ -145,13 +145,6 @@ def compile_sample(parts: Parts, num_tokens: int, temperature: float) -> Any:
     return jax.jit(generate, out_shardings=own).lower(parts.state.params, *arguments).compile()
 
 
-def prompt_ids(prompt: str, tokenizer: Any, seq_len: int) -> np.ndarray:
-    """The ids [P] that the sample goes on from: at least one, and fewer than the window has."""
-    ids = np.asarray(tokenizer.encode(prompt), np.int32)
-    ids = ids if len(ids) else np.array([tokenizer.eos], np.int32)
-    return ids[-max(1, seq_len - 1) :]
-
-
 def sample_text(program: Any, params: Any, prompt_P: np.ndarray, seq_len: int, seed: int, tokenizer: Any) -> str:
     """A sample from the trained model. Called by every process: the parameters stay in their shards."""
     window_T = np.zeros((seq_len,), np.int32)

@@ -225,13 +225,11 @@ class Runner:
             if R % D:
                 raise UsageError(f"sync.replicas={R} replicas cannot be laid over {D} devices: use --simulate={R}")
             parts = assemble.build(config, meshes.build({"replica": D, "fsdp": 1, "tensor": 1}))
-            data = {
-                k: config.data[k] for k in ("corpus", "path", "tokenizer", "vocab_size", "eval_fraction", "seq_len")
-            }
+            data = {key: config.data[key] for key in corpora.KEYS}
             corpus = corpora.load(cache_dir=corpora.cache_directory(), **data)
             batches = eval_batches(corpus.eval_N, num_batches=config.eval_batches, **_shape(config, corpus))
             program = functools.cache(functools.partial(beside.compile_evaluation, parts))
-            evaluate = beside.Evaluator(parts, batches, corpus.tokenizer.token_bytes(), program)
+            evaluate = beside.Evaluator(parts, batches, corpus.token_bytes(), program)
             built = (parts, assemble.compile_steps(parts), assemble.compile_init(parts), evaluate, corpus)
             self._built = {key: built}
         return self._built[key]

@@ -22,7 +22,7 @@ def try_prompt(sample: Any, tokenizer: Any, seq_len: int) -> np.ndarray | None:
     if not sample.tokens:
         return None
     try:
-        prompt_P = beside.prompt_ids(sample.prompt, tokenizer, seq_len)
+        prompt_P = corpora.encode_prompt(tokenizer, sample.prompt)[-max(1, seq_len - 1) :]
         tokenizer.decode(prompt_P)
     except Exception as error:  # of whatever type the tokenizer raises
         raise UsageError(

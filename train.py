@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ from runtime import config as configuration
 from runtime.config import RunError, UsageError, bad_input
 from runtime.console import Console
 from runtime.metrics import MetricsLog, optional_writers, read
-from runtime.preemption import EXIT_CODE, PreemptionNotice
+from runtime.preemption import EXIT_CODE, PreemptionNotice, StoppedEarly
 from runtime.progress import Phases, Profiler, Recorder
 from runtime.workdir import Workdir, choose
 
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
     background = threads_beside_grain(2)
     compiling = background.submit(assemble.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
-    corpus = load_corpus(config)
+    corpus = load_corpus(config, workdir, console)
     prompt_P = ending.try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
     loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
     from runtime.checkpoint import Checkpoints  # slow to import
@@ -94,13 +95,18 @@ def main(argv: list[str]) -> int:
     phases.mark("restore")
     traffic = assemble.traffic(parts, programs)
     wire_bytes = assemble.wire_bytes(parts, traffic, config.steps)
-    console.table(f"{workdir.path}", assemble.describe(parts, programs, traffic, wire_bytes, phases.seconds))
+    rows = assemble.describe(parts, programs, traffic, wire_bytes, phases.seconds)
+    num_tokens = config.steps * config.data.batch_size * config.data.seq_len
+    console.table(f"{workdir.path}", [*corpus.describe(num_tokens), *rows])
     assemble.refuse_stray(traffic, config.sync.allow_stray_bytes)
 
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
     counted = {} if start is None else checkpoints.facts()
     recorder = make_recorder(config, parts, workdir, console, wire_bytes, start, counted.get("tokens"))
+    if leader:
+        corpus.keep(workdir.path)
     workdir.begin(config, start)
+    workdir.update_summary(data_digest=corpus.digest)
     others = beside.Later(parts, config.sample, background, functools.partial(show_beside, config, parts, console))
     this = Run(config, parts, others, corpus, workdir, checkpoints, recorder, console, phases)
     meshes.wait_for_all("ready to train")
@@ -154,6 +160,7 @@ class Outcome:
 
 def train(run: Run, programs, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
     """The loop. Updates made so far are counted by `done`; a checkpoint's number is the updates it contains."""
+    notice.training_begins()
     meshes.keep_freed_memory()
     gc.freeze()  # what the start has made stays
     gc.enable()
@@ -162,7 +169,7 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
     place = functools.partial(placement.place_train, run.parts.mesh, run.parts.replicas, loader.batch_size)
     held_out = eval_batches(run.corpus.eval_N, **batch_shape(config, run.corpus), num_batches=config.eval_batches)
     program = lambda: run.beside["evaluation"]
-    evaluate = beside.Evaluator(run.parts, held_out, run.corpus.tokenizer.token_bytes(), program)
+    evaluate = beside.Evaluator(run.parts, held_out, run.corpus.token_bytes(), program)
     profiler = Profiler(config.profile.steps, run.workdir.path)
     if start is None and config.checkpoint.every:
         checkpoints.save(0, state, None, recorder.counted())
@@ -235,11 +242,16 @@ def say_resumed(config, workdir, start: int, console: Console) -> None:
         console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
 
 
-def load_corpus(config) -> corpora.Corpus:
-    data = config.data
-    names = ("corpus", "path", "tokenizer", "vocab_size", "eval_fraction", "seq_len")
-    with bad_input():
-        return corpora.load(cache_dir=corpora.cache_directory(), **{name: data[name] for name in names})
+def load_corpus(config, workdir: Workdir, console: Console) -> corpora.Corpus:
+    """The text of config.data; of a run that goes on, with its own tokenizer, and compared with what it was."""
+    keys = {key: config.data[key] for key in corpora.KEYS}
+    kept = workdir.path if workdir.resuming else None
+    with bad_input(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        corpus = corpora.load(cache_dir=corpora.cache_directory(), workdir=kept, say=console.say, **keys)
+    for warning in caught:
+        console.warn(str(warning.message))
+    return corpus
 
 
 def batch_shape(config, corpus) -> dict:
@@ -276,6 +288,9 @@ def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:
     """main, with what is the user's to mend shown as a message instead of a traceback. leave: how to end after one."""
     try:
         return main(argv)
+    except StoppedEarly:
+        print("stopped by SIGTERM before the first step; the same command begins again", flush=True)
+        return leave(EXIT_CODE)
     except (UsageError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.stdout.flush()

@@ -31,8 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="in each timing of the train step")
     args = parser.parse_args()
     report, config = common.Report("input"), quickstart.get_config()
-    names = ("corpus", "path", "tokenizer", "vocab_size", "eval_fraction", "seq_len")
-    data = {name: config.data[name] for name in names}
+    data = {key: config.data[key] for key in corpora.KEYS}
     corpus = corpora.load(cache_dir=corpora.cache_directory(), **data)
     parts = assemble.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}))
     loader = Loader(corpus.train_N, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.seed)

@@ -31,8 +31,7 @@ def warm_tokens() -> Path:
     from data import corpus as corpora
 
     data = gpt12m.get_config().data
-    names = ("corpus", "path", "tokenizer", "vocab_size", "eval_fraction", "seq_len")
-    corpora.load(cache_dir=corpora.cache_directory(), **{name: data[name] for name in names})
+    corpora.load(cache_dir=corpora.cache_directory(), **{key: data[key] for key in corpora.KEYS})
     return corpora.cache_directory()
 
 

@@ -53,8 +53,12 @@ def get_config() -> Any:
 
     c.data = ConfigDict()
     c.data.corpus = "stdlib"  # stdlib, asv
-    c.data.path = ""  # your own text: .txt, .jsonl, .parquet, a folder of them, or tokens in a flat .bin
+    c.data.path = ""  # your own text: a file, a folder, tokens in a flat .bin, or several by weight: a:0.7,b:0.3
+    c.data.suffixes = ".txt,.jsonl,.parquet"  # of the files that are read, also compressed; others are plain text
+    c.data.text_key = "text"  # what holds the text, in .jsonl and .parquet
+    c.data.changed = "refuse"  # refuse, accept: a resumed run whose text is not what it was trained on
     c.data.tokenizer = "bytes"  # bytes, bpe, or the path of a Hugging Face tokenizer.json
+    c.data.end_of_document = ""  # the special token that ends a document; empty: the tokenizer's own
     c.data.vocab_size = 256  # rows of the embedding
     c.data.seq_len = 256  # tokens per window
     c.data.batch_size = 32  # windows per update, over all replicas and all micro-steps

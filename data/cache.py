@@ -99,7 +99,7 @@ def cached(path: Path, read: Callable[[Path], T | None], write: Callable[[Binary
     with _locked(path.with_name(path.name + ".lock")):
         value = read(path)  # another process may have written it while this one waited for the lock
         if value is None:
-            _write_atomically(path, write)
+            write_atomically(path, write)
             value = read(path)
     if value is None:
         raise OSError(f"{path} was just written but does not read back: the disk under the cache folder is at fault.")
@@ -123,7 +123,7 @@ def _locked(lock: Path) -> Iterator[None]:
         os.close(descriptor)  # closing lets go of the lock, also when the process is killed
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     descriptor, name = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:

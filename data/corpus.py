@@ -1,33 +1,30 @@
 """A corpus as two arrays of tokens, training and held-out, ready on disk after the first run.
 
-Documents are joined with EOS after each. The held-out split is chosen by document, from a hash of its content, so that
-the same text is never on both sides and adding a file does not reshuffle the rest by position.
+Documents are joined with EOS after each. Several sources make a mixture by weight, with one tokenizer.
 
 Shapes: N tokens (of either split), V vocabulary, P distinct pairs of tokens.
 """
 
-import functools
-import hashlib
-import json
-import shutil
-import tempfile
-from array import array
+import itertools
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from data import flat, sources
-from data.cache import cache_directory, cached, file_digest
-from data.tokenizer import Tokenizer, build
+from data import flat, mixture, record, sources
+from data.cache import cache_directory
+from data.files import DEFAULT_SUFFIXES
+from data.mixture import Mixture
+from data.parts import Ids, Part, Texts, digest_of
+from data.tokenizer import RawTokens, Tokenizer, build, encode_prompt
 
-__all__ = ["Corpus", "cache_directory", "load", "ngram_bits_per_byte"]
+__all__ = ["KEYS", "Corpus", "cache_directory", "encode_prompt", "load", "ngram_bits_per_byte"]
 
-_HEADER_BYTES = 4096  # one page, so that the memory map of the tokens behind it is aligned
-_FORMAT = "slackline tokens 1"  # part of every digest: count it up when the layout or the split rule changes
-_BATCH_CHARS = 2**22
+# The keys of the config's group `data` that `load` takes.
+KEYS = "corpus path suffixes text_key tokenizer vocab_size end_of_document eval_fraction seq_len changed".split()
 
 
 @dataclass(frozen=True)
@@ -35,19 +32,55 @@ class Corpus:
     """Tokens of one corpus.
 
     Attributes:
-        train_N, eval_N: token ids, uint16 or uint32, memory-mapped read-only.
+        train_N, eval_N: token ids, uint16 or uint32, memory-mapped read-only; of several parts, a Mixture of such.
         tokenizer: what made them, or for a .bin what decodes them.
         digest: sha256 of all that decides the tokens: equal digests mean equal arrays, on any machine.
         name: corpus or file name, for the log.
-        num_documents: in both splits; for a .bin, its EOS tokens.
+        parts: the sources, one by one.
+        record: what a run keeps of all this in its workdir (`data.record`).
     """
 
-    train_N: np.ndarray
-    eval_N: np.ndarray
+    train_N: np.ndarray | Mixture
+    eval_N: np.ndarray | Mixture
     tokenizer: Tokenizer
     digest: str
     name: str
-    num_documents: int
+    parts: tuple[Part, ...]
+    record: record.Record
+
+    @property
+    def num_documents(self) -> int:
+        """In both splits; of a .bin, its EOS tokens."""
+        return sum(part.tokens.num_documents for part in self.parts)
+
+    def token_bytes(self) -> np.ndarray:
+        """[V]: bytes of the text that was read that each token stands for. A tokenizer that changes the text, or lacks
+        tokens for some of it, knows its own bytes only: these are scaled to what was counted in the held-out text."""
+        read = sum(part.tokens.eval_bytes for part in self.parts)
+        known = sum(part.tokens.eval_token_bytes for part in self.parts)
+        bytes_V = self.tokenizer.token_bytes()
+        return bytes_V if read == known or not known else bytes_V * (read / known)
+
+    def keep(self, workdir: Path) -> None:
+        """Writes tokenizer.json and data.json: what a resumed run goes on with, and compares its text with."""
+        record.write(workdir, self.tokenizer, self.record)
+
+    def describe(self, num_tokens: int) -> list[tuple[str, str]]:
+        """Rows of the start-up table. num_tokens: how many a run of full length trains on."""
+        rows = []
+        weights = sum(part.weight for part in self.parts)
+        for part in self.parts:
+            share = f"; {part.weight / weights:.3g} of the rows" if len(self.parts) > 1 else ""
+            rows.append(("  " * bool(rows) + "data", f"{part}{share}"))
+        for part in self.parts:
+            train, held_out = len(part.tokens.train_N), len(part.tokens.eval_N)
+            epochs = num_tokens * part.weight / weights / train
+            of = f" of {part.label}" if len(self.parts) > 1 else ""
+            shown = f"{train:,} for training, {held_out:,} held out ({held_out / (train + held_out):.1%})"
+            rows.append(("  tokens", f"{shown}{of}; {epochs:.3g} epochs"))
+        name, ids = self.record["tokenizer"]["name"], self.tokenizer.vocab_size
+        rows.append(("  tokenizer", f"{name}, {ids:,} ids; a document ends with {self.tokenizer.eos_name}"))
+        return rows
 
 
 def load(
@@ -59,18 +92,30 @@ def load(
     eval_fraction: float,
     cache_dir: Path,
     seq_len: int,
+    suffixes: str = DEFAULT_SUFFIXES,
+    text_key: str = "text",
+    end_of_document: str = "",
+    changed: str = "refuse",
+    workdir: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Corpus:
     """Read, tokenise and split a corpus, or map the tokens that an earlier run or another process has written.
 
     Args:
         corpus: "stdlib" or "asv"; not read when `path` is given.
-        path: a .txt, .jsonl or .parquet file, a folder of them, or a flat .bin of tokens (uint16; uint32 when the name
-            ends in .u32.bin; little endian), whose held-out split is its tail.
+        path: a file of text, a folder of them, a flat .bin of tokens whose held-out split is its tail, or several of
+            these with weights (`data.mixture.parse`).
         tokenizer: see `data.tokenizer.build`.
         vocab_size: rows of the model's table; no id reaches it.
         eval_fraction: about this part of the bytes is held out, in (0, 1).
         cache_dir: where tokens are kept.
         seq_len: both splits must hold one window of this many tokens and its target.
+        suffixes: of the files that are read in a folder.
+        text_key: what holds the text, in .jsonl and .parquet.
+        end_of_document: the special token that ends a document; of a .bin its id; empty: the tokenizer's own.
+        changed: "accept": text that is not what the run in `workdir` was trained on is taken, with a warning.
+        workdir: of a run that goes on: its tokenizer is used, and its data compared.
+        say: told what is being done when it takes long.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: a sentence that names the path and what to change.
@@ -79,187 +124,123 @@ def load(
         raise ValueError(f"data.eval_fraction is {eval_fraction}; it is the held-out part, between 0 and 1 (say 0.05).")
     if seq_len < 1:
         raise ValueError(f"data.seq_len is {seq_len}; it must be 1 or more.")
-    if path and path.endswith(".bin") and not Path(path).expanduser().is_dir():
-        loaded = _load_flat(path, tokenizer, vocab_size, eval_fraction, cache_dir)
-    else:
-        loaded = _load_documents(sources.find(corpus, path), tokenizer, vocab_size, eval_fraction, cache_dir)
-    for split, tokens_N in (("training", loaded.train_N), ("held-out", loaded.eval_N)):
-        if len(tokens_N) <= seq_len:
-            raise ValueError(
-                f"data.seq_len is {seq_len}, so a window takes {seq_len + 1} tokens, but the {split} split of "
-                f"{path or corpus} holds {len(tokens_N)} (training {len(loaded.train_N)}, held-out "
-                f"{len(loaded.eval_N)}). Give more text, lower data.seq_len, or change data.eval_fraction "
-                f"({eval_fraction})."
-            )
-    return loaded
-
-
-def _load_flat(path: str, tokenizer: str, vocab_size: int, eval_fraction: float, cache_dir: Path) -> Corpus:
-    file = sources.existing(path)
-    if tokenizer == "bpe":
-        raise ValueError(
-            f"data.path {path!r} already holds tokens, so there is no text to train data.tokenizer='bpe' on. Set "
-            "data.tokenizer to the tokenizer.json that wrote these tokens, or to 'bytes'."
-        )
-    decoder = build(tokenizer, vocab_size, lambda: iter(()), cache_dir)
-    tokens_N, decoder, num_documents = flat.open_tokens(file, decoder, vocab_size, cache_dir)
-    with file.open("rb") as opened:
-        digest = _digest(file_digest(opened), str(tokens_N.dtype), decoder.digest, str(eval_fraction))
-    num_eval = max(1, round(len(tokens_N) * eval_fraction))
-    return Corpus(tokens_N[:-num_eval], tokens_N[-num_eval:], decoder, digest, file.name, num_documents)
-
-
-def _load_documents(
-    source: sources.Source, tokenizer: str, vocab_size: int, eval_fraction: float, cache_dir: Path
-) -> Corpus:
-    # Everything that reads the documents is behind a cache miss: a second start maps the tokens and goes.
-    split = functools.cache(lambda: choose_held_out(source.documents(), eval_fraction))
-
-    def training_texts() -> Iterator[str]:
-        return (train for train, _ in map(split().cut, _texts(source)) if train)
-
-    corpus_digest = _digest(source.key, str(eval_fraction))
-    encoder = build(tokenizer, vocab_size, training_texts, cache_dir, corpus_digest)
-    key = _digest(_FORMAT, source.key, encoder.digest, str(eval_fraction))
-    write = functools.partial(_write_tokens, source=source, split=split, tokenizer=encoder, key=key, folder=cache_dir)
-    train_N, eval_N, num_documents = cached(
-        cache_dir / f"tokens-{key[:32]}.bin", functools.partial(_read_tokens, key=key), write
-    )
-    digest = _digest(_FORMAT, source.digest, encoder.digest, str(eval_fraction))
-    return Corpus(train_N, eval_N, encoder, digest, source.name, num_documents)
-
-
-def _texts(source: sources.Source) -> Iterator[str]:
-    return (document.text for document in source.documents())
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- the held-out split
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which documents are held out: those whose content hash is in `held_out`, or the tail of a lone document."""
-
-    held_out: frozenset[int]
-    tail_fraction: float  # > 0 when all documents are the same text: then each is cut in two
-    num_documents: int
-
-    def cut(self, text: str) -> tuple[str, str]:
-        """(training part, held-out part) of one document; one of them is empty unless the document is alone."""
-        if self.tail_fraction:
-            at = len(text) - max(1, round(len(text) * self.tail_fraction))
-            return text[:at], text[at:]
-        return ("", text) if _content_hash(text) in self.held_out else (text, "")
-
-
-def choose_held_out(documents: Iterator[sources.Document], eval_fraction: float) -> Split:
-    """Take documents in the order of their hash until about eval_fraction of the bytes is held out.
-
-    A document that would overshoot is passed over; if none fits, the smallest one is taken. Copies
-    of a text share its hash, hence its side.
-    """
-    hashes, sizes = array("Q"), array("Q")
-    for document in documents:
-        hashes.append(_content_hash(document.text))
-        sizes.append(len(document.text.encode("utf-8")))
-    distinct, inverse = np.unique(np.asarray(hashes, np.uint64), return_inverse=True)
-    bytes_of = np.bincount(inverse, weights=np.asarray(sizes, np.float64))
-    if len(distinct) == 1:
-        return Split(frozenset(), eval_fraction, len(hashes))
-    target = eval_fraction * bytes_of.sum()
-    taken, size = [], 0.0
-    for content_hash, num_bytes in zip(distinct.tolist(), bytes_of.tolist(), strict=True):
-        if size + num_bytes <= 1.02 * target:
-            taken.append(content_hash)
-            size += num_bytes
-        if size >= 0.98 * target:
-            break
-    if not taken:
-        taken = [int(distinct[np.argmin(bytes_of)])]
-    if len(taken) == len(distinct):
-        taken.pop()  # something must be left to train on
-    return Split(frozenset(taken), 0.0, len(hashes))
-
-
-def _content_hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
-
-
-# ---------------------------------------------------------------------------------------------- the token cache
-
-
-def _write_tokens(
-    file: BinaryIO,
-    *,
-    source: sources.Source,
-    split: Callable[[], Split],
-    tokenizer: Tokenizer,
-    key: str,
-    folder: Path,
-) -> None:
-    """One page of header, the training tokens, the held-out tokens."""
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    file.write(bytes(_HEADER_BYTES))
-    with tempfile.TemporaryFile(dir=folder) as held_out:  # beside the cache: /tmp may be a small disk in memory
-        parts = map(split().cut, _texts(source))
-        num_train, num_eval = _encode(parts, tokenizer, dtype, file, held_out)
-        held_out.seek(0)
-        shutil.copyfileobj(held_out, file, 2**20)
-    file.flush()
-    header = {
-        "key": key,
-        "dtype": dtype,
-        "num_train": num_train,
-        "num_eval": num_eval,
-        "num_documents": split().num_documents,
-        "payload": file_digest(file, offset=_HEADER_BYTES),
+    opened = list(_open(corpus, path, suffixes, text_key, eval_fraction, say))
+    facts = {
+        "data.eval_fraction": eval_fraction,
+        "data.text_key": text_key,
+        "sources": [record.source(one.name, one.weight, one.files) for one in opened],
     }
-    file.seek(0)
-    file.write(json.dumps(header).encode().ljust(_HEADER_BYTES))
+    kept = record.read(workdir, tokenizer) if workdir else None
+    if workdir and kept:
+        _compare(kept, facts, changed)
+        encoder = record.tokenizer_of(workdir, kept, tokenizer, end_of_document, changed == "accept")
+        tokenizer = kept["tokenizer"]["name"]
+    else:
+        encoder = _build(opened, tokenizer, vocab_size, cache_dir, end_of_document)
+    encoder = _decoder(opened, encoder, vocab_size, cache_dir)
+    parts = tuple(one.part(encoder, cache_dir) for one in opened)
+    for one, part in zip(opened, parts, strict=True):
+        _check_lengths(one.name, part, seq_len, eval_fraction)
+    lone = len(parts) == 1
+    weights = tuple(part.weight for part in parts)
+    splits = (tuple(getattr(part.tokens, name) for part in parts) for name in ("train_N", "eval_N"))
+    train_N, eval_N = (arrays[0] if lone else Mixture(arrays, weights) for arrays in splits)
+    digest = digest_of("mixture", *(f"{part.digest} {part.weight}" for part in parts))
+    return Corpus(
+        train_N,
+        eval_N,
+        encoder,
+        parts[0].digest if lone else digest,
+        " + ".join(one.name for one in opened),
+        parts,
+        facts | {"tokenizer": record.entry(encoder, tokenizer)},
+    )
 
 
-def _encode(
-    parts: Iterator[tuple[str, str]], tokenizer: Tokenizer, dtype: str, train: BinaryIO, held_out: BinaryIO
-) -> tuple[int, int]:
-    counts = {train: 0, held_out: 0}
-    batch: list[tuple[BinaryIO, str]] = []
-    eos = np.array([tokenizer.eos], dtype)
-
-    def flush() -> None:
-        for (file, _), ids_N in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-            file.write(np.concatenate([ids_N.astype(dtype), eos]).tobytes())
-            counts[file] += len(ids_N) + 1
-        batch.clear()
-
-    for part in parts:
-        batch += [(file, text) for file, text in zip((train, held_out), part, strict=True) if text]
-        if sum(len(text) for _, text in batch) >= _BATCH_CHARS:
-            flush()
-    flush()
-    return counts[train], counts[held_out]
+def _open(
+    corpus: str, path: str, suffixes: str, text_key: str, eval_fraction: float, say: Callable[[str], None]
+) -> Iterator[Texts | Ids]:
+    if not path:
+        yield Texts(sources.find(corpus, ""), corpus, 1.0, eval_fraction, say)
+        return
+    named = mixture.parse(path)
+    for name, weight in named:
+        label = Path(name).name if len(named) > 1 else ""
+        if flat.is_flat(name):
+            yield Ids(name, label, weight, eval_fraction)
+        else:
+            yield Texts(sources.find("", name, suffixes, text_key), label, weight, eval_fraction, say)
 
 
-def _read_tokens(path: Path, key: str) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """The two splits as memory maps, or None when the file is missing or its length, header or checksum is wrong.
+def _build(
+    opened: list[Texts | Ids], tokenizer: str, vocab_size: int, cache_dir: Path, end_of_document: str
+) -> Tokenizer:
+    """The tokenizer of a fresh run; of several texts, trained on all of them."""
+    texts = [one for one in opened if isinstance(one, Texts)]
+    if not texts and tokenizer == "bpe":
+        raise ValueError(
+            f"data.path {opened[0].name!r} already holds tokens, so there is no text to train data.tokenizer='bpe' on. "
+            "Set data.tokenizer to the tokenizer.json that wrote these tokens, or to 'bytes'."
+        )
+    if not texts and end_of_document.isdecimal():
+        return RawTokens(vocab_size, int(end_of_document))
+    training = lambda: itertools.chain.from_iterable(one.training_texts() for one in texts)
+    return build(tokenizer, vocab_size, training, cache_dir, digest_of(*(one.key for one in texts)), end_of_document)
 
-    The checksum covers all of a file of up to 64 MB, and 16 sampled blocks of a longer one.
-    """
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(_HEADER_BYTES))
-            payload = file_digest(file, offset=_HEADER_BYTES)  # covers the length too
-        num_tokens = header["num_train"] + header["num_eval"]
-        dtype = np.dtype(header["dtype"])
-        if header["key"] != key or header["payload"] != payload:
-            return None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    tokens_N = np.memmap(path, dtype, mode="r", offset=_HEADER_BYTES, shape=(num_tokens,))
-    return tokens_N[: header["num_train"]], tokens_N[header["num_train"] :], header["num_documents"]
+
+def _decoder(opened: list[Texts | Ids], tokenizer: Tokenizer, vocab_size: int, cache_dir: Path) -> Tokenizer:
+    """`tokenizer`, or what stands in for it where a .bin holds ids that it does not know."""
+    for one in opened:
+        unknown = one.check_ids(tokenizer, vocab_size, cache_dir) if isinstance(one, Ids) else None
+        if unknown is None:
+            continue
+        told = f"{one.name} holds ids up to {unknown}, and data.tokenizer knows {tokenizer.vocab_size}"
+        if any(isinstance(other, Texts) for other in opened):
+            raise ValueError(f"data.path: {told}: several texts have one tokenizer. Set it to the one that wrote it.")
+        warnings.warn(
+            f"{told}: it did not write them. Training goes on; samples are ids without a prompt, and bits per byte are "
+            "bits per token. Set data.tokenizer to the tokenizer.json that wrote the file.",
+            stacklevel=3,
+        )
+        return RawTokens(vocab_size, -1)
+    return tokenizer
+
+
+def _compare(kept: record.Record, facts: record.Record, changed: str) -> None:
+    """Raises ValueError when the text is not what the run was trained on; "accept" makes that a warning."""
+    lines = record.differences(kept, facts)
+    if lines and changed != "accept":
+        raise ValueError(
+            "\n".join(lines) + "\nPut it back as it was, or go on with it as it is now, with the tokenizer of the run: "
+            "--config.data.changed=accept"
+        )
+    for line in lines:
+        warnings.warn(f"{line}; accepted", stacklevel=3)
+
+
+def _check_lengths(name: str, part: Part, seq_len: int, eval_fraction: float) -> None:
+    """Raises ValueError when a split has no window; warns when the held-out part is far from what was asked."""
+    lengths = len(part.tokens.train_N), len(part.tokens.eval_N)
+    total, shortest = sum(lengths), min(lengths)
+    if shortest <= seq_len:
+        remedies = ["Give more text"]
+        if shortest >= 2:
+            remedies.append(f"set data.seq_len={shortest - 1} or less")
+        enough = 1.6 * (seq_len + 1) / total  # the split is by document, so not exact
+        if lengths[1] < lengths[0] and enough < 0.4:
+            remedies.append(f"set data.eval_fraction={math.ceil(enough * 1000) / 1000}")
+        raise ValueError(
+            f"data.seq_len is {seq_len}, so a window takes {seq_len + 1} tokens, but the "
+            f"{'held-out' if lengths[1] == shortest else 'training'} split of {name} holds {shortest} (training "
+            f"{lengths[0]}, held-out {lengths[1]}). {', or '.join(remedies)}."
+        )
+    share = lengths[1] / total
+    if not eval_fraction / 2 <= share <= eval_fraction * 2:
+        warnings.warn(
+            f"{share:.2%} of the tokens of {name} are held out, and data.eval_fraction={eval_fraction} asks for "
+            f"{eval_fraction:.2%}: its documents are too few or too uneven to be shared out better.",
+            stacklevel=3,
+        )
 
 
 # ---------------------------------------------------------------------------------------------- baselines
@@ -272,11 +253,11 @@ def ngram_bits_per_byte(corpus: Corpus, max_tokens: int = 2**26) -> tuple[float,
     one pseudo-count so that unseen events stay finite: for the unigram spread over the vocabulary as add-one does,
     p(b) = (c(b) + 1) / (N + V); for the bigram one token spread as the unigram says,
     p(b|a) = (c(ab) + p(b)) / (c(a) + 1), since add-one over a whole row would drown the counts of a large vocabulary.
-    (MacKay and Peto, 1995, eq. 12 with alpha = 1.) EOS is predicted as any token and stands for no byte.
+    (MacKay and Peto, 1995, eq. 12 with alpha = 1.) EOS is predicted as any token and stands for no byte. Of a mixture,
+    each part gives its share of the tokens.
     """
-    vocab, eos = corpus.tokenizer.vocab_size, corpus.tokenizer.eos
-    train_N = np.asarray(corpus.train_N[:max_tokens])
-    eval_N = np.asarray(corpus.eval_N[:max_tokens])
+    vocab, eos = corpus.tokenizer.vocab_size, max(corpus.tokenizer.eos, 0)
+    train_N, eval_N = _head(corpus.train_N, max_tokens), _head(corpus.eval_N, max_tokens)
     count_V = np.bincount(train_N, minlength=vocab)
     unigram_V = (count_V + 1) / (len(train_N) + vocab)
 
@@ -290,10 +271,18 @@ def ngram_bits_per_byte(corpus: Corpus, max_tokens: int = 2**26) -> tuple[float,
     matched_P = np.where(pair_P[at_P] == seen_P, pair_count_P[at_P], 0)
     bigram_P = (matched_P + unigram_V[token_P]) / (context_V[before_P] + 1)
 
-    num_bytes = int(corpus.tokenizer.token_bytes()[eval_N].sum(dtype=np.int64))
+    num_bytes = float(corpus.token_bytes()[eval_N].sum(dtype=np.float64))
     unigram_bits = -np.log2(unigram_V[token_P]) @ seen_count_P
     bigram_bits = -np.log2(bigram_P) @ seen_count_P
     return float(unigram_bits / num_bytes), float(bigram_bits / num_bytes)
+
+
+def _head(tokens: np.ndarray | Mixture, max_tokens: int) -> np.ndarray:
+    """The first tokens of a split; of a mixture, as many of each part as its weight says and all parts have."""
+    mixture = Mixture.of(tokens)
+    share = np.array(mixture.weights) / sum(mixture.weights)
+    total = min(max_tokens, *(len(part_N) / s for part_N, s in zip(mixture.arrays, share, strict=True)))
+    return np.concatenate([part_N[: round(total * s)] for part_N, s in zip(mixture.arrays, share, strict=True)])
 
 
 def _pair_codes(tokens_N: np.ndarray, eos: int, vocab: int) -> np.ndarray:

@@ -4,11 +4,14 @@ The tokens are cut into S windows of T, each with its T targets one token later.
 of the order: place i mod S of epoch i div S, whose permutation is Grain's shuffled range. It is indexed directly, so
 any process can build any rows of any step, and the batch does not depend on who asks.
 
+Of a mixture, a fixed pattern says which part a row is from, and each part has an order of its own (`data.mixture`).
+
 Shapes: N tokens, B batch, R rows asked for, T sequence.
 """
 
 import functools
 import hashlib
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from data.mixture import Mixture, rows_in_order
+
 Batch = dict[str, np.ndarray]
 RowIds = slice | Sequence[int]
 
@@ -26,7 +31,7 @@ class Loader:
     """Training batches of one array of tokens.
 
     Args:
-        tokens_N: token ids, in memory or memory-mapped; only the windows asked for are read.
+        tokens_N: token ids, in memory or memory-mapped, or several such by weight; only the windows asked for are read.
         seq_len: T.
         batch_size: B, of all processes together.
         seed: decides the order; each epoch has its own.
@@ -36,7 +41,7 @@ class Loader:
 
     def __init__(
         self,
-        tokens_N: np.ndarray,
+        tokens_N: np.ndarray | Mixture,
         *,
         seq_len: int,
         batch_size: int,
@@ -46,23 +51,29 @@ class Loader:
     ):
         import grain
 
-        if document_mask and eos is None:
-            raise ValueError("document_mask=True needs eos, the id that ends a document: pass corpus.tokenizer.eos.")
+        if document_mask and (eos is None or eos < 0):
+            raise ValueError(
+                "data.document_mask=True needs eos, the id that ends a document, and none is known for these tokens: "
+                "set data.end_of_document to it, as a number."
+            )
         if batch_size < 1:
             raise ValueError(f"The batch size is {batch_size}; it must be 1 or more.")
         if not 0 <= seed < 2**32:
             raise ValueError(f"The data seed is {seed}; Grain takes 0 to 2**32 - 1.")
-        self.num_windows = _num_windows(tokens_N, seq_len)
-        if self.num_windows > 2**32:
+        self._mixture = Mixture.of(tokens_N)
+        self._windows = _num_windows(self._mixture, seq_len)
+        if max(self._windows) > 2**32:
             raise ValueError(
-                f"There are {self.num_windows:,} windows of {seq_len} tokens, and Grain shuffles 2**32 at most. Raise "
-                f"data.seq_len to {-(-len(tokens_N) // 2**32)} or more."
+                f"There are {max(self._windows):,} windows of {seq_len} tokens, and Grain shuffles 2**32 at most. "
+                f"Raise data.seq_len to {-(-max(map(len, self._mixture.arrays)) // 2**32)} or more."
             )
+        self.num_windows = sum(self._windows)
         self.batch_size = batch_size
-        self._tokens_N, self._seq_len = tokens_N, seq_len
+        self._seq_len = seq_len
         self._eos = eos if document_mask else None
-        windows = grain.MapDataset.range(self.num_windows)
-        self._order = functools.lru_cache(maxsize=2)(functools.partial(_order_of_epoch, windows, seed))
+        ranges = [grain.MapDataset.range(windows) for windows in self._windows]
+        order = functools.partial(_order_of_epoch, ranges, seed)
+        self._order = functools.lru_cache(maxsize=2 * len(ranges))(order)
 
     def rows(self, step: int, row_ids: RowIds) -> Batch:
         """Some rows of the batch of one step.
@@ -82,11 +93,13 @@ class Loader:
                 raise IndexError(
                     f"Row {row} was asked of a batch of {self.batch_size} rows, 0 to {self.batch_size - 1}."
                 )
-        windows_R = []
+        picks = []
         for row in ids:
-            epoch, place = divmod(step * self.batch_size + int(row), self.num_windows)
-            windows_R.append(self._order(epoch)[place])
-        return _cut(self._tokens_N, np.array(windows_R, np.int64), self._seq_len, self._eos)
+            part, number = self._mixture.locate(step * self.batch_size + int(row))
+            epoch, place = divmod(number, self._windows[part])
+            order, turned = self._order(part, epoch)
+            picks.append((part, order[(place + turned) % self._windows[part]]))
+        return _cut(self._mixture, picks, self._seq_len, self._eos)
 
     def batches(
         self,
@@ -174,21 +187,22 @@ def threads_beside_grain(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count)
 
 
-def _order_of_epoch(windows: Any, seed: int, epoch: int) -> Any:
-    """A permutation of the windows (Grain's range), indexed by place: each seed and epoch has its own.
+def _order_of_epoch(ranges: list[Any], seed: int, part: int, epoch: int) -> tuple[Any, int]:
+    """(a permutation of the windows of a part, by how many places it is turned): each seed, part and epoch has its own.
 
-    Grain's own `repeat` shuffles epoch e with seed + e, so that epoch 1 of seed 0 would be epoch 0 of seed 1. Here the
-    later epochs are shuffled twice, by the two halves of a 64-bit hash of both numbers.
+    ranges: Grain's range of each part's windows. Its own `repeat` shuffles epoch e with seed + e, so that epoch 1 of
+    seed 0 would be epoch 0 of seed 1. Here all but the first are made from a hash; Grain's seeds have 32 bits of it.
     """
-    if epoch == 0:
-        return windows.shuffle(seed)
-    mixed = hashlib.blake2b(f"slackline order {seed} {epoch}".encode(), digest_size=8).digest()
-    first, second = (int.from_bytes(half, "little") for half in (mixed[:4], mixed[4:]))
-    return windows.shuffle(first).shuffle(second)
+    if part == epoch == 0:
+        return ranges[0].shuffle(seed), 0
+    text = f"slackline order {seed} {epoch}" + (f" {part}" if part else "")
+    mixed = hashlib.blake2b(text.encode(), digest_size=12).digest()
+    shuffled, turned = int.from_bytes(mixed[:4], "little"), int.from_bytes(mixed[4:], "little")
+    return ranges[part].shuffle(shuffled), turned % len(ranges[part])
 
 
 def eval_batches(
-    tokens_N: np.ndarray,
+    tokens_N: np.ndarray | Mixture,
     *,
     seq_len: int,
     batch_size: int,
@@ -196,35 +210,42 @@ def eval_batches(
     document_mask: bool = False,
     eos: int = 0,
 ) -> list[Batch]:
-    """The first num_batches * B windows of the held-out split, in order: the same at every evaluation.
+    """The first num_batches * B windows of the held-out split, in order, of a mixture by its weights: the same at every
+    evaluation.
 
     With fewer windows than that there are fewer batches, and the last one is filled up with rows of zeros and mask 0.
 
     Returns:
         batches laid out as `Loader.rows`, [B, T].
     """
-    num_windows = min(_num_windows(tokens_N, seq_len), num_batches * batch_size)
+    mixture = Mixture.of(tokens_N)
+    rows = rows_in_order(_num_windows(mixture, seq_len), mixture)
+    picks = list(itertools.islice(rows, num_batches * batch_size))
     batches = []
-    for first in range(0, num_windows, batch_size):
-        windows_R = np.arange(first, min(first + batch_size, num_windows))
-        batch = _cut(tokens_N, windows_R, seq_len, eos if document_mask else None)
-        missing = batch_size - len(windows_R)
+    for first in range(0, len(picks), batch_size):
+        some = picks[first : first + batch_size]
+        batch = _cut(mixture, some, seq_len, eos if document_mask else None)
+        missing = batch_size - len(some)
         batches.append({name: np.pad(array_RT, ((0, missing), (0, 0))) for name, array_RT in batch.items()})
     return batches
 
 
-def _num_windows(tokens_N: np.ndarray, seq_len: int) -> int:
-    num_windows = (len(tokens_N) - 1) // seq_len
-    if num_windows < 1:
-        raise ValueError(
-            f"data.seq_len is {seq_len}, so a window takes {seq_len + 1} tokens, but there are {len(tokens_N)}. "
-            "Lower data.seq_len or give more text."
-        )
-    return num_windows
+def _num_windows(mixture: Mixture, seq_len: int) -> tuple[int, ...]:
+    """How many windows each part has."""
+    for tokens_N in mixture.arrays:
+        if len(tokens_N) <= seq_len:
+            raise ValueError(
+                f"data.seq_len is {seq_len}, so a window takes {seq_len + 1} tokens, but there are {len(tokens_N)}. "
+                "Lower data.seq_len or give more text."
+            )
+    return tuple((len(tokens_N) - 1) // seq_len for tokens_N in mixture.arrays)
 
 
-def _cut(tokens_N: np.ndarray, windows_R: np.ndarray, seq_len: int, eos: int | None) -> Batch:
-    window_RT = tokens_N[windows_R[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int32)
+def _cut(mixture: Mixture, picks: list[tuple[int, int]], seq_len: int, eos: int | None) -> Batch:
+    """picks: (part, window) of each row."""
+    window_RT = np.zeros((len(picks), seq_len + 1), np.int32)
+    for row_T, (part, window) in zip(window_RT, picks, strict=True):
+        row_T[:] = mixture.arrays[part][window * seq_len : (window + 1) * seq_len + 1]
     tokens_RT, targets_RT = window_RT[:, :-1], window_RT[:, 1:]
     batch = {"tokens": tokens_RT, "targets": targets_RT, "mask": np.ones(tokens_RT.shape, np.float32)}
     if eos is not None:

