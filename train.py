@@ -96,17 +96,13 @@ def main(argv: list[str]) -> int:
     traffic = assemble.traffic(parts, programs)
     wire_bytes = assemble.wire_bytes(parts, traffic, config.steps)
     rows = assemble.describe(parts, programs, traffic, wire_bytes, phases.seconds)
-    num_tokens = config.steps * config.data.batch_size * config.data.seq_len
-    console.table(f"{workdir.path}", [*corpus.describe(num_tokens), *rows])
+    console.table(f"{workdir.path}", [*corpus.describe(config.steps * num_tokens(config)), *rows])
     assemble.refuse_stray(traffic, config.sync.allow_stray_bytes)
 
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
     counted = {} if start is None else checkpoints.facts()
     recorder = make_recorder(config, parts, workdir, console, wire_bytes, start, counted.get("tokens"))
-    if leader:
-        corpus.keep(workdir.path)
-    workdir.begin(config, start)
-    workdir.update_summary(data_digest=corpus.digest)
+    begin(config, workdir, corpus, start)
     others = beside.Later(parts, config.sample, background, functools.partial(show_beside, config, parts, console))
     this = Run(config, parts, others, corpus, workdir, checkpoints, recorder, console, phases)
     meshes.wait_for_all("ready to train")
@@ -252,6 +248,18 @@ def load_corpus(config, workdir: Workdir, console: Console) -> corpora.Corpus:
     for warning in caught:
         console.warn(str(warning.message))
     return corpus
+
+
+def begin(config, workdir: Workdir, corpus: corpora.Corpus, start: int | None) -> None:
+    if workdir.leader:
+        corpus.keep(workdir.path)
+    workdir.begin(config, start)
+    workdir.update_summary(data_digest=corpus.digest)
+
+
+def num_tokens(config) -> int:
+    """Of a step."""
+    return config.data.batch_size * config.data.seq_len
 
 
 def batch_shape(config, corpus) -> dict:
