@@ -22,15 +22,16 @@ from parallel.rules import Constrain
 from runtime.console import human_bytes
 from runtime.digest import digest_all, named_arrays
 
-DIGEST = 2 * 16  # bytes over `replica` for one array's digest: four sums, in a ring
+DIGEST = 16  # bytes of an array: four sums, which every device may tell every other
 
 
-def compile_all(parts: Parts, sample: Any, with_init: bool = False) -> dict[str, Any]:
-    """{evaluation, sample, digest (of the whole state), init}. sample: the config's group; without tokens, none."""
-    programs = {"evaluation": compile_evaluation(parts)}
+def compile_all(parts: Parts, sample: Any, with_init: bool = False, options: Any = None) -> dict[str, Any]:
+    """{evaluation, sample, digest (of the whole state), init}. sample: the config's group; without tokens, none.
+    options: XLA's."""
+    programs = {"evaluation": compile_evaluation(parts, options)}
     if sample.tokens:
-        programs["sample"] = compile_sample(parts, sample.tokens, sample.temperature)
-    programs["digest"] = digest_all.lower(named_arrays(parts.state)).compile()
+        programs["sample"] = compile_sample(parts, sample.tokens, sample.temperature, options)
+    programs["digest"] = digest_all.lower(named_arrays(parts.state)).compile(compiler_options=options)
     return programs | ({"init": compile_init(parts)} if with_init else {})
 
 
@@ -56,7 +57,7 @@ class Later:
 
 def traffic(parts: Parts, programs: dict[str, Any]) -> dict[str, stray.Traffic]:
     """What each of these programs sends: over `replica` nothing, but a digest's sums."""
-    sums = DIGEST * len(jax.tree.leaves(parts.state))
+    sums = DIGEST * len(jax.tree.leaves(parts.state)) * (parts.mesh.size - 1)
     bound = lambda name: sums if name == "digest" else 0
     return {name: stray.traffic(program, parts.mesh, bound(name)) for name, program in programs.items()}
 
@@ -70,11 +71,11 @@ def describe(programs: dict[str, Any]) -> list[tuple[str, str]]:
 # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compile_evaluation(parts: Parts) -> Any:
+def compile_evaluation(parts: Parts, options: Any = None) -> Any:
     """(params, batch[D, B, T] of a micro-step's size) -> (summed loss, tokens)."""
     model = Transformer(parts.model.config, parts.model.compute)  # plain cross-entropy: no z-loss
     evaluate = jax.jit(placement.evaluation(model.loss, parts.mesh))
-    return evaluate.lower(parts.state.params, parts.eval_batch).compile()
+    return evaluate.lower(parts.state.params, parts.eval_batch).compile(compiler_options=options)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _ratio(a: float, b: float) -> float:
 # ── the sample ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compile_sample(parts: Parts, num_tokens: int, temperature: float) -> Any:
+def compile_sample(parts: Parts, num_tokens: int, temperature: float, options: Any = None) -> Any:
     """(params, window [T], length, seed) -> ids [D, B, N], the same text from each shard of the batch in each of D
     replica groups: no device waits for another group's, and nothing need be sent to tell it."""
     model = Transformer(parts.model.config, parts.model.compute)
@@ -142,7 +143,8 @@ def compile_sample(parts: Parts, num_tokens: int, temperature: float) -> Any:
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
     arguments = jax.ShapeDtypeStruct((seq_len,), np.int32), scalar(np.int32), scalar(np.uint32)
     own = NamedSharding(parts.mesh, P("replica", "fsdp"))
-    return jax.jit(generate, out_shardings=own).lower(parts.state.params, *arguments).compile()
+    lowered = jax.jit(generate, out_shardings=own).lower(parts.state.params, *arguments)
+    return lowered.compile(compiler_options=options)
 
 
 def sample_text(program: Any, params: Any, prompt_P: np.ndarray, seq_len: int, seed: int, tokenizer: Any) -> str:

@@ -82,6 +82,7 @@ def main(argv: list[str]) -> int:
     configuration.check_goal(config.steps, checkpoints.newest())
     phases.mark("data")
     programs = compiling.result()
+    traffic = assemble.traffic(parts, programs)
     phases.mark("compile")
 
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
@@ -91,9 +92,9 @@ def main(argv: list[str]) -> int:
     else:
         init = initializing.result() if initializing else assemble.compile_init(parts)
         state, start = init(np.uint32(config.seed)), None
+        traffic |= beside.traffic(parts, {"init": init})
         console.say(f"starting {workdir.path}")
     phases.mark("restore")
-    traffic = assemble.traffic(parts, programs)
     wire_bytes = assemble.wire_bytes(parts, traffic, config.steps)
     rows = assemble.describe(parts, programs, traffic, wire_bytes, phases.seconds)
     console.table(f"{workdir.path}", [*corpus.describe(config.steps * num_tokens(config)), *rows])

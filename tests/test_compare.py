@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 import compare
 import comparison
+import train
+from data.tokenizer import ByteTokenizer
 from runtime.config import UsageError
 
 CONFIG = """
@@ -46,6 +49,21 @@ def test_gaps_are_paired_by_seed_with_student_intervals():
 def test_a_claim_holds_fails_or_is_unresolved():
     verdict = lambda low, high: comparison.verdict({"gap_low": low, "gap_high": high}, 1.0)
     assert (verdict(-1, 0.9), verdict(1.1, 2), verdict(0.5, 1.5)) == ("holds", "fails", "unresolved")
+
+
+def test_a_comparison_cuts_its_batches_as_training_does():
+    config, corpus = helpers.tiny(data__document_mask=True), SimpleNamespace(tokenizer=ByteTokenizer())
+    assert compare._shape(config, corpus) == train.batch_shape(config, corpus) | {"document_mask": True}
+
+
+@pytest.mark.slow
+def test_documents_are_masked_in_a_comparison_too(tmp_path):
+    config = tmp_path / "masked.py"
+    masked = "c.data.batch_size, c.data.document_mask, c.sync.replicas = 8, True, 8"
+    config.write_text(CONFIG.replace("c.data.batch_size = 8", masked))
+    plan = compare.Plan.read(str(config), "base")
+    found = compare.Runner(plan, tmp_path).result(plan.rows[0], 1e-3, 0, 2)
+    assert found["steps"] == [2] and 3 < found["eval_loss"][0] < 6
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
 """What an exchange needs of memory besides arguments and results, by the compiler's own figure: two arrays at most,
-however many there are, and what is in flight. Two of 64 MiB, so that constants do not count."""
+however many there are, and what is in flight. Two of 64 MiB, so that constants do not count. And what the programs
+beside the step need."""
 
+import helpers
 import jax
 import pytest
+from ml_collections import ConfigDict
 
+import beside
 from bench.codecs import temporaries
 from parallel.codecs import CODECS
 from parallel.exchange import is_round
@@ -34,3 +38,14 @@ def test_on_a_tpu_too(codec):
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     used, in_flight = temporaries(chips, codec, "auto", 4)
     assert used <= 2 + in_flight
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 2), pytest.param((2, 4, 1), marks=pytest.mark.slow)], ids=helpers.name)
+def test_evaluation_and_the_sample_need_no_more_than_the_step(mesh):
+    """With micro-steps, and sequences and a vocabulary that make activations and logits larger than the weights."""
+    sizes = {"data__batch_size": 128, "optimizer__accumulate": 16, "data__seq_len": 128, "data__vocab_size": 2048}
+    parts = helpers.build(helpers.tiny(**sizes), mesh)
+    need = lambda program: program.memory_analysis().temp_size_in_bytes
+    step = need(helpers.compile_quickly(parts))
+    others = beside.compile_all(parts, ConfigDict({"tokens": 8, "temperature": 0.8}), options=helpers.QUICKLY)
+    assert need(others["evaluation"]) <= step and need(others["sample"]) <= step

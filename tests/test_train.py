@@ -68,7 +68,7 @@ def test_the_user_sees_the_table_and_the_steps(finished):
     for text in (
         "simulating 8 devices", "parameters", "replica 2 × fsdp 2 × tensor 2 = 8 devices", "Sync, Identity (gather)",
         "FLOPs per token", "temporary per device", "wire per step, replica", "start-up", "step 20/20", "MFU n/a",
-        "ETA", "bits per byte", "a sample:",
+        "ETA", "bits per byte", "a sample:", "stray, replica", "attention", "beside the step", "evaluation",
     ):  # fmt: skip
         assert text in done.stdout, text
     assert "Traceback" not in done.stderr
@@ -77,6 +77,10 @@ def test_the_user_sees_the_table_and_the_steps(finished):
 def test_a_dry_run_compiles_and_trains_nothing(tmp_path):
     done = helpers.train(tmp_path / "never", "--dry_run", "--config.mesh.fsdp=8")
     assert "dry run" in done.stdout and "temporary per device" in done.stdout and "step 1/" not in done.stdout
+    assert re.search(r"^  stray, replica +0 B in step, evaluation, sample, digest, init$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  attention +auto: reference; cudnn runs on NVIDIA", done.stdout, re.MULTILINE)
+    for program in ("evaluation", "sample", "digest", "init"):
+        assert re.search(rf"^  {program} +\S+ [KM]iB temporary per device$", done.stdout, re.MULTILINE), program
     assert not (tmp_path / "never").exists()
 
 

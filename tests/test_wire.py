@@ -1,5 +1,7 @@
 """Bytes counted in HLO text: every syntax that compilers write, loops, async pairs, branches."""
 
+from types import SimpleNamespace
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,8 @@ def test_groups_of_every_syntax_are_laid_to_the_right_axis(mesh, groups, axis, n
         ("%a = (f32[25]{0}, f32[100]{0}) all-gather-start(%p), replica_groups={{0,1,2,3},{4,5,6,7}}", 300),
         ("%a = (f32[9]{0}, f32[9]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}", 36),
         ("%a = (f32[100]{0}, bf16[100]{0}) all-reduce-start(%p, %q), replica_groups={{0,1,2,3},{4,5,6,7}}", 900),
+        ("%a = ((f32[100]{0}, bf16[100]{0}), (f32[100]{0}, bf16[100]{0})) all-reduce-start(%p, %q), "
+         "replica_groups={{0,1,2,3},{4,5,6,7}}", 900),
         ("%a = f32[100]{0} all-gather-done(%s)", 0),
         ("%a = s4[100]{0} all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}", 37.5),
         ("%a = f32[100]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add", 0),
@@ -128,3 +132,21 @@ def test_a_loop_of_a_tpu_program_names_its_trips_in_its_condition(mesh):
     )
     hlo = program("%a = f32[100] while(%p), condition=%cond, body=%body", others=others)
     assert wire.count(hlo, mesh) == {"replica": {"f32": 7 * 200}}
+
+
+def test_bytes_of_gpu_hosts_are_laid_to_the_right_axis():
+    """A GPU's slice_index is its host; its program is one over all hosts. A TPU's is one over its slice."""
+    device = lambda i: SimpleNamespace(id=i, slice_index=i // 4, platform="gpu")
+    mesh = SimpleNamespace(devices=np.array([device(i) for i in range(8)]).reshape(2, 4, 1), axis_names=meshes.AXES)
+    line = "%a = f32[100]{0} all-reduce(%p), replica_groups=GROUPS, use_global_device_ids=true, to_apply=%add"
+    for groups, axis, sent in (
+        ("{{0,4},{1,5},{2,6},{3,7}}", "replica", 400), ("[4,2]<=[2,4]T(1,0)", "replica", 400),
+        ("[2,4]<=[8]", "fsdp", 600),
+    ):  # fmt: skip
+        assert wire.count(program(line.replace("GROUPS", groups)), mesh) == {axis: {"f32": sent}}
+
+
+def test_a_kernel_whose_attributes_span_lines_hides_nothing_behind_it(mesh):
+    kernel = '%k = f32[100]{0} custom-call(%p), backend_config={"body": {\n}}, metadata={op_name="kernel"}'
+    gather = "%g = f32[100]{0} all-gather(%k), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}"
+    assert wire.count(program(kernel, gather), mesh) == {"replica": {"f32": 200}}
