@@ -31,7 +31,8 @@ from data.loader import Loader, eval_batches, threads_beside_grain
 from parallel import mesh as meshes
 from parallel import placement
 from runtime import config as configuration
-from runtime.config import RunError, UsageError, bad_input
+from runtime import exits, library_log
+from runtime.config import RunError, bad_input
 from runtime.console import Console
 from runtime.metrics import MetricsLog, optional_writers, read
 from runtime.preemption import EXIT_CODE, PreemptionNotice, StoppedEarly
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
         if flags.simulate:
             meshes.simulate(flags.simulate, flags.num_processes or 1)
         warning = meshes.start_distributed(flags.coordinator, flags.num_processes, flags.process_id, flags.heartbeat)
+    library_log.begin()
     notice = PreemptionNotice()
     leader = jax.process_index() == 0
     console = make_console(config, flags, leader, warning)
@@ -255,6 +257,7 @@ def begin(config, workdir: Workdir, corpus: corpora.Corpus, start: int | None) -
     if workdir.leader:
         corpus.keep(workdir.path)
     workdir.begin(config, start)
+    library_log.keep(workdir.path, jax.process_index())
     workdir.update_summary(data_digest=corpus.digest)
 
 
@@ -307,5 +310,5 @@ def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:
 
 
 if __name__ == "__main__":
-    # An error ends at once: a compilation may be under way, and the other processes would be waited for.
+    # A failure ends at once: a compilation may be under way, and the other processes would be waited for.
     sys.exit(run(sys.argv, leave=os._exit))
