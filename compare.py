@@ -11,10 +11,11 @@ import argparse
 import functools
 import hashlib
 import json
+import os
 import runpy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from parallel import placement
 from parallel.cost import bytes_per_step
 from parallel.utilisation import Method
 from runtime import config as configuration
+from runtime import exits
 from runtime.config import UsageError
 from runtime.console import human_seconds
 from runtime.metrics import write_json
@@ -272,12 +274,9 @@ def _method(parts: assemble.Parts, steps: int) -> dict[str, Any]:
     return vars(method)
 
 
+def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:
+    return exits.guarded(lambda: main(argv), "the same command goes on from here", leave)
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run(sys.argv[1:], leave=os._exit))

@@ -46,6 +46,7 @@ def finish(run: Any, params: Any, evaluated: beside.Evaluation, prompt_P: np.nda
             failed.append(what)
             console.warn(f"no {what}: {type(error).__name__}: {error}")
 
+    console.doing("digesting the weights and writing a sample")
     digest = params_digest(params)
     if run.workdir.leader:
         baselines = attempt("baselines", lambda: corpora.ngram_bits_per_byte(run.corpus)) or (None, None)
@@ -57,6 +58,7 @@ def finish(run: Any, params: Any, evaluated: beside.Evaluation, prompt_P: np.nda
             console.say(f"a sample:\n{text}")
     if run.workdir.leader:
         attempt("plots/loss.png", lambda: plot(run, evaluated, *baselines))
+        console.doing("")
         console.say(
             f"complete after {run.config.steps} steps; "
             + held_out(evaluated, *baselines)

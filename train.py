@@ -35,7 +35,7 @@ from runtime import exits, library_log
 from runtime.config import RunError, bad_input
 from runtime.console import Console
 from runtime.metrics import MetricsLog, optional_writers, read
-from runtime.preemption import EXIT_CODE, PreemptionNotice, StoppedEarly
+from runtime.preemption import EXIT_CODE, PreemptionNotice
 from runtime.progress import Phases, Profiler, Recorder
 from runtime.workdir import Workdir, choose
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     library_log.begin()
     notice = PreemptionNotice()
     leader = jax.process_index() == 0
-    console = make_console(config, flags, leader, warning)
+    console = phases.console = make_console(config, flags, leader, warning)
     with bad_input():
         mesh = meshes.build(meshes.fill_sizes(config.mesh, len(jax.devices())))
     parts = assemble.build(config, mesh)
@@ -82,10 +82,10 @@ def main(argv: list[str]) -> int:
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every, console.warn)
     configuration.check_goal(config.steps, checkpoints.newest())
-    phases.mark("data")
+    phases.mark("data", then="compiling the training step")
     programs = compiling.result()
     traffic = assemble.traffic(parts, programs)
-    phases.mark("compile")
+    phases.mark("compile", then="restoring a checkpoint" if workdir.resuming else "making the weights")
 
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
         state, start = init(np.uint32(config.seed)), None
         traffic |= beside.traffic(parts, {"init": init})
         console.say(f"starting {workdir.path}")
-    phases.mark("restore")
+    phases.mark("restore", then="making the first step")
     wire_bytes = assemble.wire_bytes(parts, traffic, config.steps)
     rows = assemble.describe(parts, programs, traffic, wire_bytes, phases.seconds)
     console.table(f"{workdir.path}", [*corpus.describe(config.steps * num_tokens(config)), *rows])
@@ -190,6 +190,7 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
         saving = last or stopping or (config.checkpoint.every and done % config.checkpoint.every == 0)
         if evaluating or saving:
             recorder.flush()
+            run.console.doing(f"evaluating or saving at step {done}")
             if last:  # what is trained is on the disk before anything runs that can fail: evaluation, sample
                 checkpoints.save(done, state, None, recorder.counted())
                 checkpoints.finish()
@@ -198,6 +199,7 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
                 recorder.evaluation(done, evaluated.loss, evaluated.bits_per_byte)
             if saving and not last:
                 checkpoints.save(done, state, evaluated.loss if evaluating else None, recorder.counted())
+            run.console.doing("")
             recorder.resume_clock()
         if checkpoints.poll():
             run.workdir.note_commit()
@@ -205,9 +207,11 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
             break
     profiler.stop(state)
     recorder.flush()
+    run.console.doing("waiting for the checkpoint to be on the disk")
     if done not in checkpoints.finish():
         raise RunError(f"step {done} is not among the checkpoints in {checkpoints.directory}, so it was not saved")
     run.workdir.note_commit()
+    run.console.doing("evaluating")
     if start == config.steps:  # the run was complete already
         evaluated = evaluate(state.params)
     return Outcome(state, done, stopping and done < config.steps, evaluated)
@@ -245,6 +249,7 @@ def load_corpus(config, workdir: Workdir, console: Console) -> corpora.Corpus:
     """The text of config.data; of a run that goes on, with its own tokenizer, and compared with what it was."""
     keys = {key: config.data[key] for key in corpora.KEYS}
     kept = workdir.path if workdir.resuming else None
+    console.doing("reading the data")
     with bad_input(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         corpus = corpora.load(cache_dir=corpora.cache_directory(), workdir=kept, say=console.say, **keys)
@@ -297,16 +302,8 @@ def make_recorder(config, parts, workdir, console, wire_bytes, start, tokens: in
 
 
 def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:
-    """main, with what is the user's to mend shown as a message instead of a traceback. leave: how to end after one."""
-    try:
-        return main(argv)
-    except StoppedEarly:
-        print("stopped by SIGTERM before the first step; the same command begins again", flush=True)
-        return leave(EXIT_CODE)
-    except (UsageError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        return leave(2 if isinstance(error, UsageError) else 1)
+    """main, with what is no fault of this program shown as a sentence. leave: how to end after one."""
+    return exits.guarded(lambda: main(argv), "the same command goes on from the last checkpoint", leave)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from runtime import agree, steps
+from runtime import agree, exits, steps
 from runtime.config import RunError
 from runtime.digest import digest_all, named_arrays, to_hex
 
@@ -359,4 +359,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exits.guarded(lambda: main(sys.argv[1:]), "nothing was changed"))

@@ -14,6 +14,7 @@ from collections import deque
 
 ERASE_LINE = "\r\x1b[2K"
 REDRAW_SECONDS = 0.1  # steps of a few ms would flood a slow ssh link with redraws nobody can read
+SILENCE_SECONDS = 3.0  # longer than this nobody waits without being told for what
 MIN_STEPS_FOR_ETA = 3  # the first steps contain the compilation
 
 
@@ -33,6 +34,18 @@ class Console:
         self._latest: list[tuple[int, str]] | None = None  # fields of the newest status line
         self._latest_shown = True
         self._drawn_at = float("-inf")
+        self._announcement: threading.Timer | None = None
+
+    def doing(self, what: str) -> None:
+        """From now on this is done, until the next call; said once, if it takes longer than SILENCE_SECONDS. "": no
+        more than what is printed anyway."""
+        if self._announcement is not None:
+            self._announcement.cancel()
+            self._announcement = None
+        if what and not self._quiet:
+            self._announcement = threading.Timer(SILENCE_SECONDS, self.say, [f"{what} …"])
+            self._announcement.daemon = True
+            self._announcement.start()
 
     def say(self, text: str) -> None:
         """Prints one plain line to stdout."""
@@ -84,6 +97,7 @@ class Console:
 
     def close(self) -> None:
         """Leaves the newest status line on the screen, also where a run stops between two printed steps."""
+        self.doing("")
         with self._lock:
             if self._quiet or self._latest is None:
                 return

@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime import library_log
 from runtime.config import RunError, UsageError
+from runtime.preemption import EXIT_CODE, StoppedEarly
 
 CANNOT_GO_ON, BAD_INPUT, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141  # the last two as a shell gives them
 STATUS = re.compile(
@@ -27,6 +28,9 @@ def guarded(main: Callable[[], int], interrupted: str, leave: Callable[[int], An
         return main()
     except UsageError as error:
         code = _failed(BAD_INPUT, str(error))
+    except StoppedEarly:
+        print("stopped by SIGTERM before the first step; the same command begins again", flush=True)
+        code = EXIT_CODE
     except BrokenPipeError:  # `| head`: there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = NOBODY_READS

@@ -41,6 +41,7 @@ def keep(workdir: Path, process: int) -> None:
     if not _saved:
         return
     _path = workdir / ("library.log" if process == 0 else f"library.{process}.log")
+    workdir.mkdir(parents=True, exist_ok=True)
     said = _said()
     _file.close()
     _file = _path.open("ab+", buffering=0)

@@ -20,9 +20,12 @@ class Phases:
     def __init__(self, started: float):
         self._started = self._last = started
         self.seconds: dict[str, float] = {}
+        self.console: Console | None = None
 
-    def mark(self, name: str) -> None:
-        """The phase `name` ends now."""
+    def mark(self, name: str, then: str = "") -> None:
+        """The phase `name` ends now. then: what is done next, said where it takes long."""
+        if self.console:
+            self.console.doing(then)
         now = time.time()
         self.seconds.pop("total", None)
         self.seconds[name] = round(now - self._last, 3)

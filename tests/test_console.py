@@ -5,10 +5,12 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from runtime import console as console_module
 from runtime.console import Console, fit_fields, human_bytes, human_count, human_seconds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -200,3 +202,17 @@ def test_human_count(n, text):
 )
 def test_human_seconds(s, text):
     assert human_seconds(s) == text
+
+
+def test_what_takes_long_is_said_once_and_only_by_process_0(capsys, monkeypatch):
+    monkeypatch.setattr(console_module, "SILENCE_SECONDS", 0.05)
+    for quiet, expected in ((False, "reading the data …\n"), (True, "")):
+        console = Console(total_steps=9, every=1, quiet=quiet)
+        console.doing("reading the data")
+        time.sleep(0.2)
+        console.doing("compiling")  # over before it is worth a word
+        console.doing("")
+        console.doing("restoring")
+        console.close()
+        time.sleep(0.2)
+        assert capsys.readouterr().out == expected
