@@ -67,7 +67,7 @@ class Loop:
         start = time.perf_counter()
         self.state, result = self._step(self.state)
         float(result)
-        committed = self.checkpoints.poll()
+        committed = bool(self.checkpoints.poll())
         return time.perf_counter() - start, committed
 
     def save(self, number: int, quiet: int) -> dict[str, float]:

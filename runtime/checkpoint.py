@@ -329,15 +329,22 @@ def verify(workdir: Path) -> list[tuple[int, list[str]]]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     rows = []
     for step, folder in steps.committed(workdir / "checkpoints").items():
-        record = read_record(folder)
-        problems = [NO_RECORD] if record is None else []
-        for name, x in record["arrays"].items() if record else ():  # one at a time: they may not fit into memory
-            abstract = jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"]), sharding=device)
-            arrays, unread = load_arrays(folder, {name: abstract})
-            problems += unread + compare(record, arrays)
+        problems = _all_problems(folder, device)
         if not problems or step in steps.committed(workdir / "checkpoints"):  # else a run has deleted it meanwhile
             rows.append((step, problems))
     return rows
+
+
+def _all_problems(folder: Path, device: Any) -> list[str]:
+    record = read_record(folder)
+    if record is None:
+        return [NO_RECORD]
+    problems = []
+    for name, x in record["arrays"].items():  # one array at a time: a model larger than this machine's memory
+        abstract = jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"]), sharding=device)
+        arrays, unread = load_arrays(folder, {name: abstract})
+        problems += unread + compare(record, arrays)
+    return problems
 
 
 def main(argv: list[str]) -> int:
