@@ -17,7 +17,6 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,8 +29,8 @@ from data import corpus as corpora
 from data.loader import Loader, eval_batches, threads_beside_grain
 from parallel import mesh as meshes
 from parallel import placement
+from runtime import agree, exits, library_log, preemption
 from runtime import config as configuration
-from runtime import exits, library_log
 from runtime.config import RunError, bad_input
 from runtime.console import Console
 from runtime.metrics import MetricsLog, optional_writers, read
@@ -51,10 +50,13 @@ def main(argv: list[str]) -> int:
     with bad_input():
         if flags.simulate:
             meshes.simulate(flags.simulate, flags.num_processes or 1)
-        warning = meshes.start_distributed(flags.coordinator, flags.num_processes, flags.process_id, flags.heartbeat)
+        warning = agree.start_distributed(
+            flags.coordinator, flags.num_processes, flags.process_id, flags.heartbeat, flags.wait
+        )
     library_log.begin()
-    notice = PreemptionNotice()
-    leader = jax.process_index() == 0
+    notice, facts = preemption.notice(), agree.code_facts()
+    agree.same("config", agree.typed(config, flags) | facts)
+    leader = agree.leader()
     console = phases.console = make_console(config, flags, leader, warning)
     with bad_input():
         mesh = meshes.build(meshes.fill_sizes(config.mesh, len(jax.devices())))
@@ -69,14 +71,15 @@ def main(argv: list[str]) -> int:
     workdir = Workdir(*choose(flags.workdir, flags.config_name, config), leader)
     for change in workdir.open(config, flags.resume):
         console.say(f"config changed since this run began: {change}")
-    meshes.wait_for_all("workdir checked")
 
     # ── Compile, while the data is read ──────────────────────────────────────────────────────────────────────────
     background = threads_beside_grain(2)
     compiling = background.submit(assemble.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
-    corpus = load_corpus(config, workdir, console)
-    prompt_P = ending.try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
+    with agree.together("data"):
+        corpus = load_corpus(config, workdir, console)
+        prompt_P = ending.try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
+    agree.same("data", {"data": corpus.digest, "data.tokenizer": corpus.tokenizer.digest})
     loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
     from runtime.checkpoint import Checkpoints  # slow to import
 
@@ -91,6 +94,8 @@ def main(argv: list[str]) -> int:
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
         state, start = checkpoints.restore(parts.state, console.warn, assemble.adapter(parts, config.seed))
         say_resumed(config, workdir, start, console)
+        if changed := agree.changed(checkpoints.facts(), facts):
+            console.say(changed)
     else:
         init = initializing.result() if initializing else assemble.compile_init(parts)
         state, start = init(np.uint32(config.seed)), None
@@ -107,8 +112,8 @@ def main(argv: list[str]) -> int:
     recorder = make_recorder(config, parts, workdir, console, wire_bytes, start, counted.get("tokens"))
     begin(config, workdir, corpus, start)
     others = beside.Later(parts, config.sample, background, functools.partial(show_beside, config, parts, console))
-    this = Run(config, parts, others, corpus, workdir, checkpoints, recorder, console, phases)
-    meshes.wait_for_all("ready to train")
+    this = Run(config, parts, others, corpus, workdir, checkpoints, recorder, console, phases, facts)
+    agree.everyone("ready to train")
     with contextlib.closing(recorder):
         outcome = train(this, programs, state, start, loader, notice)
         if not outcome.interrupted:
@@ -147,6 +152,7 @@ class Run:
     recorder: Recorder
     console: Console
     phases: Phases
+    facts: dict[str, Any]  # of code and versions, kept in each checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +165,7 @@ class Outcome:
 
 def train(run: Run, programs, state, start: int | None, loader: Loader, notice: PreemptionNotice) -> Outcome:
     """The loop. Updates made so far are counted by `done`; a checkpoint's number is the updates it contains."""
-    notice.training_begins()
+    notice.training_begins(start or 0)
     meshes.keep_freed_memory()
     gc.freeze()  # what the start has made stays
     gc.enable()
@@ -171,7 +177,7 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
     evaluate = beside.Evaluator(run.parts, held_out, run.corpus.token_bytes(), program)
     profiler = Profiler(config.profile.steps, run.workdir.path)
     if start is None and config.checkpoint.every:
-        checkpoints.save(0, state, None, recorder.counted())
+        checkpoints.save(0, state, None, run.facts | recorder.counted())
     done, evaluated, stopping = start or 0, beside.NOT_EVALUATED, False
     recorder.resume_clock()
     for batch in loader.batches(done, config.steps, place, strategy.steps_per_call):
@@ -192,13 +198,14 @@ def train(run: Run, programs, state, start: int | None, loader: Loader, notice: 
             recorder.flush()
             run.console.doing(f"evaluating or saving at step {done}")
             if last:  # what is trained is on the disk before anything runs that can fail: evaluation, sample
-                checkpoints.save(done, state, None, recorder.counted())
+                checkpoints.save(done, state, None, run.facts | recorder.counted())
                 checkpoints.finish()
             if evaluating:
                 evaluated = evaluate(state.params)
                 recorder.evaluation(done, evaluated.loss, evaluated.bits_per_byte)
             if saving and not last:
-                checkpoints.save(done, state, evaluated.loss if evaluating else None, recorder.counted())
+                facts = run.facts | recorder.counted()
+                checkpoints.save(done, state, evaluated.loss if evaluating else None, facts)
             run.console.doing("")
             recorder.resume_clock()
         if checkpoints.poll():
@@ -236,6 +243,8 @@ def make_console(config, flags, leader: bool, warning: str | None) -> Console:
 
 
 def say_resumed(config, workdir, start: int, console: Console) -> None:
+    if not workdir.leader:
+        return
     console.say(f"resuming {workdir.path} from step {start}; every array has the digest it was saved with")
     before = configuration.read_json(workdir.path)
     if start == config.steps:
@@ -303,9 +312,15 @@ def make_recorder(config, parts, workdir, console, wire_bytes, start, tokens: in
 
 def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:
     """main, with what is no fault of this program shown as a sentence. leave: how to end after one."""
-    return exits.guarded(lambda: main(argv), "the same command goes on from the last checkpoint", leave)
+
+    def together() -> int:
+        code = main(argv)
+        agree.leave()
+        return code
+
+    return exits.guarded(together, "the same command goes on from the last checkpoint", leave)
 
 
 if __name__ == "__main__":
-    # A failure ends at once: a compilation may be under way, and the other processes would be waited for.
+    # A failure ends at once: a compilation may be under way, and nobody waits for what failed.
     sys.exit(run(sys.argv, leave=os._exit))

@@ -1,4 +1,4 @@
-"""Builds and validates the device mesh; starts jax.distributed.
+"""Builds and validates the device mesh.
 
 Axes, slowest first. `replica` is the slow link between machines: only the exchange crosses it. The others are one
 machine's, or one fast network's, own: `stage`, `expert` and `context` will stand between them under these names.
@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import math
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -101,82 +100,3 @@ def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mes
 
 def describe(mesh: Mesh) -> str:
     return " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-
-
-def start_distributed(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat_seconds: int
-) -> str | None:
-    """Joins the other processes, if there are any. Returns a warning to print, or None.
-
-    With explicit flags the coordinator listens on its own address only; JAX's default is every interface, where a
-    stray connection can end the job.
-    """
-    # Where one process has failed, the others' exit waits for it: not JAX's 300 s.
-    options: dict = {"heartbeat_timeout_seconds": heartbeat_seconds, "shutdown_timeout_seconds": 2 * heartbeat_seconds}
-    if coordinator:
-        if num_processes is None or process_id is None:
-            raise ValueError("--coordinator needs --num_processes and --process_id too")
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-            raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT, as in 10.0.0.1:8476")
-        if process_id >= num_processes:
-            raise ValueError(f"--process_id={process_id}: of {num_processes} processes the last is {num_processes - 1}")
-        if process_id == 0:
-            _check_own_address(coordinator, host, int(port))
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            coordinator_bind_address=coordinator,
-            cluster_detection_method="deactivate",
-            **options,
-        )
-        return None if host in ("127.0.0.1", "localhost", "[::1]") else NOT_ENCRYPTED
-    if num_processes is not None or process_id is not None:
-        raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT")
-    if not _in_cluster():
-        return None
-    jax.distributed.initialize(**options)
-    if jax.process_count() == 1:
-        return None
-    return (
-        f"{NOT_ENCRYPTED}; and the coordinator found by automatic detection listens on every interface of its host "
-        "([::]): pass --coordinator, --num_processes and --process_id to bind it to one address"
-    )
-
-
-def _check_own_address(coordinator: str, host: str, port: int) -> None:
-    """Whether process 0 can listen there: JAX crashes where it cannot."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as JAX does: restart without waiting
-            probe.bind(address)
-    except OSError as error:
-        raise ValueError(
-            f"--coordinator={coordinator}: process 0 cannot listen there ({error.strerror or error}). "
-            "Give an address of its own machine that the others can reach, and a free port."
-        ) from error
-
-
-NOT_ENCRYPTED = "the processes' collectives are not encrypted: keep them on a private network"
-
-
-def _in_cluster() -> bool:
-    """Whether a launcher that JAX can detect (SLURM, Open MPI, Kubernetes, TPU pods) started several of us."""
-    env = os.environ
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        return True
-    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        return True
-    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        return True
-    return len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "MEGASCALE_NUM_SLICES" in env
-
-
-def wait_for_all(name: str) -> None:
-    """Waits until every process is here. Compile times differ, and a collective on CPU waits 30 s at most."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

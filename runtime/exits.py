@@ -7,9 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from runtime import library_log
+from runtime import agree, library_log, lock, preemption
 from runtime.config import RunError, UsageError
-from runtime.preemption import EXIT_CODE, StoppedEarly
 
 CANNOT_GO_ON, BAD_INPUT, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141  # the last two as a shell gives them
 STATUS = re.compile(
@@ -19,7 +18,8 @@ STATUS = re.compile(
 
 
 def guarded(main: Callable[[], int], interrupted: str, leave: Callable[[int], Any] = int) -> int:
-    """main(), with one sentence instead of a traceback for what is no fault of this program.
+    """main(), with one sentence instead of a traceback for what is no fault of this program. Of several processes, the
+    others hear it, and end, too.
 
     interrupted: said at Ctrl-C. leave: how to end after a failure: a process with threads under way may have to go at
     once (os._exit).
@@ -28,9 +28,6 @@ def guarded(main: Callable[[], int], interrupted: str, leave: Callable[[int], An
         return main()
     except UsageError as error:
         code = _failed(BAD_INPUT, str(error))
-    except StoppedEarly:
-        print("stopped by SIGTERM before the first step; the same command begins again", flush=True)
-        code = EXIT_CODE
     except BrokenPipeError:  # `| head`: there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = NOBODY_READS
@@ -41,16 +38,21 @@ def guarded(main: Callable[[], int], interrupted: str, leave: Callable[[int], An
     except Exception as error:
         if STATUS.match(str(error)):  # of XLA, in exceptions of several types: a peer that is gone, no memory left
             library_log.note(traceback.format_exc())
+            agree.hear()  # a peer that has gone is what this process ends with
             first = str(error).strip().splitlines()[0]
             code = _failed(CANNOT_GO_ON, f"a computation failed: {first}{library_log.hint()}")
         else:  # a fault of this program: whoever mends it needs to know where
             traceback.print_exc()
+            agree.tell(CANNOT_GO_ON, f"{type(error).__name__}: {error}")
             code = CANNOT_GO_ON
     finally:
+        preemption.done()
+        lock.release()
         library_log.end()
     return leave(code)
 
 
 def _failed(code: int, message: str, kind: str = "error") -> int:
     print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    agree.tell(code, message)
     return code

@@ -1,4 +1,4 @@
-"""The folder of a run: a stable interface (docs/workdir.md)."""
+"""The folder of a run: a stable interface (docs/workdir.md). Process 0 reads and writes it, but for checkpoints."""
 
 import hashlib
 import json
@@ -7,11 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
+from runtime import agree, lock, steps
 from runtime import config as configuration
-from runtime import steps
 from runtime.config import UsageError
 from runtime.metrics import write_json
 
@@ -23,19 +20,20 @@ def default_name(config_file: str, config: Any) -> str:
 
 
 def choose(asked: str | None, config_file: str, config: Any) -> tuple[Path, bool]:
-    """The workdir: the one asked for, or a new one; and whether it holds a run. Process 0 decides both and tells the
-    others: looking for themselves, they could see what it, or one of them, has just made."""
-    path = Path(asked or default_name(config_file, config))
-    resuming = holds_run(path)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    """The workdir: the one asked for, or a new one; and whether it holds a run. Held from now on by process 0, which
+    decides both: looking for themselves, the others could see what it, or one of them, has just made.
 
-        name = f"{int(resuming)}{path}".encode()
-        padded = np.zeros(4096, np.uint8)
-        padded[: len(name)] = np.frombuffer(name, np.uint8)
-        name = bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).rstrip(b"\0").decode()
-        path, resuming = Path(name[1:]), name[0] == "1"
-    return path, resuming
+    Raises UsageError where another run holds it, or where the processes do not see the same folder.
+    """
+
+    def decide() -> tuple[str, bool, str]:
+        path = Path(asked or default_name(config_file, config))
+        nonce = lock.hold(path)
+        return str(path), holds_run(path), nonce
+
+    path, resuming, nonce = agree.decided("workdir", decide)
+    agree.shared(Path(path), nonce)
+    return Path(path), resuming
 
 
 def holds_run(path: Path) -> bool:
@@ -52,9 +50,12 @@ class Workdir:
         self.checkpoints = path / "checkpoints"
 
     def open(self, config: Any, resume: bool) -> list[str]:
-        """Checks that the folder can be made, or that this config may go on with the run in it: the changes, one line
-        each. Writes nothing that stays: the data may yet turn out to be bad."""
-        if self.resuming:
+        """Checks that this config may go on with the run in the folder: the changes, one line each. Writes nothing:
+        the data may yet turn out to be bad."""
+
+        def changes() -> list[str]:
+            if not self.resuming:
+                return []
             if not resume:
                 raise UsageError(f"{self.path} already holds a run and --noresume was given: choose another --workdir")
             if not (self.path / "config.json").is_file():
@@ -63,21 +64,8 @@ class Workdir:
                     "restore config.json from a backup, or choose another --workdir"
                 )
             return configuration.check_resume(configuration.read_json(self.path), config)
-        if not self.leader:
-            return []
-        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.write_text("")
-            probe.unlink()
-            for folder in missing:
-                folder.rmdir()
-        except OSError as error:
-            raise UsageError(
-                f"--workdir={self.path} cannot be written ({error.strerror or error}): choose another folder"
-            ) from error
-        return []
+
+        return agree.decided("config of the run", changes)
 
     def summary(self) -> dict[str, Any]:
         path = self.path / "summary.json"
@@ -90,10 +78,10 @@ class Workdir:
 
     def begin(self, config: Any, restored_step: int | None) -> None:
         """Writes config.json and notes this start of a process in summary.json."""
-        starts = [*self.summary().get("starts", []), {"time": time.time(), "restored_step": restored_step}]
         if self.leader:
+            starts = [*self.summary().get("starts", []), {"time": time.time(), "restored_step": restored_step}]
             write_json(self.path / "config.json", config.to_dict())
-        self.update_summary(starts=starts)
+            self.update_summary(starts=starts)
 
     def seconds_since_first_start(self) -> float:
         return time.time() - self.summary()["starts"][0]["time"]
@@ -105,9 +93,10 @@ class Workdir:
     def must_restore(self, steps: list[int]) -> bool:
         """Whether there is something to go on from. Once a step was committed, only a restore may follow: a run that
         has lost its checkpoints must not begin again at step 0. Before that, nothing would be lost by it."""
-        committed = self.summary().get("committed", False)  # read in any case: a damaged summary stops the run here
+        # read in any case: a damaged summary stops the run here
+        committed = agree.decided("committed", lambda: self.summary().get("committed", False))
         return bool(steps) or committed
 
     def note_commit(self) -> None:
-        if not self.summary().get("committed"):
+        if self.leader and not self.summary().get("committed"):
             self.update_summary(committed=True)

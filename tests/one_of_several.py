@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from parallel import mesh as meshes
+from runtime import agree
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out")
@@ -25,10 +26,11 @@ parser.add_argument("--process_id", type=int)
 args = parser.parse_args()
 
 meshes.simulate(math.prod(args.mesh), args.num_processes)
-meshes.start_distributed(args.coordinator, args.num_processes, args.process_id, heartbeat_seconds=30)
+agree.start_distributed(args.coordinator, args.num_processes, args.process_id)
 config = helpers.tiny()
 parts = helpers.build(config, args.mesh)
 losses = helpers.losses(config, parts, 20, uneven=True)
 gradients = helpers.first_gradients(config, parts, uneven=True)
 if jax.process_index() == 0:
     np.savez(args.out, losses=losses, **gradients)
+agree.leave()

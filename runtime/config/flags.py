@@ -36,6 +36,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "heartbeat", 30, "Seconds after which a silent process is dead.", flag_values=values, lower_bound=1
     )
     flags.DEFINE_bool("version", False, "Show the versions of this program, JAX and Python.", flag_values=values)
+    flags.DEFINE_float(
+        "wait", 60, "Seconds to wait for the other processes to be started.", flag_values=values, lower_bound=1
+    )
     flags.DEFINE_bool("help", False, "Show this help.", flag_values=values, short_name="h")
 
 
