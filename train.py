@@ -76,10 +76,7 @@ def main(argv: list[str]) -> int:
     background = threads_beside_grain(2)
     compiling = background.submit(assemble.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
-    with agree.together("data"):
-        corpus = load_corpus(config, workdir, console)
-        prompt_P = ending.try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
-    agree.same("data", {"data": corpus.digest, "data.tokenizer": corpus.tokenizer.digest})
+    corpus, prompt_P = load_data(config, workdir, console)
     loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
     from runtime.checkpoint import Checkpoints  # slow to import
 
@@ -252,6 +249,15 @@ def say_resumed(config, workdir, start: int, console: Console) -> None:
     elif start and configuration.changes_schedule(before, config):
         was, now = (float(assemble.build_schedule(c)(step)) for c, step in ((before, start - 1), (config, start)))
         console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
+
+
+def load_data(config, workdir: Workdir, console: Console) -> tuple[corpora.Corpus, np.ndarray | None]:
+    """The corpus, the same in every process, and the ids of the prompt."""
+    with agree.together("data"):
+        corpus = load_corpus(config, workdir, console)
+        prompt_P = ending.try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
+    agree.same("data", {"data": corpus.digest, "data.tokenizer": corpus.tokenizer.digest})
+    return corpus, prompt_P
 
 
 def load_corpus(config, workdir: Workdir, console: Console) -> corpora.Corpus:

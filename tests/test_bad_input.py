@@ -637,10 +637,41 @@ def test_several_processes_all_stop(tmp_path):
 
 def test_a_coordinator_address_that_is_not_ours(fails, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        for address in ("192.0.2.1:8476", f"127.0.0.1:{taken.getsockname()[1]}", "no.such.host.invalid:8476"):
+        for address in ("192.0.2.1:8476", f"127.0.0.1:{taken.getsockname()[1]}"):
             processes = ["--num_processes=2", "--process_id=0"]
             message = fails(TINY, f"--workdir={tmp_path}/run", f"--coordinator={address}", *processes)
             assert f"--coordinator={address}: process 0 cannot listen there (" in message and "a free port" in message
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize(
+    ("address", "part"),
+    [
+        ("no.such.host.invalid:8476", "the host no.such.host.invalid cannot be resolved ("),
+        ("::1:8477", "an IPv6 address stands in brackets, as in --coordinator=[::1]:8477"),
+        ("fe80::1%eth0:8477", "as in --coordinator=[fe80::1%eth0]:8477"),
+        ("[::1]", "expected HOST:PORT"),
+        ("localhost", "expected HOST:PORT"),
+        ("localhost:http", "expected HOST:PORT"),
+        ("localhost:70000", "expected HOST:PORT"),
+        (":8476", "expected HOST:PORT"),
+    ],
+)
+def test_a_coordinator_that_is_no_address(fails, tmp_path, address, part, process):
+    several = ["--num_processes=2", f"--process_id={process}", f"--workdir={tmp_path}/run"]
+    message = fails(TINY, f"--coordinator={address}", *several)
+    assert f"--coordinator={address}: " in message and part in message
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3", "file", "hdfs", "https"])
+@pytest.mark.parametrize("key", ["workdir", "config.data.path", "config.data.tokenizer"])
+def test_an_address_of_a_store_is_no_folder(fails, key, scheme):
+    message = fails(TINY, f"--{key}={scheme}://bucket/run")
+    assert f"--{key}={scheme}://bucket/run: {scheme}:// is not supported" in message
+
+
+def test_one_of_several_paths_is_an_address(fails):
+    assert "s3:// is not supported" in fails(TINY, "--config.data.path=here.txt,s3://bucket/there.txt")
 
 
 def test_help(capsys):

@@ -89,7 +89,7 @@ import sys, threading
 from etils import epy
 
 def lazy_imports(original=epy.lazy_imports, **options):
-    print("Python's import is replaced beside", threading.active_count() - 1, "threads", flush=True)
+    print("Python's import is replaced beside", [thread.name for thread in threading.enumerate()], flush=True)
     return original(**options)
 
 epy.lazy_imports = lazy_imports
@@ -105,7 +105,8 @@ def test_no_other_thread_imports_while_grain_replaces_pythons_import(tmp_path):
         [sys.executable, "-c", WATCH, *arguments[1:]], cwd=helpers.ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"replaced beside (\d+) threads", done.stdout) == ["0"]
+    waits = "SIGTERM"  # a thread that has imported what it needs (runtime/preemption.py)
+    assert re.findall(r"replaced beside (.*)", done.stdout) == [str(["MainThread", waits])]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import runtime
 from runtime.config.check import unread
 from runtime.config.errors import UsageError
-from runtime.config.keys import EXPECTED, base_values, convert, expand_home, flatten, nested, read_text
+from runtime.config.keys import EXPECTED, base_values, convert, expand_home, flatten, local_path, nested, read_text
 from runtime.config.resume import read_json
 from runtime.config.suggest import nearest_name, unknown_key
 
@@ -112,7 +112,10 @@ def split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def _start(given: dict[str, str | None]) -> tuple[str | None, dict[str, Any]]:
     """(config file, {key: value}) that the command line starts from: --config, or the workdir's config.json."""
-    workdir = expand_home(given.get("workdir") or "")
+    try:
+        workdir = local_path("--workdir", given.get("workdir") or "")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     config_file = expand_home(given.pop("config") or "") if "config" in given else None
     if "workdir" in given and not workdir:
         raise UsageError("--workdir needs a folder, as in --workdir=runs/first")

@@ -158,7 +158,7 @@ def convert(key: str, value: Any) -> Any:
         return kind(number)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{key}={value!r}: expected {EXPECTED.get(kind, kind.__name__)}")
-    return expand_home(str(value)) if key in PATHS else value
+    return local_path(key, str(value)) if key in PATHS else value
 
 
 def read_text(kind: type, text: str) -> Any:
@@ -168,6 +168,16 @@ def read_text(kind: type, text: str) -> Any:
     if kind is int and re.fullmatch(r"[+-]?\d+", text):
         return int(text)
     return float(text) if kind in (int, float) else text
+
+
+def local_path(name: str, path: str) -> str:
+    """With ~ as the home. Raises ValueError for an address of a store, which would become a folder called `gs:`."""
+    if found := re.search(r"(?:^|,)\s*([A-Za-z][\w+.-]*)://", path):
+        raise ValueError(
+            f"{name}={path}: {found[1]}:// is not supported, only folders and files of this machine. Mount the store, "
+            "or copy what is needed"
+        )
+    return expand_home(path)
 
 
 def expand_home(path: str) -> str:
