@@ -90,9 +90,7 @@ def main(argv: list[str]) -> int:
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
         state, start = checkpoints.restore(parts.state, console.warn, assemble.adapter(parts, config.seed))
-        say_resumed(config, workdir, start, console)
-        if changed := agree.changed(checkpoints.facts(), facts):
-            console.say(changed)
+        say_resumed(config, workdir, start, console, agree.changed(checkpoints.facts(), facts))
     else:
         init = initializing.result() if initializing else assemble.compile_init(parts)
         state, start = init(np.uint32(config.seed)), None
@@ -239,10 +237,12 @@ def make_console(config, flags, leader: bool, warning: str | None) -> Console:
     return console
 
 
-def say_resumed(config, workdir, start: int, console: Console) -> None:
+def say_resumed(config, workdir, start: int, console: Console, changed: str = "") -> None:
     if not workdir.leader:
         return
     console.say(f"resuming {workdir.path} from step {start}; every array has the digest it was saved with")
+    if changed:
+        console.say(changed)
     before = configuration.read_json(workdir.path)
     if start == config.steps:
         console.say(f"this run is complete: it has made its {start} steps, and is evaluated again")

@@ -33,20 +33,19 @@ class PreemptionNotice:
         writer.setblocking(False)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        self._sockets = reader, writer
-        threading.Thread(target=self._listen, name="SIGTERM", daemon=True).start()
+        self._writer = writer
+        threading.Thread(target=self._listen, args=(reader,), name="SIGTERM", daemon=True).start()
 
     def close(self) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
-        for end in self._sockets:
-            end.shutdown(socket.SHUT_RDWR)
-            end.close()
+        self._writer.close()  # which ends the thread, too
 
-    def _listen(self) -> None:
-        while signal.SIGTERM not in (signals := self._sockets[0].recv(64)):
-            if not signals:
-                return
+    def _listen(self, reader: socket.socket) -> None:
+        with reader:
+            while signal.SIGTERM not in (signals := reader.recv(64)):
+                if not signals:
+                    return
         if agree.failing.is_set():
             return
         if self._step is None:
