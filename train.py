@@ -17,6 +17,7 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,8 +55,7 @@ def main(argv: list[str]) -> int:
             flags.coordinator, flags.num_processes, flags.process_id, flags.heartbeat, flags.wait
         )
     library_log.begin()
-    notice, facts = preemption.notice(), agree.code_facts()
-    agree.same("config", agree.typed(config, flags) | facts)
+    notice, facts = preemption.notice(), agree.same_start(config, flags)
     leader = agree.leader()
     console = phases.console = make_console(config, flags, leader, warning)
     with bad_input():

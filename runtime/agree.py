@@ -283,6 +283,13 @@ def _holds(path: Path, nonce: str) -> bool:
         return False
 
 
+def same_start(config: Any, flags: Any) -> dict[str, Any]:
+    """Compares what decides which programs are compiled, before one is; the facts of code and versions."""
+    facts = code_facts()
+    same("config", typed(config, flags) | facts)
+    return facts
+
+
 def typed(config: Any, flags: Any) -> dict[str, Any]:
     """What all must have been started with. Files may lie elsewhere on each machine: what is read is compared."""
     flat = dict(flatten(config))

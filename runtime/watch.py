@@ -74,7 +74,8 @@ class Watch:
                 failed = dict(self._client.key_value_dir_get(FAILED))
                 self.look()
             except Exception as error:  # the client raises many types
-                self._end(0, 1, str(error).splitlines()[0][:200])
+                if not self._ending.wait(GRACE):
+                    self._go(1, f"error: {str(error).splitlines()[0][:300]}")
                 return
             failed.pop(f"{FAILED}{self._me}", None)
             if failed:
@@ -86,8 +87,12 @@ class Watch:
     def _end(self, process: int, code: int, text: str) -> None:
         if self._ending.wait(GRACE if process or text != KILLED else 0):  # it has a message of its own
             return
-        print(f"error: process {process} failed, so this one ends, too: {text}", file=sys.stderr, flush=True)
-        if process:
-            self.tell(1, f"process {process}: {text}")
+        code = code if code == EX_TEMPFAIL else 1
+        self._go(code, f"error: process {process} failed, so this one ends, too: {text}", process > 0)
+
+    def _go(self, code: int, text: str, tell: bool = True) -> None:
+        print(text, file=sys.stderr, flush=True)
+        if tell:
+            self.tell(code, text.removeprefix("error: "))
         sys.stdout.flush()
-        os._exit(code if code == EX_TEMPFAIL else 1)
+        os._exit(code)
