@@ -11,8 +11,8 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
-import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +35,12 @@ from parallel.cost import bytes_per_step
 from parallel.utilisation import Method
 from runtime import config as configuration
 from runtime import exits
-from runtime.config import UsageError
-from runtime.console import human_seconds
+from runtime.config import RunError, UsageError
+from runtime.console import Console, human_seconds
 from runtime.metrics import write_json
+from runtime.progress import Recorder
 
+PER_SEED = ("eval_loss", "skipped", "clipped", "ended")
 PERTURBATION = 1e-6  # of the weights, relative: the noise floor of a comparison
 
 
@@ -48,8 +50,8 @@ def main(argv: list[str]) -> int:
         meshes.simulate(args.simulate)
     meshes.keep_freed_memory()
     assemble.use_compilation_cache(corpora.cache_directory())
-    plan = Plan.read(args.config, args.only)
-    workdir = Path(args.workdir or f"runs/compare-{Path(args.config).stem}")
+    plan = Plan.read(configuration.expand_home(args.config), args.only)
+    workdir = Path(configuration.expand_home(args.workdir or f"runs/compare-{Path(args.config).stem}"))
     runner = Runner(plan, workdir)
     for row in plan.rows:
         best = runner.tune(row)
@@ -67,6 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", help="where results are kept; default runs/compare-<config>")
     parser.add_argument("--simulate", type=int, help="simulated CPU devices, over which the replicas are laid")
     parser.add_argument("--only", default="", help="rows whose name contains this; the baseline always runs")
+    parser.add_argument("--version", action="version", version=configuration.version())
     return parser.parse_args(argv)
 
 
@@ -76,6 +79,10 @@ class Row:
     changes: dict[str, Any]
     tune: tuple[str, tuple[float, ...]] | None
     perturbed: bool = False
+
+    @property
+    def candidates(self) -> tuple:
+        return self.tune[1] if self.tune else (None,)
 
 
 @dataclass(frozen=True)
@@ -90,22 +97,29 @@ class Plan:
     def steps(self) -> int:
         return self.base.steps
 
+    @property
+    def third(self) -> int:
+        """A third of the steps, in whole intervals between evaluations."""
+        every = self.base.eval_every
+        return max(1, round(self.steps / 3 / every)) * every
+
     @classmethod
     def read(cls, file: str, only: str) -> "Plan":
         """Raises UsageError for a file, a row or a number of seeds that cannot be compared; checks every row."""
-        if not Path(file).is_file():
-            raise UsageError(f"--config={file}: there is no such file. See configs/compare/quickstart.py")
-        found = runpy.run_path(file)
-        if missing := {"get_config", "ROWS", "SEEDS"} - found.keys():
+        base, found = configuration.execute(file)
+        if missing := {"ROWS", "SEEDS"} - found.keys():
             raise UsageError(f"--config={file} has no {', '.join(sorted(missing))}: see configs/compare/quickstart.py")
-        rows = [Row(**row) for row in found["ROWS"]]
-        if len(set(found["SEEDS"])) < 3:
-            raise UsageError(f"--config={file}: SEEDS={found['SEEDS']}; an interval needs 3 different seeds or more")
-        plan = cls(found["get_config"](), rows, tuple(found["SEEDS"]))
-        for row in rows:
+        seeds = tuple(found["SEEDS"])
+        if len(set(seeds)) < max(3, len(seeds)):
+            raise UsageError(f"--config={file}: SEEDS={seeds}; an interval needs 3 seeds or more, all different")
+        plan = cls(base, [Row(**row) for row in found["ROWS"]], seeds)
+        for row in plan.rows:
             if row.tune and len(row.tune[1]) > 3:
                 raise UsageError(f"row {row.name!r}: {len(row.tune[1])} candidates; every row has at most 3")
-            configuration.validate(plan.config(row, next(iter(row.tune[1])) if row.tune else None, plan.steps))
+            for value in row.candidates:
+                for steps in {plan.steps, plan.third} if row.tune else {plan.steps}:
+                    configuration.validate(plan.config(row, value, steps))
+        rows = plan.rows
         floor = Row(f"{rows[0].name}, weights moved by {PERTURBATION:g}", rows[0].changes, rows[0].tune, True)
         kept = [row for row in [rows[0], floor, *rows[1:]] if only in row.name or row is rows[0]]
         return cls(plan.base, kept, plan.seeds)
@@ -113,7 +127,8 @@ class Plan:
     def config(self, row: Row, value: Any, steps: int) -> Any:
         """The training run of a row, with this value of what it tunes."""
         config = self.base.copy_and_resolve_references()
-        config.update_from_flattened_dict(row.changes | ({row.tune[0]: value} if row.tune else {}) | {"steps": steps})
+        changes = row.changes | ({row.tune[0]: value} if row.tune else {}) | {"steps": steps}
+        config.update_from_flattened_dict(configuration.converted(changes, f"row {row.name!r} sets"))
         return config
 
     def about(self) -> dict[str, Any]:
@@ -135,19 +150,13 @@ class Runner:
         """The best candidate by eval loss after a third of the length, with the first seed."""
         if row.tune is None:
             return None
-        steps = self._third()
+        steps = self.plan.third
         losses = {v: self.result(row, v, self.plan.seeds[0], steps)["eval_loss"][-1] for v in row.tune[1]}
         return min(losses, key=lambda value: losses[value] if np.isfinite(losses[value]) else np.inf)
 
-    def _third(self) -> int:
-        """A third of the steps, in whole intervals between evaluations."""
-        every = self.plan.base.eval_every
-        return max(1, round(self.plan.steps / 3 / every)) * every
-
     def finished(self, row: Row) -> bool:
-        candidates = row.tune[1] if row.tune else (None,)
         runs = lambda value: all(self._file(row, value, seed, self.plan.steps).exists() for seed in self.plan.seeds)
-        return any(runs(value) for value in candidates)
+        return any(runs(value) for value in row.candidates)
 
     def summary(self, row: Row) -> dict[str, Any]:
         value = self.tune(row)
@@ -157,14 +166,14 @@ class Runner:
             "name": row.name,
             "tuned": f"{row.tune[0]}={value:g} of {', '.join(f'{v:g}' for v in row.tune[1])}" if row.tune else "",
             "steps": runs[0]["steps"],
-            "eval_losses": [run["eval_loss"] for run in runs],
+            **{f"{key}s" if key == "eval_loss" else key: [run[key] for run in runs] for key in PER_SEED},
             **{key: runs[0][key] for key in keys},
         }
 
     def result(self, row: Row, value: Any, seed: int, steps: int) -> dict[str, Any]:
         file = self._file(row, value, seed, steps)
         if file.exists():
-            return json.loads(file.read_text())
+            return _read_result(file)
         config = self.plan.config(row, value, steps)
         started = time.time()
         found = self._train(row, config, seed)
@@ -172,23 +181,24 @@ class Runner:
         write_json(file, found | {"row": row.name, "seed": seed, "seconds": round(time.time() - started, 1)})
         remaining = sum(n for *_, n in self._to_do())
         eta = (time.time() - self.started) / self.steps_done * remaining
+        early = f" | {found['ended']}" if found["ended"] else ""
         print(
             f"{row.name} | {row.tune[0] if row.tune else ''}={value} seed {seed} | {steps} steps in "
-            f"{time.time() - started:.0f} s | eval loss {found['eval_loss'][-1]:.4f} | ETA {human_seconds(eta)}",
+            f"{time.time() - started:.0f} s | eval loss {found['eval_loss'][-1]:.4f} | skipped {found['skipped']} | "
+            f"clipped {found['clipped']} | ETA {human_seconds(eta)}{early}",
             flush=True,
         )
-        return json.loads(file.read_text())
+        return _read_result(file)
 
     def _to_do(self) -> Iterator[tuple[Row, Any, int, int]]:
         """Runs that are still missing. Which candidate will win is not known before: any stands for it."""
         for row in self.plan.rows:
-            candidates = row.tune[1] if row.tune else (None,)
-            for value in candidates if row.tune else ():
-                if not self._file(row, value, self.plan.seeds[0], self._third()).exists():
-                    yield row, value, self.plan.seeds[0], self._third()
+            for value in row.candidates if row.tune else ():
+                if not self._file(row, value, self.plan.seeds[0], self.plan.third).exists():
+                    yield row, value, self.plan.seeds[0], self.plan.third
             for seed in self.plan.seeds:
-                if not any(self._file(row, v, seed, self.plan.steps).exists() for v in candidates):
-                    yield row, candidates[0], seed, self.plan.steps
+                if not any(self._file(row, v, seed, self.plan.steps).exists() for v in row.candidates):
+                    yield row, row.candidates[0], seed, self.plan.steps
 
     def _file(self, row: Row, value: Any, seed: int, steps: int) -> Path:
         described = [self.plan.config(row, value, steps).to_json(sort_keys=True), seed, row.perturbed]
@@ -203,16 +213,27 @@ class Runner:
         if row.perturbed:
             state.params = jax.jit(_perturb, out_shardings=assemble.shardings_of(parts.state.params))(state.params)
         place = lambda rows: placement.place_train(parts.mesh, parts.replicas, loader.batch_size, rows)
-        steps, losses, done = [], [], 0
-        for batch in loader.batches(0, config.steps, place, strategy.steps_per_call):
-            state, _ = programs[strategy.program_at(done, config.steps)](state, batch)
-            done += strategy.steps_per_call
-            if done % config.eval_every == 0 or done == config.steps:
-                steps, losses = [*steps, done], [*losses, evaluate(state.params).loss]
+        recorder = _recorder(config)
+        losses: dict[int, float] = {}
+        done, ended = 0, ""
+        try:
+            for batch in loader.batches(0, config.steps, place, strategy.steps_per_call):
+                state, metrics = programs[strategy.program_at(done, config.steps)](state, batch)
+                done += strategy.steps_per_call
+                recorder.step(done, metrics, batch["tokens"].size)
+                if done % config.eval_every == 0 or done == config.steps:
+                    losses[done] = evaluate(state.params).loss
+            recorder.flush()
+        except RunError as error:  # its row says so; the others go on
+            ended = str(error)
+        ends = range(strategy.steps_per_call, config.steps + 1, strategy.steps_per_call)
+        steps = [n for n in ends if n % config.eval_every == 0 or n == config.steps]
         size, source = _wire_bytes(parts, programs, config)
         return {
             "steps": steps,
-            "eval_loss": losses,
+            "eval_loss": [losses.get(n, math.nan) for n in steps],
+            **{name: recorder.last.get(name, 0) for name in ("skipped", "clipped")},
+            "ended": ended,
             "wire_bytes_per_step": size,
             "wire_bytes_from": source,
             "parameters": assemble.num_parameters(parts),
@@ -235,6 +256,28 @@ class Runner:
             built = (parts, assemble.compile_steps(parts), assemble.compile_init(parts), evaluate, corpus)
             self._built = {key: built}
         return self._built[key]
+
+
+def _read_result(file: Path) -> dict[str, Any]:
+    """JSON has no NaN: a loss that is not a number is null there."""
+    found = json.loads(file.read_text())
+    return found | {"eval_loss": [math.nan if loss is None else loss for loss in found["eval_loss"]]}
+
+
+def _recorder(config: Any) -> Recorder:
+    """Reads the metrics as in train.py, where nothing is to be shown or logged: refused updates are counted, and too
+    many in a row end the run."""
+    return Recorder(
+        None,
+        Console(config.steps, config.steps, quiet=True),
+        log_every=config.steps,
+        abort_after=config.guard.abort_after,
+        tokens=0,
+        flops_per_second_at_full_speed=None,
+        flops_per_token=0,
+        wire_bytes={},
+        train_seconds=0,
+    )
 
 
 def _shape(config: Any, corpus: Any) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from parallel.utilisation import GRID, WORKLOADS, Method, bandwidth_for, utilisa
 from runtime.console import human_bytes
 from runtime.metrics import replace_file, write_json
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # two-sided
 TARGETS = (0.5, 0.8, 0.95)  # of compute utilisation
 SHAPES = ("-", "--", ":", "-.")
 
@@ -25,7 +24,7 @@ def tabulate(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any
     for row in rows:
         final = np.array([losses[-1] for losses in row["eval_losses"]], float)
         gap = 100 * (final - base) / base.mean()
-        half = T95[len(gap)] * gap.std(ddof=1) / math.sqrt(len(gap))
+        half = student_t(len(gap) - 1) * gap.std(ddof=1) / math.sqrt(len(gap))
         method = Method(**row["method"])
         table.append(
             row
@@ -41,12 +40,19 @@ def tabulate(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any
     return {"about": about, "rows": table}
 
 
+def student_t(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t."""
+    from scipy.special import stdtrit  # slow to import; JAX has it installed
+
+    return float(stdtrit(freedom, 0.975))
+
+
 def verdict(row: dict[str, Any], bound: float) -> str:
     """A claim "gap ≤ bound %": holds when the interval's upper end is below, fails when its lower end is above."""
     return "holds" if row["gap_high"] <= bound else "fails" if row["gap_low"] > bound else "unresolved"
 
 
-COLUMNS = ("method", "eval loss", "gap %", "95 % interval", "bytes/step", "ratio", "tuned")
+COLUMNS = ("method", "eval loss", "gap %", "95 % interval", "skipped", "clipped", "bytes/step", "ratio", "tuned")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -55,6 +61,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['eval_loss']:.4f}",
         f"{row['gap_percent']:+.2f}",
         f"{row['gap_low']:+.2f} … {row['gap_high']:+.2f}",
+        " / ".join(map(str, row["skipped"])),
+        " / ".join(map(str, row["clipped"])),
         human_bytes(row["wire_bytes_per_step"]),
         f"{row['ratio']:.1f} ×",
         row["tuned"],
@@ -71,14 +79,17 @@ def markdown(table: dict[str, Any]) -> str:
     about = table["about"]
     lines = [
         f"{about['replicas']} replicas, {about['steps']} steps, {about['tokens']:,} tokens, {about['seeds']} seeds. "
-        "Gap: to the first row, paired by seed. Bytes: what a replica sends over the slow link per step, on average. "
+        "Gap: to the first row, paired by seed. Skipped, clipped: updates that the guard left out, or made smaller, of "
+        "each seed. Bytes: what a replica sends over the slow link per step, on average. "
         "Gbit/s: the link that a model of this size needs for such a share of time spent computing (simulated, no "
         "latency, infinity: more than 1,000).",
         "",
         "| " + " | ".join(header(table)) + " |",
         "|" + "---|" * len(header(table)),
     ]
-    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in table["rows"]])
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in table["rows"]]
+    ended = [f"{row['name']}: {text}" for row in table["rows"] for text in row["ended"] if text]
+    return "\n".join([*lines, *(["", "Runs that ended early:", "", *(f"- {line}" for line in ended)] if ended else [])])
 
 
 def write(table: dict[str, Any], workdir: Path) -> None:
@@ -97,7 +108,7 @@ def _plots(rows: list[dict[str, Any]], folder: Path) -> None:
     """loss_steps.png, loss_bytes.png, utilisation.png: one line a row, of one colour and dash in all three."""
     folder.mkdir(parents=True, exist_ok=True)
     mean = lambda row: np.mean(row["eval_losses"], axis=0)
-    floor = min(mean(row).min() for row in rows) - 0.02
+    floor = np.nanmin([mean(row) for row in rows]) - 0.02
     top = np.nanmax([mean(row)[len(mean(row)) // 3] for row in rows]) + 0.05
 
     def steps(axes, row, style):

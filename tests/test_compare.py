@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import helpers
+import jax
 import numpy as np
 import pytest
 
@@ -30,20 +31,56 @@ ROWS = [row("base"), row("signs", sync__codec="sign"), row("late", sync__strateg
 """
 
 
-def summary(name, finals, size=100.0):
+def summary(name, finals, size=100.0, ended=""):
+    none = [0] * len(finals)
     return {"name": name, "tuned": "", "steps": [1], "eval_losses": [[x] for x in finals], "wire_bytes_per_step": size,
             "wire_bytes_from": "", "parameters": 10, "method": {"bytes_per_parameter": 4.0, "interval": 1,
-            "fragments": 1, "overlap": 0}}  # fmt: skip
+            "fragments": 1, "overlap": 0}, "skipped": none, "clipped": none, "ended": [ended]}  # fmt: skip
 
 
 def test_gaps_are_paired_by_seed_with_student_intervals():
     table = comparison.tabulate([summary("a", [2.0, 3.0, 4.0]), summary("b", [2.1, 3.1, 4.4], 25.0)], {})
     row = table["rows"][1]
     gaps = 100 * np.array([0.1, 0.1, 0.4]) / 3.0
-    half = 4.303 * gaps.std(ddof=1) / np.sqrt(3)
+    half = 4.302653 * gaps.std(ddof=1) / np.sqrt(3)
     assert row["gap_percent"] == pytest.approx(gaps.mean()) and row["ratio"] == 4.0
     assert (row["gap_low"], row["gap_high"]) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
     assert table["rows"][0]["gap_percent"] == 0
+
+
+def test_students_quantiles_for_any_number_of_seeds():
+    """Of the tables in Student's and Fisher's books, two-sided 95 %."""
+    known = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
+    assert {n: round(comparison.student_t(n), 3) for n in known} == known
+    seeds = np.linspace(2, 3, 11)
+    rows = comparison.tabulate([summary("a", list(seeds)), summary("b", list(seeds + 0.1))], {})["rows"]
+    assert rows[1]["gap_low"] == pytest.approx(4.0) == rows[1]["gap_high"]
+
+
+def test_a_row_whose_run_was_ended_says_so_and_leaves_the_others_alone(tmp_path):
+    rows = [summary("a", [2.0, 3.0, 4.0]), summary("b", [np.nan, 3.1, 4.4], ended="20 updates were skipped")]
+    rows[1]["skipped"] = [20, 0, 1]
+    table = comparison.tabulate(rows, {"replicas": 2, "steps": 3, "tokens": 4, "seeds": 3})
+    assert comparison.verdict(table["rows"][1], 1.0) == "unresolved"
+    text = comparison.markdown(table)
+    assert "| 20 / 0 / 1 | 0 / 0 / 0 |" in text and text.endswith("- b: 20 updates were skipped")
+    comparison.write(table, tmp_path)  # and the plots are drawn
+
+
+@pytest.mark.slow
+def test_updates_that_are_refused_are_counted_and_end_a_run_as_in_training(tmp_path, capsys, monkeypatch):
+    two = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda: two)
+    config = tmp_path / "one.py"
+    text = CONFIG.replace("(1e-3, 4e-3)", "(1e-3, 1e30)").replace("steps, c", "model.num_layers = 1\n    c.steps, c")
+    config.write_text(text.replace("    return c", "    c.guard.abort_after = 3\n    return c"))
+    plan = compare.Plan.read(str(config), "")
+    run = lambda: compare.Runner(plan, tmp_path).result(plan.rows[0], 1e30, 0, 6)
+    bad = run()
+    assert bad["skipped"] == 3 and "the last 3 updates were skipped (guard.abort_after)" in bad["ended"]
+    assert len(bad["eval_loss"]) == 3 and np.isnan(bad["eval_loss"][-1]), "evaluations that were not made"
+    assert "skipped 3" in capsys.readouterr().out
+    assert run()["skipped"] == 3, "read again from the file"
 
 
 def test_a_claim_holds_fails_or_is_unresolved():
@@ -95,7 +132,12 @@ def test_a_comparison_is_made_and_goes_on_where_it_was_stopped(tmp_path):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (("SEEDS = (0, 1, 2)", "SEEDS = (0, 1)"), "an interval needs 3 different seeds"),
+        (("SEEDS = (0, 1, 2)", "SEEDS = (0, 1)"), "an interval needs 3 seeds or more, all different"),
+        (("SEEDS = (0, 1, 2)", "SEEDS = (0, 1, 2, 2)"), "an interval needs 3 seeds or more, all different"),
+        (('sync__codec="sign"', "log_every=None"), "row 'signs' sets log_every=None: expected an integer"),
+        (('sync__codec="sign"', 'sync__codek="sign"'), "row 'signs' sets the unknown config key 'sync.codek'"),
+        (("    return c", "    c.optimizer.b1 = None\n    return c"), "sets optimizer.b1=None: expected a number"),
+        (('sync__codec="sign"', "optimizer__warmup_steps=5"), "optimizer.warmup_steps=5: must be less than steps=2"),
         (("(1e-3, 4e-3)", "(1e-3, 2e-3, 3e-3, 4e-3)"), "4 candidates; every row has at most 3"),
         (('sync__codec="sign"', 'sync__codec="sing"'), "did you mean 'sign'"),
         (("ROWS = ", "LINES = "), "has no ROWS"),

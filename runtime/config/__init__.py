@@ -6,7 +6,7 @@ while a run goes on.
 
 from runtime.config.check import check_batch, profile_range, validate
 from runtime.config.errors import RunError, UsageError, bad_input
-from runtime.config.flags import define_flags, parse, version
+from runtime.config.flags import define_flags, execute, parse, version
 from runtime.config.keys import (
     CHOICES,
     CODEC_KEYS,
@@ -15,6 +15,7 @@ from runtime.config.keys import (
     STRATEGIES,
     UNREAD,
     convert,
+    converted,
     expand_home,
     flatten,
 )
@@ -36,8 +37,10 @@ __all__ = [
     "check_goal",
     "check_resume",
     "convert",
+    "converted",
     "define_flags",
     "difference",
+    "execute",
     "expand_home",
     "flatten",
     "nearest_multiples",

@@ -15,7 +15,17 @@ from ml_collections import ConfigDict
 import runtime
 from runtime.config.check import unread
 from runtime.config.errors import UsageError
-from runtime.config.keys import EXPECTED, base_values, convert, expand_home, flatten, local_path, nested, read_text
+from runtime.config.keys import (
+    EXPECTED,
+    base_values,
+    convert,
+    converted,
+    expand_home,
+    flatten,
+    local_path,
+    nested,
+    read_text,
+)
 from runtime.config.resume import read_json
 from runtime.config.suggest import nearest_name, unknown_key
 
@@ -120,24 +130,12 @@ def _start(given: dict[str, str | None]) -> tuple[str | None, dict[str, Any]]:
     if "workdir" in given and not workdir:
         raise UsageError("--workdir needs a folder, as in --workdir=runs/first")
     if config_file is not None:
-        return config_file, _converted(dict(flatten(_execute(config_file))), f"--config={config_file}")
+        return config_file, dict(flatten(execute(config_file)[0]))
     if workdir and (Path(workdir) / "config.json").is_file():
         return None, dict(flatten(read_json(Path(workdir))))
     if workdir:
         raise UsageError(f"--workdir={workdir} has no config.json to resume from: give a --config=configs/….py")
     raise UsageError("--config is missing, as in --config=configs/quickstart.py (or --workdir of an earlier run)")
-
-
-def _converted(flat: dict[str, Any], source: str) -> dict[str, Any]:
-    found, wrong = {}, []
-    for key, value in flat.items():
-        try:
-            found[key] = convert(key, value)
-        except ValueError as error:
-            wrong.append(f"{source} sets {error}")
-    if wrong:
-        raise UsageError("\n".join(wrong))
-    return found
 
 
 def _shorten_warm_up(before: dict[str, Any], flat: dict[str, Any], overridden: dict[str, Any]) -> list[str]:
@@ -171,27 +169,26 @@ def _flag_value(name: str, text: str | None, parser: Any) -> Any:
         raise ValueError(f"{name}={text}: expected {expected}") from None
 
 
-def _execute(config_file: str) -> Any:
-    """What get_config() in this Python file returns."""
+def execute(config_file: str) -> tuple[Any, dict[str, Any]]:
+    """(what get_config() in this Python file returns, with every value as its key holds it; the names in the file)."""
+    where = f"--config={config_file}"
     if not Path(config_file).is_file():
-        raise UsageError(f"--config={config_file}: there is no such file. Look into configs/.")
+        raise UsageError(f"{where}: there is no such file. Look into configs/.")
     try:
-        config = runpy.run_path(config_file)["get_config"]()
+        names = runpy.run_path(config_file)
+        config = names["get_config"]()
     except Exception as error:  # whatever the user's own Python file raises
         if isinstance(error, KeyError) and error.args == ("get_config",):
-            raise UsageError(f"--config={config_file} has no function get_config(): see configs/tiny.py") from error
+            raise UsageError(f"{where} has no function get_config(): see configs/tiny.py") from error
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == config_file]
-        where = f", line {lines[-1]}" if lines else ""
-        raise UsageError(f"--config={config_file} fails{where}: {type(error).__name__}: {error}") from error
+        line = f", line {lines[-1]}" if lines else ""
+        raise UsageError(f"{where} fails{line}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
-        raise UsageError(f"--config={config_file}: get_config() returns {config!r}, not a config: see configs/tiny.py")
-    keys, known = [key for key, _ in flatten(config)], list(base_values())
-    for key in keys:
-        if key not in known:
-            raise UsageError(f"--config={config_file} sets the {unknown_key(key, known)}")
-    if missing := [key for key in known if key not in keys]:
-        raise UsageError(f"--config={config_file} has no {', '.join(missing)}: start from base.get_config()")
-    return config
+        raise UsageError(f"{where}: get_config() returns {config!r}, not a config: see configs/tiny.py")
+    flat = converted(dict(flatten(config)), f"{where} sets")
+    if missing := [key for key in base_values() if key not in flat]:
+        raise UsageError(f"{where} has no {', '.join(missing)}: start from base.get_config()")
+    return nested(flat), names
 
 
 def _check_names(given: Mapping[str, str | None], config: dict[str, Any], values: flags.FlagValues) -> None:

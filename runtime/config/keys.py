@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
+from runtime.config.errors import UsageError
+from runtime.config.suggest import unknown_key
+
 BASE = str(Path(__file__).parents[2] / "configs" / "base.py")  # every key that there is
 
 # What each strategy and each codec reads of the group sync; tests hold this against the classes' fields.
@@ -159,6 +162,22 @@ def convert(key: str, value: Any) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{key}={value!r}: expected {EXPECTED.get(kind, kind.__name__)}")
     return local_path(key, str(value)) if key in PATHS else value
+
+
+def converted(flat: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """All of them; in one UsageError, what is wrong with each. source: who says so, as in "mine.py sets"."""
+    found, wrong = {}, []
+    for key, value in flat.items():
+        if key not in _base():
+            wrong.append(f"{source} the {unknown_key(key, list(_base()))}")
+            continue
+        try:
+            found[key] = convert(key, value)
+        except ValueError as error:
+            wrong.append(f"{source} {error}")
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    return found
 
 
 def read_text(kind: type, text: str) -> Any:

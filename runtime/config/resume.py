@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.config.errors import UsageError
-from runtime.config.keys import base_values, convert, flatten, nested
-from runtime.config.suggest import unknown_key
+from runtime.config.keys import base_values, converted, flatten, nested
 
 
 class Change(NamedTuple):
@@ -59,16 +58,7 @@ def read_json(workdir: Path) -> Any:
         raise UsageError(
             f"{path} is damaged ({error}). Restore it from a backup, or start a new run with another --workdir."
         ) from error
-    flat, known, wrong = dict(flatten(config)), base_values(), []
-    for key, value in flat.items():
-        try:
-            flat[key] = convert(key, value)
-        except ValueError as error:
-            wrong.append(f"{path} has {error}")
-    wrong += [f"{path} has the {unknown_key(key, list(known))}" for key in flat.keys() - known.keys()]
-    if wrong:
-        raise UsageError("\n".join(wrong))
-    return nested(known | flat)
+    return nested(base_values() | converted(dict(flatten(config)), f"{path} has"))
 
 
 def difference(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
