@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from model import kernels, optimizer
+from model import guard, kernels, optimizer
 from model.momentum_messages import OneBitAdam, Signum
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
 from parallel import (
@@ -22,6 +23,7 @@ from parallel import (
     placement,
     residuals,
     resume,
+    roles,
     rules,
     stale,
     strategies,
@@ -32,7 +34,6 @@ from parallel import (
 from parallel import mesh as meshes
 from parallel.cost import exchange_bytes, peak_flops
 from parallel.exchange import Feedback, is_round
-from parallel.state_specs import state_specs
 from parallel.warmed import Warmed
 from runtime import config as configuration
 from runtime.config import UsageError, check_batch, nearest_multiples
@@ -112,7 +113,7 @@ def build(c: Any, mesh: Mesh) -> Parts:
     except ValueError as error:
         raise UsageError(str(error)) from error
     state = jax.eval_shape(lambda key: strategy.init(model.init(key)), key)
-    shardings = rules.shardings(mesh, state_specs(strategy, state))
+    shardings = rules.shardings(mesh, roles.specs_of(strategy.declare(state)))
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     sizes, masked = (c.data.batch_size, c.data.seq_len), c.data.document_mask
     leading = (strategy.steps_per_call,)
@@ -146,7 +147,7 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
         "mesh": mesh,
         "specs": rules.specs(model.axes),
         "accumulate": c.optimizer.accumulate,
-        "guard": optimizer.Guard(c.guard.zscore, c.guard.window),
+        "guard": guard.Guard(c.guard.zscore, c.guard.window),
     }
     if c.optimizer.name == "onebit_adam":
         exact = residuals.build(codecs.Identity(), s.algorithm, mesh, replicas, leaves)
@@ -159,7 +160,7 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
     if s.strategy == "stale":
         late = {"staleness": s.staleness, "compensation": s.compensation}
         return stale.Stale(exchange=exchange(leaves), **late, **shared)
-    shared |= {"interval": s.interval, "outer": local.outer_optimizer(**s.outer.to_dict())}
+    shared |= {"interval": s.interval, "outer": local.Outer(**s.outer.to_dict())}
     if s.strategy == "diloco":
         return local.DiLoCo(exchange=exchange(leaves), **shared)
     if s.strategy == "eager":
@@ -226,11 +227,20 @@ def compile_init(parts: Parts) -> Any:
     return lowered.compile(compiler_options=options)
 
 
+def kinds(parts: Parts) -> dict[str, str]:
+    """What each array of the state is (parallel/roles.py), by name."""
+    return {name: role.kind for name, role in named_arrays(parts.strategy.declare(parts.state)).items()}
+
+
 def adapter(parts: Parts, seed: int) -> Any:
-    """What makes this run's residuals and replicas out of another codec's, mesh's or number of replicas'."""
+    """What makes this run's state out of one with another codec, strategy, mesh or number of replicas."""
     leaves = units.leaves(parts.param_shapes, parts.model.axes)
-    begin = lambda: named_arrays(compile_init(parts)(np.uint32(seed)))
-    return lambda saved, wanted: resume.adapt(saved, wanted, leaves, begin, parts.mesh)
+
+    def fresh(names: Iterable[str]) -> dict[str, Any]:
+        begun = named_arrays(compile_init(parts)(np.uint32(seed)))
+        return {name: begun[name] for name in names}
+
+    return lambda saved, wanted: resume.adapt(saved, wanted, kinds(parts), leaves, fresh, parts.mesh)
 
 
 def num_parameters(parts: Parts) -> int:

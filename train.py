@@ -78,13 +78,10 @@ def main(argv: list[str]) -> int:
     initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
     corpus, prompt_P = load_data(config, workdir, console)
     loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
-    from runtime.checkpoint import Checkpoints  # slow to import
-
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every, console.warn)
+    checkpoints = open_checkpoints(config, parts, workdir, console)
     configuration.check_goal(config.steps, checkpoints.newest())
     phases.mark("data", then="compiling the training step")
     programs = compiling.result()
-    traffic = assemble.traffic(parts, programs)
     phases.mark("compile", then="restoring a checkpoint" if workdir.resuming else "making the weights")
 
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
@@ -94,9 +91,9 @@ def main(argv: list[str]) -> int:
     else:
         init = initializing.result() if initializing else assemble.compile_init(parts)
         state, start = init(np.uint32(config.seed)), None
-        traffic |= beside.traffic(parts, {"init": init})
         console.say(f"starting {workdir.path}")
     phases.mark("restore", then="making the first step")
+    traffic = assemble.traffic(parts, programs) | beside.traffic(parts, {"init": init} if start is None else {})
     wire_bytes = assemble.wire_bytes(parts, traffic, config.steps)
     rows = assemble.describe(parts, programs, traffic, wire_bytes, phases.seconds)
     console.table(f"{workdir.path}", [*corpus.describe(config.steps * num_tokens(config)), *rows])
@@ -289,6 +286,13 @@ def num_tokens(config) -> int:
 def batch_shape(config, corpus) -> dict:
     names = ("seq_len", "batch_size", "document_mask")
     return {name: config.data[name] for name in names} | {"eos": corpus.tokenizer.eos}
+
+
+def open_checkpoints(config, parts, workdir, console) -> Any:
+    from runtime.checkpoint import Checkpoints  # slow to import
+
+    kept = (config.checkpoint.keep, config.checkpoint.keep_every)
+    return Checkpoints(workdir.checkpoints, *kept, console.warn, assemble.kinds(parts))
 
 
 def make_recorder(config, parts, workdir, console, wire_bytes, start, tokens: int | None) -> Recorder:

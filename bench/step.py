@@ -20,13 +20,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import optax  # noqa: E402
 
 import assemble  # noqa: E402
 from bench import common, handwritten  # noqa: E402
 from bench.torch_gpt import TorchChild  # noqa: E402
 from parallel import mesh as meshes  # noqa: E402
 from parallel import placement  # noqa: E402
-from parallel.strategies import Sync  # noqa: E402
+from parallel.strategies import Sync, per_step, take  # noqa: E402
 
 MODELS = {"quickstart": "configs.quickstart", "gpt12m": "bench.gpt12m"}
 NUM_BATCHES = 8
@@ -37,12 +38,13 @@ class NoReplicas(Sync):
     """Sync's step as it would be written if there were no replicas: no vmap, no exchange."""
 
     def step(self, state, batch_KRBT):
-        batch_BT = jax.tree.map(lambda x: x[0, 0], batch_KRBT)
-        tokens = jnp.maximum(jnp.sum(batch_BT["mask"]), 1)
-        loss, grads = self.loss_and_gradient(state.params, batch_BT)
+        (loss, tokens), grads = self.loss_and_gradient(state.params, take(take(batch_KRBT, 0), 0))
+        tokens = jnp.maximum(tokens, 1)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        state, metrics = self.update(state, grads, state.opt_state, state.codec, jnp.isfinite(loss))
-        return state, jax.tree.map(lambda x: x[None], metrics | {"loss": loss / tokens, "tokens": tokens})
+        new = self.guard.judge(state.guard, state.guard.norms_W, optax.tree.norm(grads), jnp.isfinite(loss))
+        state, used, metrics = self.update(state, grads, state.codec, new.applied)
+        state.guard = self.guard.count(state.guard, new, used)
+        return state, per_step(metrics | {"loss": loss / tokens, "tokens": tokens})
 
 
 class Ours:

@@ -1,7 +1,7 @@
 """Optimizers whose replicas exchange momentum instead of gradients: Signum with majority vote, and 1-bit Adam."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +14,34 @@ class Signum(Optimizer):
     """m_i ← β m_i + (1 − β) g_i; every replica votes sign(m_i); θ ← θ − lr (majority + decay θ).
 
     Bernstein et al. 2018, signSGD with majority vote. Momentum stays with its replica. The votes are ±1, so the codec
-    `sign` carries them exactly. A tie is broken by a random sign that all devices draw alike: with 2 replicas half of
-    pure noise is ties, and a fixed sign would drift.
+    `sign` carries them exactly. Whoever has no momentum, as for the row of a token that never occurs, does not vote,
+    and a tie moves nothing.
     """
 
+    constant_size: bool = True
     momentum: float = 0.9
     weight_decay: float = 0.0
+    per_replica: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def init(self, params: Any, replicas: int = 1) -> Any:
-        zeros_R = jax.tree.map(lambda x: jnp.zeros((replicas, *x.shape), x.dtype), params)
-        return {"count": jnp.zeros((), jnp.int32), "momentum": zeros_R}
+        momentum_R = jax.tree.map(lambda x: {"momentum": jnp.zeros((replicas, *x.shape), x.dtype)}, params)
+        return momentum_R | {"count": jnp.zeros((), jnp.int32)}
 
     def message(self, grads_R: Any, state: Any) -> tuple[Any, Any]:
-        mix = lambda m, g: self.momentum * m + (1 - self.momentum) * g
-        momentum_R = jax.tree.map(mix, state["momentum"], grads_R)
-        return jax.tree.map(_sign, momentum_R), state | {"momentum": momentum_R}
+        mix = lambda g, own: self.momentum * own["momentum"] + (1 - self.momentum) * g
+        momentum_R = jax.tree.map(mix, grads_R, beside(state))
+        opt = jax.tree.map(lambda m: {"momentum": m}, momentum_R) | {"count": state["count"]}
+        return jax.tree.map(jnp.sign, momentum_R), opt
 
-    def apply(self, mean: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        lr, key = self.schedule(state["count"]), jax.random.fold_in(jax.random.key(0), state["count"])
-        leaves, treedef = jax.tree.flatten(mean)
-        draws = [jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype) for i, x in enumerate(leaves)]
-        votes = treedef.unflatten([jnp.where(x == 0, r, jnp.sign(x)) for x, r in zip(leaves, draws, strict=True)])
-        params = _descend(params, votes, lr, self.weight_decay)
+    def apply(self, mean: Any, state: Any, params: Any, norm: Any = None) -> tuple[Any, Any]:
+        votes = jax.tree.map(jnp.sign, mean)
+        params = _descend(params, votes, self.schedule(state["count"]), self.weight_decay)
         return params, state | {"count": state["count"] + 1}
 
 
-def _sign(x: jax.Array) -> jax.Array:
-    return jnp.where(x < 0, -1.0, 1.0).astype(x.dtype)
+def beside(state: Any) -> dict[str, Any]:
+    """What lies beside the weights in an optimizer's state: like the parameters, {slot: array} for each."""
+    return {name: own for name, own in state.items() if name != "count"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class OneBitAdam(Optimizer):
 
     u_i = β1 m + (1 − β1) g_i is exchanged; m ← mean u_i; θ ← θ − lr (m / (√v + ε) + decay θ). No bias correction, as in
     the paper's code. During the warm-up the same u_i are exchanged in float32, and v follows the gradient they contain.
+
+    Where v is 0 when it is frozen there was no gradient (the row of a token that did not occur): there m is masked, as
+    by `exp_avg_mask` in the paper's code. Divided by ε, what a codec makes of its zeros would be the largest step.
     """
 
     frozen: bool = True
@@ -59,20 +63,23 @@ class OneBitAdam(Optimizer):
     weight_decay: float = 0.0
 
     def init(self, params: Any, replicas: int = 1) -> Any:
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
-        return {"count": jnp.zeros((), jnp.int32), "momentum": zeros(), "variance": zeros()}
+        zeros = jax.tree.map(lambda x: {"first": jnp.zeros_like(x), "second": jnp.zeros_like(x)}, params)
+        return zeros | {"count": jnp.zeros((), jnp.int32)}
 
     def message(self, grads_R: Any, state: Any) -> tuple[Any, Any]:
-        return jax.tree.map(lambda m, g: self.b1 * m + (1 - self.b1) * g, state["momentum"], grads_R), state
+        return jax.tree.map(lambda g, own: self.b1 * own["first"] + (1 - self.b1) * g, grads_R, beside(state)), state
 
-    def apply(self, mean: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        variance = state["variance"]
-        if not self.frozen:
-            gradient = jax.tree.map(lambda u, m: (u - self.b1 * m) / (1 - self.b1), mean, state["momentum"])
-            variance = jax.tree.map(lambda v, g: self.b2 * v + (1 - self.b2) * g * g, variance, gradient)
-        step = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + self.eps), mean, variance)
+    def apply(self, mean: Any, state: Any, params: Any, norm: Any = None) -> tuple[Any, Any]:
+        def slots(u: jax.Array, own: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            if self.frozen:
+                return {"first": jnp.where(own["second"] > 0, u, 0), "second": own["second"]}
+            gradient = (u - self.b1 * own["first"]) / (1 - self.b1)
+            return {"first": u, "second": self.b2 * own["second"] + (1 - self.b2) * gradient * gradient}
+
+        new = jax.tree.map(slots, mean, beside(state))
+        step = jax.tree.map(lambda _, own: own["first"] / (jnp.sqrt(own["second"]) + self.eps), params, new)
         params = _descend(params, step, self.schedule(state["count"]), self.weight_decay)
-        return params, {"count": state["count"] + 1, "momentum": mean, "variance": variance}
+        return params, new | {"count": state["count"] + 1}
 
 
 def _descend(params: Any, step: Any, lr: Any, weight_decay: float) -> Any:

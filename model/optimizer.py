@@ -1,12 +1,15 @@
-"""What is done with the gradient: optimizers and schedules from optax, and the guard that leaves a bad one out.
+"""What is done with the gradient: optimizers and schedules from optax.
 
 An optimizer here has two halves, because with several replicas what is exchanged need not be the gradient:
-`message(grads, state)` is what each replica sends, `apply(mean, state, params)` what is done with the mean.
+`message(grads, state)` is what each replica sends, `apply(mean, state, params, norm)` what is done with the mean.
+Its state is a dictionary of our own names, which are also those on disk: `count`, and beside each weight `first`
+(moment), `second` or `momentum`.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +20,67 @@ Schedule = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Optimizer:
+    """per_replica: names in the state whose arrays every replica has for itself, [R, …]. constant_size: whether
+    updates have the same size whatever the gradient is, so that there is nothing to judge."""
+
     schedule: Schedule
     transform: Any = None  # of optax
+    clip_norm: float = 0.0  # 0: no clipping
+    constant_size: bool = False
+    per_replica: ClassVar[tuple[str, ...]] = ()
 
     def init(self, params: Any, replicas: int = 1) -> Any:
-        return self.transform.init(params)
+        return named(self.transform.init(params))
 
     def message(self, grads_R: Any, state: Any) -> tuple[Any, Any]:
         """What is exchanged: for these optimizers the gradient itself. Leaves [R, …]."""
         return grads_R, state
 
-    def apply(self, mean: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        updates, state = self.transform.update(mean, state, params)
-        return optax.apply_updates(params, updates), state
+    def apply(self, mean: Any, state: Any, params: Any, norm: jax.Array | None = None) -> tuple[Any, Any]:
+        """norm: of the mean. Passed in where there are several devices, so that what is clipped is clipped alike, to
+        the bit, on all of them."""
+        if self.clip_norm:
+            norm = optax.tree.norm(mean) if norm is None else norm
+            clip = lambda g: jnp.where(norm < self.clip_norm, g, g / norm * self.clip_norm)
+            mean = jax.tree.map(clip, mean)
+        updates, new = self.transform.update(mean, as_optax(self.transform.init(params), state), params)
+        return optax.apply_updates(params, updates), named(new)
+
+
+SLOTS = {"mu": "first", "nu": "second", "trace": "momentum", "count": "count"}  # fields of optax's states
+CONSTANTS = ("ns_coeffs",)  # fields that never change
+
+
+def named(state: Any) -> dict[str, Any]:
+    """The arrays of an optax state by our names, each beside its weight: {"mlp": {"up": {"first": …}}, "count": …}.
+    Positions in a chain and names of classes are left out: they change with options that have nothing to remember."""
+    found: dict[str, Any] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        field, weight = _field(path)
+        if field not in CONSTANTS:
+            node = found
+            for name in weight:
+                node = node.setdefault(name, {})
+            node[SLOTS[field]] = x  # several counts count the same
+    return found
+
+
+def as_optax(template: Any, state: dict[str, Any]) -> Any:
+    """The inverse of `named`, in the form of `template`, a fresh state."""
+
+    def find(path, fresh: jax.Array) -> jax.Array:
+        field, weight = _field(path)
+        if field in CONSTANTS:
+            return fresh
+        return functools.reduce(lambda node, name: node[name], weight, state)[SLOTS[field]]
+
+    return jax.tree_util.tree_map_with_path(find, template)
+
+
+def _field(path) -> tuple[str, list[str]]:
+    """The last field of a state in a path, and the weight's names behind it."""
+    last = max(i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey))
+    return path[last].name, [key.key for key in path[last + 1 :]]
 
 
 def schedule(kind: str, lr: float, warmup_steps: int, total_steps: int, final_fraction: float) -> Schedule:
@@ -88,8 +139,7 @@ def build(
         core = optax.chain(optax.scale_by_sign(), decay, optax.scale_by_learning_rate(schedule))
     else:
         raise ValueError(f"optimizer.name={name!r} is none of adamw, lion, muon, sgd, sign")
-    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    return Optimizer(schedule, optax.chain(*clip, core))
+    return Optimizer(schedule, core, clip_norm, constant_size=name in ("lion", "muon", "sign"))
 
 
 def decays(params: Any) -> Any:
@@ -98,49 +148,3 @@ def decays(params: Any) -> Any:
 
 def is_vector(path) -> bool:
     return path[-1].key == "scale" or path[-1].key.endswith("bias")
-
-
-# ── the guard ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Counters:
-    """State of the guard; part of every checkpoint."""
-
-    applied: jax.Array  # updates made
-    skipped: jax.Array  # updates left out
-    in_a_row: jax.Array  # left out since the last one made
-    norms_W: jax.Array  # the last W gradient norms that were let through
-
-
-@dataclass(frozen=True)
-class Guard:
-    """A norm is a spike when it lies more than `zscore` standard deviations above the mean of the last `window`."""
-
-    zscore: float  # 0: only non-finite gradients are skipped
-    window: int
-
-    def init(self) -> Counters:
-        zero = jnp.zeros((), jnp.int32)
-        return Counters(zero, zero, zero, jnp.zeros((self.window,), jnp.float32))
-
-    def allows(self, counters: Counters, grad_norm: jax.Array, finite: jax.Array) -> jax.Array:
-        if not self.zscore:
-            return finite
-        mean = jnp.mean(counters.norms_W)
-        # The floor of 5 % of the mean keeps a run of almost equal norms from turning noise into spikes.
-        deviation = jnp.maximum(jnp.std(counters.norms_W), 0.05 * mean)
-        spike = (counters.applied >= self.window) & (grad_norm > mean + self.zscore * deviation)
-        return finite & ~spike
-
-    def update(self, counters: Counters, grad_norm: jax.Array, allowed: jax.Array) -> Counters:
-        slot = counters.applied % self.window
-        norms_W = jnp.where(allowed, counters.norms_W.at[slot].set(grad_norm), counters.norms_W)
-        made = allowed.astype(jnp.int32)
-        return Counters(
-            applied=counters.applied + made,
-            skipped=counters.skipped + 1 - made,
-            in_a_row=jnp.where(allowed, 0, counters.in_a_row + 1),
-            norms_W=norms_W,
-        )

@@ -1,13 +1,13 @@
 """Eager updates: DiLoCo whose exchange has a whole round to hide behind (Kale, Douillard & Donchev 2025)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from parallel import roles
 from parallel.exchange import AXIS, Exchange
 from parallel.local import Local
 from parallel.strategies import Batch, State
@@ -29,20 +29,29 @@ class Eager(Local):
         return self.interval
 
     def init(self, params: Any) -> State:
-        state, R = super().init(params), self.exchange.replicas
-        copies = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (R, *x.shape)), tree)
-        state.strategy |= {
-            "outer": {"replicas": copies({"params": params, "opt_state": state.opt_state})},
-            "pending": copies(jax.tree.map(jnp.zeros_like, params)),
-            "finite": jnp.array(False),  # there is nothing to apply yet
+        state = super().init(params)
+        shared = state.strategy["outer"]["shared"]
+        outer = {"shared": shared, "replicas": self.copies({"params": params, "opt": shared})}
+        pending = self.copies(jax.tree.map(jnp.zeros_like, params))
+        flight = {"pending": pending, "finite": jnp.array(False)}  # there is nothing to apply yet
+        return replace(state, strategy=state.strategy | {"outer": outer} | flight)
+
+    def declare(self, state: State) -> Any:
+        declared, own = super().declare(state), state.strategy["outer"]["replicas"]
+        outer = declared.strategy["outer"] | {
+            "replicas": {
+                "params": roles.like(roles.REPLICA, self.specs, AXIS),
+                "opt": roles.of_optimizer(self.outer, own["opt"], self.specs, AXIS, own=True),
+            }
         }
-        return state
+        flight = {
+            "pending": roles.like(roles.IN_FLIGHT, self.specs, AXIS),
+            "finite": roles.Role(roles.FLAG, roles.P()),
+        }
+        return replace(declared, strategy=declared.strategy | {"outer": outer} | flight)
 
     def programs(self) -> dict[str, Callable]:
-        return {
-            "round": lambda state, batch: self._round(state, batch),
-            "last round": lambda state, batch: self._flush(*self._round(state, batch)),
-        }
+        return {"round": self._round, "last round": self._last_round}
 
     def exchanges(self) -> dict[str, tuple[Exchange, ...]]:
         return {"round": (self.exchange,), "last round": (self.exchange, self.exchange)}
@@ -56,45 +65,47 @@ class Eager(Local):
         done, inner_R, metrics = self.exchange_meanwhile(
             state.step, exchanges, {"own": state.codec}, own["replicas"], batch_KRBT
         )
+        state = replace(state, step=state.step + self.interval)
+        way_R = jax.tree.map(jnp.subtract, own["outer"]["replicas"]["params"], inner_R["params"])
+        fresh_R, new = self.judge_round(own["rounds"], way_R, self.rate(state.step))
         mean, codec = done["own"]
-        state = self._apply(state, mean, codec, own["finite"])
-        mean = jax.tree.map(lambda x: jnp.where(own["finite"], x, 0.0), mean)
-        outer_R = own["outer"]["replicas"]
-        fresh_R = jax.tree.map(jnp.subtract, outer_R["params"], inner_R["params"])
-        finite, R = self.all_finite(fresh_R), self.exchange.replicas
+        state = self._apply(replace(state, strategy=own | {"replicas": inner_R}), mean, codec, fresh_R, new, True)
+        return state, self.report(state, self.interval, metrics)
+
+    def _last_round(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
+        """A round, and then its pseudo-gradients, with nothing left to hide behind: after it the replicas are together,
+        so that a run that is extended goes on like one that was never ended."""
+        state, metrics = self._round(state, batch_KRBT)
+        mean, codec = self.exchange.mean(state.strategy["pending"], state.codec, state.step)
+        nothing_R = jax.tree.map(jnp.zeros_like, state.strategy["pending"])
+        none = self.guard.judge(state.strategy["rounds"], None, jnp.zeros(()))
+        state = self._apply(state, mean, codec, nothing_R, none, False)
+        return state, self.report(state, self.interval, metrics)
+
+    def _apply(self, state: State, mean: Any, codec: Any, fresh_R: Any, new: Any, fresh: bool) -> State:
+        """The outer step of what all replicas share, and each replica's own. A mean that is refused is left out of
+        both. new: the verdict on the fresh pseudo-gradients, if there are any."""
+        own, due, R = state.strategy, state.strategy["finite"], self.exchange.replicas
+        before = (state.params, own["outer"]["shared"])
+        (params, shared), _, usable, used = self.settle(
+            own["rounds"], self.outer.apply, self.specs, mean, before, due, self.rate(state.step), judged=True
+        )
+        late = jax.tree.map(lambda x: jnp.where(used.applied, x, 0), mean)
+        # Where the shared step was scaled, the replicas' are shortened by as much: they stay around it.
+        whole = self.outer.apply(mean, before)[0]
+        short = jax.tree.map(lambda x, y: jnp.where(used.applied & (used.scale < 1), x - y, 0), params, whole)
 
         def step(outer: Any, fresh: Any, pending: Any) -> dict[str, Any]:
-            eager = jax.tree.map(lambda late, new, old: late + (new - old) / R, mean, fresh, pending)
-            updates, opt_state = self.outer.update(eager, outer["opt_state"], outer["params"])
-            return {"params": optax.apply_updates(outer["params"], updates), "opt_state": opt_state}
+            eager = jax.tree.map(lambda late, new, old: late + (new - old) / R, late, fresh, pending)
+            after, opt = self.outer.apply(eager, (outer["params"], outer["opt"]))
+            return {"params": jax.tree.map(jnp.add, after, short), "opt": opt}
 
-        keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
-        after_R = keep(jax.vmap(step, spmd_axis_name=AXIS)(outer_R, fresh_R, own["pending"]), outer_R)
-        state.strategy = {
-            "replicas": inner_R | {"params": keep(after_R["params"], inner_R["params"])},
-            "outer": {"replicas": after_R},
-            "pending": jax.tree.map(lambda x: jnp.where(finite, x, 0.0), fresh_R),
-            "finite": finite,
+        after_R = jax.vmap(step, spmd_axis_name=AXIS)(own["outer"]["replicas"], fresh_R, own["pending"])
+        strategy = {
+            "replicas": own["replicas"] | {"params": after_R["params"]},
+            "outer": {"shared": shared, "replicas": after_R},
+            "pending": fresh_R,
+            "finite": new.applied & fresh,
+            "rounds": self.guard.count(own["rounds"], new, used, due=due),
         }
-        state.step += 1
-        return state, self.report(state.step - 1, state.params, state.guard, metrics)
-
-    def _flush(self, state: State, metrics: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
-        """The last round's pseudo-gradients, with nothing left to hide behind."""
-        own = state.strategy
-        mean, codec = self.exchange.mean(own["pending"], state.codec, state.step)
-        state = self._apply(state, mean, codec, own["finite"])
-        state.strategy = own | {"finite": jnp.array(False), "pending": jax.tree.map(jnp.zeros_like, own["pending"])}
-        own = {"param_norm": optax.tree.norm(state.params), "rounds_skipped": state.guard.skipped}
-        return state, metrics | {name: jnp.broadcast_to(x, metrics[name].shape) for name, x in own.items()}
-
-    def _apply(self, state: State, mean: Any, codec: Any, finite: jax.Array) -> State:
-        """The outer step of what all replicas share; none, and nothing forgotten, if the message was not finite."""
-        updates, opt_state = self.outer.update(mean, state.opt_state, state.params)
-        new = (optax.apply_updates(state.params, updates), opt_state, codec)
-        old = (state.params, state.opt_state, state.codec)
-        params, opt_state, codec = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
-        guard = self.guard.update(state.guard, optax.tree.norm(mean), finite)
-        # Before the first round there was no message: none was skipped.
-        guard = jax.tree.map(lambda new, old: jnp.where(state.step > 0, new, old), guard, state.guard)
-        return State(state.step, params, opt_state, state.strategy, guard, codec)
+        return replace(state, params=params, strategy=strategy, codec=self.guard.commit(usable, codec, state.codec))

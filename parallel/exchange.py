@@ -147,8 +147,9 @@ class Net:
 class Exchange:
     """Mean over replicas of a tree of arrays [R, …], whose leaves are sharded as P("replica", *spec).
 
-    leaves: the tree of units.Leaf. units: which of them travel together, and how (parallel/units.py). state_specs: of
-    the residuals and the codec's own state (parallel/residuals.py). feedback: None, or how residuals are kept.
+    leaves: the tree of units.Leaf. units: which of them travel together, and how (parallel/units.py). declared:
+    the roles of the residuals and the codec's own state (parallel/residuals.py), state_specs: their places. feedback:
+    None, or how residuals are kept.
     seed: of the codecs that draw.
     """
 
@@ -156,6 +157,7 @@ class Exchange:
     mesh: Mesh
     leaves: Any
     units: tuple[Unit, ...]
+    declared: Any
     state_specs: Any
     feedback: Feedback | None = None
     seed: int = 0

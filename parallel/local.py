@@ -7,8 +7,8 @@ Replicas count equally, whatever their numbers of tokens. `params` are the globa
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,47 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from parallel import overlap, residuals
+from parallel import overlap, residuals, roles
 from parallel.exchange import AXIS, Exchange
-from parallel.strategies import Batch, State, Strategy
+from parallel.norms import norms
+from parallel.strategies import TINY, Batch, State, Strategy, length, part, per_step, take
 
-LOCAL_METRICS = ("loss", "grad_norm", "tokens", "skipped", "skipped_in_a_row")  # [K, R]: not added up over the link
 
+@dataclass(frozen=True)
+class Outer:
+    """What is done with the mean pseudo-gradient: nesterov, sgd (without momentum), adam. As an optimizer of
+    model/optimizer.py: `init`, and `apply`, which needs no norm."""
 
-def outer_optimizer(optimizer: str, lr: float, momentum: float) -> optax.GradientTransformation:
-    """What is done with the mean pseudo-gradient: nesterov, sgd (without momentum), adam."""
-    if optimizer == "adam":
-        return optax.adam(lr, b1=momentum, b2=0.95)
-    return optax.sgd(lr, momentum=momentum if optimizer == "nesterov" else None, nesterov=True)
+    optimizer: str
+    lr: float
+    momentum: float
+    b2: ClassVar[float] = 0.95
+    eps: ClassVar[float] = 1e-8
+
+    def init(self, params: Any) -> dict[str, Any]:
+        slots = {"nesterov": ("momentum",), "adam": ("first", "second")}.get(self.optimizer, ())
+        beside = jax.tree.map(lambda x: {slot: jnp.zeros_like(x) for slot in slots}, params) if slots else {}
+        return beside | ({"count": jnp.zeros((), jnp.int32)} if self.optimizer == "adam" else {})
+
+    def apply(self, mean: Any, before: tuple, norm: Any = None) -> tuple[Any, dict[str, Any]]:
+        """(params, state) after one step from `before`."""
+        params, state = before
+        if self.optimizer == "sgd":
+            return jax.tree.map(lambda x, d: x - self.lr * d, params, mean), state
+        beside = {name: own for name, own in state.items() if name != "count"}
+        slot = lambda name: jax.tree.map(lambda _, own: own[name], params, beside)
+        if self.optimizer == "nesterov":
+            m = jax.tree.map(lambda d, m: d + self.momentum * m, mean, slot("momentum"))
+            after = jax.tree.map(lambda x, d, m: x - self.lr * (d + self.momentum * m), params, mean, m)
+            return after, jax.tree.map(lambda m: {"momentum": m}, m)
+        count = state["count"] + 1
+        mix = lambda b: lambda old, new: (1 - b) * new + b * old
+        first = jax.tree.map(mix(self.momentum), slot("first"), mean)
+        second = jax.tree.map(mix(self.b2), slot("second"), jax.tree.map(jnp.square, mean))
+        unbiased = lambda x, b: x / (1 - b ** count.astype(jnp.float32))
+        step = lambda m, v: unbiased(m, self.momentum) / (jnp.sqrt(unbiased(v, self.b2)) + self.eps)
+        after = jax.tree.map(lambda x, m, v: x - self.lr * step(m, v), params, first, second)
+        return after, jax.tree.map(lambda m, v: {"first": m, "second": v}, first, second) | {"count": count}
 
 
 @dataclass(frozen=True)
@@ -39,18 +68,26 @@ class Local(Strategy):
     outer: Any = None
 
     def init(self, params: Any) -> State:
-        R = self.exchange.replicas
-        copies = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (R, *x.shape)), tree)
-        inner = {"params": params, "opt_state": self.optimizer.init(params), "guard": self.guard.init()}
-        zero = jnp.zeros((), jnp.int32)
-        return State(
-            zero,
-            params,
-            self.outer.init(params),
-            {"replicas": copies(inner)},
-            self.guard.init(),
-            residuals.init(self.exchange),
-        )
+        inner = {"params": params, "opt": self.optimizer.init(params), "guard": self.guard.init()}
+        outer = {"shared": self.outer.init(params)}
+        strategy = {"replicas": self.copies(inner), "outer": outer, "rounds": self.guard.init()}
+        return State(jnp.int32(0), params, {}, strategy, {}, residuals.init(self.exchange))
+
+    def declare(self, state: State) -> Any:
+        own = state.strategy["replicas"]
+        replicas = {
+            "params": roles.like(roles.REPLICA, self.specs, AXIS),
+            "opt": roles.of_optimizer(self.optimizer, own["opt"], self.specs, AXIS, own=True),
+            "guard": roles.of_guard(own["guard"], AXIS),
+        }
+        outer = {"shared": roles.of_optimizer(self.outer, state.strategy["outer"]["shared"], self.specs, AXIS)}
+        rounds = roles.of_guard(state.strategy["rounds"])
+        strategy = {"replicas": replicas, "outer": outer, "rounds": rounds}
+        return replace(super().declare(state), opt={}, strategy=strategy, guard={})
+
+    def copies(self, tree: Any) -> Any:
+        """One for each replica."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.exchange.replicas, *x.shape)), tree)
 
     def inner_step(self, inner_R: Any, batch_RBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """One step of every replica by itself: nothing crosses `replica`, not even the loss."""
@@ -58,32 +95,29 @@ class Local(Strategy):
         return self._inner_step(gradient, inner_R, batch_RBT, None)[:2]
 
     def _inner_step(self, gradient: Callable, inner_R: Any, batch_RBT: Batch, between: Any) -> tuple[Any, Any, Any]:
-        """The same, and `between`. gradient(params, batch, between) -> (loss, gradient, between), of one replica."""
+        """The same, and `between`. gradient(params, batch, between) -> (sums, gradient, between), of one replica."""
 
         def one(inner: Any, batch_BT: Batch, between: Any) -> tuple[Any, Any, Any]:
-            loss, grads, between = gradient(inner["params"], batch_BT, between)
-            tokens = jnp.maximum(jnp.sum(batch_BT["mask"]), 1)
-            grads = jax.tree.map(lambda g: g / tokens, grads)
-            norm, guard = optax.tree.norm(grads), inner["guard"]
-            allowed = self.guard.allows(guard, norm, jnp.isfinite(norm) & jnp.isfinite(loss))
-            params, opt_state = self.optimizer.apply(grads, inner["opt_state"], inner["params"])
-            keep = lambda new, old: jnp.where(allowed, new, old)
-            after = self.guard.update(guard, norm, allowed)
-            metrics = (loss / tokens, norm, tokens, after.skipped, after.in_a_row)
-            inner = {
-                "params": jax.tree.map(keep, params, inner["params"]),
-                "opt_state": jax.tree.map(keep, opt_state, inner["opt_state"]),
-                "guard": after,
-            }
-            return inner, dict(zip(LOCAL_METRICS, metrics, strict=True)), between
+            (loss, tokens), grads, between = gradient(inner["params"], batch_BT, between)
+            weight = 1 / jnp.maximum(tokens, 1)
+            counters, norm = inner["guard"], weight * optax.tree.norm(grads)
+            sound = (tokens > 0) & jnp.isfinite(loss)
+            verdict = self.guard.judge(counters, counters.norms_W, norm, sound)
+            grads = jax.tree.map(lambda g: g * (weight * verdict.scale), grads)
+            params, opt = self.optimizer.apply(grads, inner["opt"], inner["params"], norm * verdict.scale)
+            before = {"params": inner["params"], "opt": inner["opt"]}
+            after = self.guard.commit(verdict, {"params": params, "opt": opt}, before)
+            guard = self.guard.count(counters, verdict)
+            metrics = {"loss": weight * loss, "grad_norm": norm, "tokens": tokens} | self.guard.report(guard, verdict)
+            return after | {"guard": guard}, metrics, between
 
         per_replica = jax.vmap(one, in_axes=(0, 0, None), out_axes=(0, 0, None), spmd_axis_name=AXIS)
         return per_replica(inner_R, batch_RBT, between)
 
     def inner_steps(self, inner_R: Any, batch_KRBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        if batch_KRBT["tokens"].shape[0] == 1:
-            inner_R, metrics = self.inner_step(inner_R, jax.tree.map(lambda x: x[0], batch_KRBT))
-            return inner_R, jax.tree.map(lambda x: x[None], metrics)
+        if length(batch_KRBT) == 1:
+            inner_R, metrics = self.inner_step(inner_R, take(batch_KRBT, 0))
+            return inner_R, per_step(metrics)
         return lax.scan(self.inner_step, inner_R, batch_KRBT)
 
     def exchange_meanwhile(self, step: jax.Array, exchanges: Any, codec: Any, inner_R: Any, batch_KRBT: Batch) -> tuple:
@@ -92,53 +126,57 @@ class Local(Strategy):
         before it computes anything.
 
         Returns ({name: (mean, codec state)}, inner_R, metrics or None without steps)."""
-        K = batch_KRBT["tokens"].shape[0]
+        K = length(batch_KRBT)
         if not K or self.exchange.replicas == 1:
             done = {name: exchange.mean(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
             return done, *((inner_R, None) if not K else self.inner_steps(inner_R, batch_KRBT))
         half = -(-K // 2)
-        part = lambda a, b: jax.tree.map(lambda x: x[a:b], batch_KRBT)
         flights: Any = {name: exchange.start(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
         if K == 1:
             gradient = functools.partial(overlap.loss_and_gradient, self)
-            batch_RBT = jax.tree.map(lambda x: x[0], batch_KRBT)
-            inner_R, metrics, flights = self._inner_step(gradient, inner_R, batch_RBT, flights)
-            metrics = jax.tree.map(lambda x: x[None], metrics)
+            inner_R, metrics, flights = self._inner_step(gradient, inner_R, take(batch_KRBT, 0), flights)
+            metrics = per_step(metrics)
         else:
-            inner_R, metrics = self.inner_steps(inner_R, part(0, half))
+            inner_R, metrics = self.inner_steps(inner_R, part(batch_KRBT, 0, half))
             flights, inner_R = lax.optimization_barrier((flights, inner_R))
         done = {name: exchanges[name][0].finish(flight, own, step) for name, (flight, own) in flights.items()}
         if half < K:
-            inner_R, more = self.inner_steps(inner_R, part(half, K))
+            inner_R, more = self.inner_steps(inner_R, part(batch_KRBT, half, K))
             metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), metrics, more)
         done, inner_R = lax.optimization_barrier((done, inner_R))
         return done, inner_R, metrics
 
-    def all_finite(self, tree_R: Any) -> jax.Array:
-        """Agreed by all replicas, before anything is encoded."""
-        norm_R = jax.vmap(optax.tree.norm, spmd_axis_name=AXIS)(tree_R)
-        bad_R = 1.0 - jnp.isfinite(norm_R).astype(jnp.float32)
-        return self.exchange.scalars(bad_R[:, None], "round")[0] == 0
+    def judge_round(self, counters: Any, delta_R: Any, rate: jax.Array) -> tuple[Any, Any]:
+        """(pseudo-gradients as they may be encoded, the verdict on them), agreed by all replicas before anything is.
+        Their size is measured by the learning rate that made them. Of refused ones zeros are sent."""
+        (size,) = self.agree((), delta_R, "round")
+        verdict = self.guard.judge(counters, counters.norms_W, size / jnp.maximum(rate, TINY))
+        sent = lambda x: jnp.where(verdict.applied, jnp.where(verdict.scale < 1, verdict.scale * x, x), 0)
+        return jax.tree.map(sent, delta_R), verdict
 
-    def report(self, calls: jax.Array, params: Any, guard: Any, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """[K, R] of each replica, and [K] of what all share. calls: made before this one; guard: of the rounds."""
-        K = metrics["loss"].shape[0]
-        lr = jnp.asarray(self.optimizer.schedule(K * calls + jnp.arange(K)), jnp.float32)
-        return metrics | {
-            "param_norm": jnp.broadcast_to(optax.tree.norm(params), (K,)),
-            "lr": jnp.broadcast_to(lr, (K,)),
-            "rounds_skipped": jnp.broadcast_to(guard.skipped, (K,)),
+    def rate(self, step: jax.Array) -> jax.Array:
+        """The mean learning rate of the round that ends before `step`."""
+        steps = jnp.maximum(step - 1 - jnp.arange(self.interval), 0)
+        return jnp.mean(jnp.asarray(jax.vmap(self.optimizer.schedule)(steps), jnp.float32))
+
+    def report(self, state: State, K: int, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """[K, R] of each replica, and [K] of what all share, of the K steps that led to this state."""
+        rounds = state.strategy["rounds"]
+        lr = jax.vmap(self.optimizer.schedule)(state.step - K + jnp.arange(K))
+        shared = {
+            "param_norm": norms(self.mesh, (self.specs, state.params))[0],
+            "lr": jnp.asarray(lr, jnp.float32),
+            "rounds_skipped": jnp.sum(rounds.skipped),
+            "rounds_clipped": jnp.sum(rounds.clipped),
         }
+        worst = jnp.maximum(metrics["skipped_in_a_row"], jnp.max(rounds.in_a_row))
+        shared = {name: jnp.broadcast_to(x, (K,)) for name, x in shared.items()}
+        return metrics | shared | {"skipped_in_a_row": worst}
 
     def spread(self, tree: Any, specs: Any) -> Any:
         """One copy for each replica, laid where the replica is."""
-        R = self.exchange.replicas
-
-        def copies(x: jax.Array, spec: P) -> jax.Array:
-            x_R = jnp.broadcast_to(x, (R, *x.shape))
-            return lax.with_sharding_constraint(x_R, NamedSharding(self.mesh, P(AXIS, *spec)))
-
-        return jax.tree.map(copies, tree, specs)
+        put = lambda x_R, spec: lax.with_sharding_constraint(x_R, NamedSharding(self.mesh, P(AXIS, *spec)))
+        return jax.tree.map(put, self.copies(tree), specs)
 
 
 @dataclass(frozen=True)
@@ -146,7 +184,8 @@ class DiLoCo(Local):
     """H inner steps; Δ = mean over replicas of θ_global − θ_i; θ_global ← outer(θ_global, Δ); θ_i ← θ_global.
 
     Inner optimizer states stay with their replicas. A last round of fewer steps is exchanged like the others. With
-    H = 1, SGD inside and outside (rate 1, no momentum) it is synchronous SGD.
+    H = 1, SGD inside and outside (rate 1, no momentum) it is synchronous SGD. A round that is refused is left out: the
+    replicas begin the next one where they began it.
     """
 
     def programs(self) -> dict[str, Callable]:
@@ -160,29 +199,28 @@ class DiLoCo(Local):
         return "inner+exchange" if (step + 1) % self.interval == 0 or step + 1 == last else "inner"
 
     def inner(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
+        state, metrics = self._inner(state, batch_KRBT)
+        return state, self.report(state, 1, metrics)
+
+    def _inner(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
         inner_R, metrics = self.inner_steps(state.strategy["replicas"], batch_KRBT)
-        metrics = self.report(state.step, state.params, state.guard, metrics)
-        return State(
-            state.step + 1, state.params, state.opt_state, {"replicas": inner_R}, state.guard, state.codec
-        ), metrics
+        return replace(state, step=state.step + 1, strategy=state.strategy | {"replicas": inner_R}), metrics
 
     def inner_and_exchange(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
-        state, metrics = self.inner(state, batch_KRBT)
-        inner_R = state.strategy["replicas"]
-        delta_R = jax.tree.map(lambda ours, theirs_R: ours - theirs_R, state.params, inner_R["params"])
-        finite = self.all_finite(delta_R)
+        state, metrics = self._inner(state, batch_KRBT)
+        own, rate = state.strategy, self.rate(state.step)
+        delta_R = jax.tree.map(lambda ours, theirs_R: ours - theirs_R, state.params, own["replicas"]["params"])
+        delta_R, new = self.judge_round(own["rounds"], delta_R, rate)
         mean, codec = self.exchange.mean(delta_R, state.codec, state.step)
-
-        def applied() -> tuple:
-            updates, opt_state = self.outer.update(mean, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            return params, opt_state, codec, self.spread(params, self.specs)
-
-        def kept() -> tuple:
-            return state.params, state.opt_state, state.codec, inner_R["params"]
-
-        params, opt_state, codec, params_R = lax.cond(finite, applied, kept)
-        counters = self.guard.update(state.guard, optax.tree.norm(mean), finite)
-        strategy = {"replicas": inner_R | {"params": params_R}}
-        metrics |= {"rounds_skipped": counters.skipped[None]}
-        return State(state.step, params, opt_state, strategy, counters, codec), metrics
+        before = (state.params, own["outer"]["shared"])
+        (params, outer), _, usable, used = self.settle(
+            own["rounds"], self.outer.apply, self.specs, mean, before, new.applied, rate, judged=True
+        )
+        strategy = {
+            "replicas": own["replicas"] | {"params": self.spread(params, self.specs)},
+            "outer": {"shared": outer},
+            "rounds": self.guard.count(own["rounds"], new, used),
+        }
+        codec = self.guard.commit(usable, codec, state.codec)
+        state = replace(state, params=params, strategy=strategy, codec=codec)
+        return state, self.report(state, 1, metrics)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from parallel import pairwise, units
+from parallel import pairwise, roles, units
 from parallel.codecs import Identity
 from parallel.exchange import ALGORITHMS, AXIS, Exchange, Feedback, Net, is_round
 
@@ -49,8 +49,8 @@ def build(
     over_gloo = jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu"
     net = Net(algorithm, replicas, devices, **pairwise.collectives(devices) if over_gloo else {})
     plan = units.plan(leaves, codec, mesh)
-    state_specs = _specs(net, mesh, leaves, plan, feedback)
-    return Exchange(net, mesh, leaves, plan, state_specs, feedback, seed)
+    declared = _declare(net, mesh, leaves, plan, feedback)
+    return Exchange(net, mesh, leaves, plan, declared, roles.specs_of(declared), feedback, seed)
 
 
 def init(exchange: Exchange) -> dict[str, Any]:
@@ -81,17 +81,18 @@ def has_server(net: Net, unit: Any, feedback: Feedback | None) -> bool:
     return net.form(unit.codec) == "two_stage"
 
 
-def _specs(net: Net, mesh: Mesh, leaves: Any, plan: Any, feedback: Feedback | None) -> dict[str, Any]:
+def _declare(net: Net, mesh: Mesh, leaves: Any, plan: Any, feedback: Feedback | None) -> dict[str, Any]:
+    """The Role of every array of `init`."""
     state: dict[str, Any] = {"worker": {}, "server": {}, "rounds": {}}
     if net.replicas == 1:
         return state
     if feedback:
-        state["worker"] = jax.tree.map(lambda leaf: P(AXIS, *leaf.spec), leaves)
+        state["worker"] = roles.like(roles.OWED, jax.tree.map(lambda leaf: leaf.spec, leaves), AXIS)
     for unit in plan:
         axes = [axis if axis in unit.axes else None for axis in mesh.axis_names[1:]]
         if is_round(unit.codec):
             shapes = jax.eval_shape(lambda unit=unit: unit.codec.init(unit.local, jax.random.key(0)))
-            state["rounds"][unit.name] = jax.tree.map(lambda _, axes=axes: P(*axes), shapes)
+            state["rounds"][unit.name] = roles.each(roles.DRAWN, shapes, *axes)
         elif has_server(net, unit, feedback):
-            state["server"][unit.name] = P(AXIS, *axes)
+            state["server"][unit.name] = roles.Role(roles.OWED, P(AXIS, *axes))
     return state

@@ -1,15 +1,20 @@
 """Going on with another number of replicas, another mesh, codec or strategy: what becomes of what replicas remember.
 
-The rule. Parameters, optimizer and guard must be the same arrays. What belongs to replicas is carried over as its mean:
-every new replica gets the mean of the old ones' (local parameters, pending gradients, residuals), so that the mean over
-replicas, which is all that the mathematics sees, is kept. Residuals of error feedback are folded as
-e'_i = mean(e_worker) + e_server, because the server's lie by chunks that move with R and the mesh: what was owed is
-still owed. A round codec's own state (PowerSGD's Q) is drawn anew when its shapes change. What the new config has no
-place for is dropped. Every drop and every change is said.
+The rule, by the declared role of each array (parallel/roles.py). What is there in the same shape is taken as it is, to
+the bit. With another number of replicas every new one gets the mean of the old ones', so that the mean over replicas,
+which is all that the mathematics sees, is kept. What has no counterpart is made from what means the same: a replica's
+own from what all shared, and the other way round by the mean. Residuals of error feedback lie by chunks that move with
+R and the mesh where their server holds them; then they are folded into the workers', e'_i = e_i + e_server. What was in
+flight and has no place any more is owed, if what is owed has the same unit: gradients in `sync` and `stale`,
+pseudo-gradients in the local strategies. What is drawn is drawn anew. Every array of which this is not enough to go on
+unchanged is named, and so is what is dropped.
+
+Arrays are made one after another: what is needed of memory is the new state, and the sources of its largest part.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,146 +23,256 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from parallel import fold, roles
 from parallel.units import Leaf
 
-OURS = ("codec/", "strategy/")  # what may change; anything else of another shape is another model
-SERVER = "codec/server/"  # those of fragments belong to what each fragment still owes, and are dropped with it
 Arrays = dict[str, jax.Array]
+OWN = "strategy/replicas/"  # what each replica of a local strategy has, and by the same name without it all share
+EAGER = "strategy/outer/replicas/"  # what each replica of an eager one has besides
+WORKER = "codec/worker/"
+TOGETHER = 2**27  # bytes on one device
+FROM_MEAN = "carried over as its mean, so that every replica starts from the same"
+FROM_SHARED = "made for every replica from what all share"
+ESSENTIAL = ("params/", "opt/", "step")  # without these it is another model, or another optimizer
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """load: what to read instead of the new state's own arrays of OURS. convert: from those to the new ones."""
+class Step:
+    """load: arrays of the checkpoint, and where to put them. make: from those, arrays of the new state."""
 
     load: dict[str, jax.ShapeDtypeStruct]
-    convert: Callable[[Arrays], Arrays]
-    notes: list[str]
-    replaced: set[str]  # of the new state, made by convert
-    ignored: set[str]  # of the checkpoint, not read
+    make: Callable[[Arrays], Arrays] = dict
+
+
+@dataclass
+class Adapted:
+    """How to make the new state: the steps, what must be said, and what cannot be made: it is another model's."""
+
+    steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def load(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: x for step in self.steps for name, x in step.load.items()}
 
 
 def adapt(
-    saved: dict[str, Any], wanted: dict[str, Any], leaves: Any, init: Callable[[], Any], mesh: Mesh
-) -> Adapted | None:
-    """None if the arrays of OURS are the same in the checkpoint and in the new state.
+    saved: Mapping[str, Mapping[str, Any]],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    kinds: Mapping[str, str],
+    leaves: Any,
+    fresh: Callable[[Iterable[str]], Arrays],
+    mesh: Mesh,
+) -> Adapted:
+    """saved: {name: {"shape", "dtype", "kind"}} of the checkpoint. wanted: {name: abstract array} of the new state, and
+    their kinds. leaves: the units.Leaf of all parameters. fresh(names): of a new state, for what must begin anew."""
+    plan = _Plan(saved, wanted, kinds, jax.tree.leaves(leaves), mesh)
+    for name in wanted:
+        plan.place(name)
+    plan.fold()
+    return plan.finish(fresh)
 
-    saved: {name: {"shape", "dtype"}} of the checkpoint. wanted: {name: abstract array} of the new state. leaves: the
-    units.Leaf of all parameters. init() gives the named arrays of a fresh state, for what must begin anew.
-    """
-    ours = lambda names: {name for name in names if name.startswith(OURS)}
-    same = lambda name: tuple(saved[name]["shape"]) == wanted[name].shape and saved[name]["dtype"] == wanted[name].dtype
-    old, new = ours(saved), ours(wanted)
-    if old == new and all(same(name) for name in new):
-        return None
-    servers = {name for name in old if name.startswith(SERVER) and len(saved[name]["shape"]) == 5}
-    notes, sources = [], {}
-    for name in new:
-        if name in saved and same(name) and not servers:
-            sources[name] = "as it was"
-        elif name in saved and _only_replicas_differ(saved[name]["shape"], wanted[name].shape):
-            sources[name] = "mean"
-        elif name.startswith("codec/worker/"):
-            sources[name] = "zeros" if name not in saved else "mean"
+
+class _Plan:
+    def __init__(self, saved: Any, wanted: Any, kinds: Any, leaves: list[Leaf], mesh: Mesh):
+        self.saved, self.wanted, self.kinds, self.leaves, self.mesh = saved, wanted, kinds, leaves, mesh
+        self.said: dict[str, list[str]] = {}
+        self.kept: dict[str, jax.ShapeDtypeStruct] = {}
+        self.fresh: list[str] = []
+        self.missing: list[str] = []
+        self.parts: list[tuple[list[str], list[str], Callable[[Arrays], Arrays]]] = []  # as _step takes them
+        self.read: set[str] = set()
+        servers = lambda names, shape: {name: tuple(shape(name)) for name in names if fold.server_of(name)}
+        old, new = servers(saved, lambda n: saved[n]["shape"]), servers(wanted, lambda n: wanted[n].shape)
+        local = lambda names: any(name.startswith(OWN) for name in names)
+        self.same_unit = local(saved) == local(wanted)  # of what is owed
+        self.leaves_eager = any(n.startswith(EAGER) for n in saved) and not any(n.startswith(EAGER) for n in wanted)
+        self.old_servers, self.servers_stay = old, old == new and self.same_unit
+
+    # ── each array by itself ─────────────────────────────────────────────────────────────────────────────────────
+
+    def place(self, name: str) -> None:
+        if fold.server_of(name):
+            self._keep(name) if self.servers_stay else self.fresh.append(name)
+        elif name.startswith(WORKER):
+            pass  # with its server, in fold
+        elif self.leaves_eager and name.startswith(f"{OWN}params/"):
+            self._make(name, name.removeprefix(OWN), _copy, FROM_SHARED)  # they were a part of their round ahead
+        elif self._fits(name):
+            self._keep(name)
+        elif source := self._counterpart(name):
+            convert = _window if self.kinds[name] == roles.WINDOW else _resize
+            self._make(name, source, convert, FROM_MEAN if self._is_own(source) else FROM_SHARED)
+        elif not name.startswith(ESSENTIAL):
+            self.fresh.append(name)
         else:
-            sources[name] = "fresh"
-    # A server's residual moves into the workers'; its own place begins with zeros.
-    sources |= {name: "zeros" for name in new if "/server/" in name}
-    folding = servers and any(name.startswith("codec/worker/") for name in new)
-    if any(how == "mean" for how in sources.values()):
-        notes.append("what replicas remember was carried over as its mean: every replica starts from the same")
-    if folding:
-        notes.append(
-            "residuals of error feedback were folded, mean of the workers' + the server's: nothing owed is lost"
-        )
-    if fresh := sorted(name for name, how in sources.items() if how == "fresh"):
-        notes.append(f"begun anew, for it has other shapes or was not there: {', '.join(fresh)}")
-    lost = sorted(name for name in old - new if name not in servers or not folding)
-    if lost:
-        notes.append(f"dropped, for there is no place for it now: {', '.join(lost)}")
-    read = {name for name, how in sources.items() if how in ("as it was", "mean")} | (servers if folding else set())
-    load = {name: _abstract(saved[name], wanted[name] if name in sources else None, mesh) for name in read - servers}
-    load |= {name: _abstract(saved[name], None, mesh) for name in read & servers}
+            self.missing.append(name)
 
-    def convert(arrays: Arrays) -> Arrays:
-        shardings = {name: wanted[name].sharding for name in new}
-        begun = init() if "fresh" in sources.values() else {}
-        kept = {name: arrays[name] for name in read} | {f"new {name}": begun[name] for name in fresh}
-        make = lambda arrays: _convert(arrays, sources, wanted, jax.tree.leaves(leaves))
-        return jax.jit(make, out_shardings=shardings)(kept)
+    def _fits(self, name: str) -> bool:
+        x = self.saved.get(name)
+        return x is not None and tuple(x["shape"]) == self.wanted[name].shape and x["dtype"] == self.wanted[name].dtype
 
-    return Adapted(load, convert, notes, replaced=new, ignored=old - read)
+    def _is_own(self, name: str) -> bool:
+        return self.saved[name]["kind"] in (roles.REPLICA, roles.IN_FLIGHT) or name.startswith(OWN)
 
-
-def _only_replicas_differ(saved: list[int], wanted: tuple[int, ...]) -> bool:
-    """A leading dimension of replicas, of another size."""
-    return len(saved) == len(wanted) > 0 and tuple(saved[1:]) == wanted[1:]
-
-
-def _abstract(saved: dict[str, Any], wanted: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Where to put an old array: sharded over the fast axes like its successor, or at least over fsdp."""
-    shape = tuple(saved["shape"])
-    if wanted is not None:
-        spec = P(None, *wanted.sharding.spec[1:]) if wanted.shape != shape else wanted.sharding.spec
-    else:
-        spec = P(*[None] * (len(shape) - 1), "fsdp") if shape and shape[-1] % mesh.shape["fsdp"] == 0 else P()
-    return jax.ShapeDtypeStruct(shape, np.dtype(saved["dtype"]), sharding=NamedSharding(mesh, spec))
-
-
-def _convert(arrays: Arrays, sources: dict[str, str], wanted: dict[str, Any], leaves: list[Leaf]) -> Arrays:
-    found = {}
-    for name, how in sources.items():
-        x = wanted[name]
-        if how == "as it was":
-            found[name] = arrays[name]
-        elif how == "fresh":
-            found[name] = arrays[f"new {name}"]
-        elif how == "zeros":
-            found[name] = jnp.zeros(x.shape, x.dtype)
+    def _counterpart(self, name: str) -> str | None:
+        """What means the same in the checkpoint: by this name of another R or another window, or a replica's own for
+        what is shared, and the other way round."""
+        if name in self.saved:
+            old, new = tuple(self.saved[name]["shape"]), self.wanted[name].shape
+            other_replicas = self.kinds[name] in (roles.REPLICA, roles.IN_FLIGHT) and old[1:] == new[1:]
+            return (
+                name if old and len(old) == len(new) and (other_replicas or self.kinds[name] == roles.WINDOW) else None
+            )
+        if name.startswith(f"{EAGER}params/"):
+            source = name.removeprefix(EAGER)
+        elif name.startswith(f"{EAGER}opt/"):
+            source = "strategy/outer/shared/" + name.removeprefix(f"{EAGER}opt/")
         else:
-            found[name] = jnp.broadcast_to(_mean(arrays[name]), x.shape).astype(x.dtype)
-    owed = server_residuals({n.removeprefix(SERVER): x for n, x in arrays.items() if n.startswith(SERVER)}, leaves)
-    for leaf, rest in owed.items():
-        name = f"codec/worker/{leaf}"
-        if name in found:
-            found[name] = (found[name].astype(jnp.float32) + rest).astype(found[name].dtype)
-    return found
+            source = name.removeprefix(OWN) if name.startswith(OWN) else OWN + name
+        return source if source in self.saved else None
+
+    # ── what is owed ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def fold(self) -> None:
+        """Workers' residuals: their own, their server's if it does not stay, and what was in flight without a place."""
+        servers = {} if self.servers_stay or not self.same_unit else fold.owners(list(self.old_servers), self.leaves)
+        flying = [n for n, x in self.saved.items() if x["kind"] == roles.IN_FLIGHT and n not in self.wanted]
+        left: dict[str, list[str]] = {}
+        for name in flying if self.same_unit else ():
+            for leaf in self.leaves:
+                if name.endswith(f"/{leaf.name}"):
+                    left.setdefault(leaf.name, []).append(name)
+        groups = [[leaf.name for leaf in own] for own in servers.values()]
+        grouped = {name for group in groups for name in group}
+        groups += [[leaf.name] for leaf in self.leaves if leaf.name not in grouped]
+        for group in groups:
+            members = [leaf for leaf in group if WORKER + leaf in self.wanted]
+            if members:
+                self._fold(members, {s: own for s, own in servers.items() if own[0].name in group}, left)
+
+    def _fold(self, members: list[str], servers: dict[str, list[Leaf]], left: dict[str, list[str]]) -> None:
+        flying = [name for leaf in members for name in left.get(leaf, ())]
+        names = [WORKER + leaf for leaf in members]
+        own = [name for name in names if name in self.saved and self.same_unit]
+        if not servers and not flying and all(map(self._fits, own)) and len(own) == len(names):
+            for name in names:
+                self._keep(name)
+            return
+        if not (own or servers or flying):
+            self.fresh += names
+            return
+
+        def make(arrays: Arrays) -> Arrays:
+            owed = {}
+            for server, leaves in servers.items():
+                owed |= fold.unfold(server, arrays[server], leaves)
+            found = {}
+            for leaf in members:
+                x, name = self.wanted[WORKER + leaf], WORKER + leaf
+                parts = [_to_replicas(arrays[n], x.shape) for n in [name, *left.get(leaf, ())] if n in arrays]
+                parts += [owed[leaf][None]] if leaf in owed else []
+                found[name] = jnp.broadcast_to(sum(parts), x.shape).astype(x.dtype)
+            return found
+
+        if any(self.saved[n]["shape"][0] != self.wanted[names[0]].shape[0] for n in [*own, *flying]):
+            self._say(FROM_MEAN, names)
+        if servers:
+            self._say("folded, mean of the workers' + the server's: nothing owed is lost", [*servers, *names])
+        if flying:
+            self._say("in flight without a place now, and so owed", flying)
+        self._step([*own, *servers, *flying], names, make)
+
+    # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _keep(self, name: str) -> None:
+        self.kept[name] = self.wanted[name]
+        self.read.add(name)
+
+    def _say(self, what: str, names: Iterable[str]) -> None:
+        self.said.setdefault(what, []).extend(names)
+
+    def _make(self, name: str, source: str, convert: Callable, what: str) -> None:
+        self._say(what, [name])
+        self._step([source], [name], lambda arrays: {name: convert(arrays[source], self.wanted[name])})
+
+    def _step(self, load: list[str], names: list[str], make: Callable[[Arrays], Arrays]) -> None:
+        self.read |= set(load)
+        self.parts.append((load, names, make))
+
+    def _steps(self) -> Iterator[Step]:
+        """Parts that need little memory are one step: each is a program to be compiled."""
+        group: list[tuple] = []
+        for part in self.parts:
+            if group and sum(self._size(load) for load, *_ in [*group, part]) > TOGETHER * self.mesh.size:
+                yield self._together(group)
+                group = []
+            group.append(part)
+        if group:
+            yield self._together(group)
+
+    def _size(self, load: list[str]) -> int:
+        return sum(math.prod(self.saved[name]["shape"]) * np.dtype(self.saved[name]["dtype"]).itemsize for name in load)
+
+    def _together(self, group: list[tuple]) -> Step:
+        def make(arrays: Arrays) -> Arrays:
+            found: Arrays = {}
+            for load, _, one in group:
+                found |= one({name: arrays[name] for name in load})
+            return found
+
+        shardings = {name: self.wanted[name].sharding for _, names, _ in group for name in names}
+        load = {name: self._spread(name) for names, *_ in group for name in names}
+        return Step(load, jax.jit(make, out_shardings=shardings))
+
+    def _spread(self, name: str) -> jax.ShapeDtypeStruct:
+        """Where to put an old array: cut over every mesh axis that divides one of its dimensions."""
+        shape = tuple(self.saved[name]["shape"])
+        spec: list[Any] = [None] * len(shape)
+        for axis, size in self.mesh.shape.items():
+            place = next((i for i, n in enumerate(shape) if n % size == 0 and n >= size and spec[i] is None), None)
+            if place is not None and size > 1:
+                spec[place] = axis
+        sharding = NamedSharding(self.mesh, P(*spec))
+        return jax.ShapeDtypeStruct(shape, np.dtype(self.saved[name]["dtype"]), sharding=sharding)
+
+    def finish(self, fresh: Callable[[Iterable[str]], Arrays]) -> Adapted:
+        steps = [Step(self.kept)] if self.kept else []
+        steps += self._steps()
+        if self.fresh:
+            steps.append(Step({}, lambda _: fresh(self.fresh)))
+            known = [name for name in self.fresh if not fold.server_of(name) or name not in self.saved]
+            self._say("begun anew, for it has another shape or was not there", known)
+        left = sorted(set(self.saved) - self.read)
+        other_model = [name for name in left if name.startswith("params/")]
+        self._say("dropped, for there is no place for it now", left)
+        notes = [f"{what}: {', '.join(names)}" for what, names in self.said.items() if names]
+        return Adapted(steps, notes, self.missing + other_model)
 
 
-def _mean(x_R: jax.Array) -> jax.Array:
-    if jnp.issubdtype(x_R.dtype, jnp.floating):
-        return jnp.mean(x_R.astype(jnp.float32), axis=0)
-    return jnp.max(x_R, axis=0)  # counters; flags
+def _to_replicas(x_R: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """As it is where there are as many replicas, else their mean; float32."""
+    x_R = x_R.astype(jnp.float32)
+    return x_R if x_R.shape == shape else jnp.broadcast_to(jnp.mean(x_R, axis=0), shape)
 
 
-def server_residuals(server: dict[str, jax.Array], leaves: list[Leaf]) -> dict[str, jax.Array]:
-    """{leaf: what the servers owe, in its shape} from {unit: [R, F, T, pieces, C]}, whatever R, mesh and buckets were.
-
-    A unit is one array, or all arrays over the same axes that are no unit by themselves ("small Int4 fsdp").
-    """
-    axes = lambda leaf: tuple(axis for axis in ("fsdp", "tensor") if axis in leaf.spec)
-    owed = {}
-    for unit, x in server.items():
-        own = tuple(unit.split(" ")[2:])
-        members = [leaf for leaf in leaves if leaf.name == unit]
-        if unit.startswith("small "):
-            members = [leaf for leaf in leaves if leaf.name not in server and axes(leaf) == own]
-        R, F, T, pieces, C = x.shape
-        shards = [leaf.shard({"fsdp": F, "tensor": T, "replica": 1}) for leaf in members]
-        size = sum(local.size for local in shards) // pieces  # of one, without padding
-        flat_FTN = jnp.moveaxis(x.astype(jnp.float32), 0, 3).reshape(F, T, pieces, R * C)[..., :size].reshape(F, T, -1)
-        start = 0
-        for leaf, local in zip(members, shards, strict=True):
-            part = flat_FTN[..., start : start + local.size].reshape(F, T, *local.shape)
-            owed[leaf.name] = _whole(part, leaf)
-            start += local.size
-    return owed
+def _resize(x: jax.Array, wanted: Any) -> jax.Array:
+    """For other replicas: the mean of the old ones, or what they shared; of counters the largest."""
+    if x.ndim == len(wanted.shape) or x.shape[1:] == wanted.shape:
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        x = jnp.mean(x.astype(jnp.float32), axis=0) if is_float else jnp.max(x, axis=0)
+    return jnp.broadcast_to(x, wanted.shape).astype(wanted.dtype)
 
 
-def _whole(shards_FT: jax.Array, leaf: Leaf) -> jax.Array:
-    """[F, T, one device's shard] -> the array."""
-    order, spec = [], (*leaf.spec, *[None] * (len(leaf.shape) - len(leaf.spec)))
-    for i, axis in enumerate(spec):
-        order += [{"fsdp": 0, "tensor": 1}[axis]] if axis else []
-        order.append(2 + i)
-    unused = [i for i in (0, 1) if i not in order]
-    return shards_FT.transpose(*unused, *order).reshape(leaf.shape)
+def _copy(x: jax.Array, wanted: Any) -> jax.Array:
+    return jnp.broadcast_to(x, wanted.shape).astype(wanted.dtype)
+
+
+def _window(x_W: jax.Array, wanted: Any) -> jax.Array:
+    """The newest values, of several replicas their mean; where there are fewer, the oldest places are empty."""
+    *leading, count = wanted.shape
+    if x_W.ndim > 1 and list(x_W.shape[:-1]) != leading:
+        x_W = jnp.where(jnp.min(x_W, axis=0) < 0, -1.0, jnp.mean(x_W, axis=0))
+    missing = jnp.full((*x_W.shape[:-1], count), -1.0, x_W.dtype)
+    return jnp.broadcast_to(jnp.concatenate([missing, x_W], axis=-1)[..., -count:], wanted.shape)

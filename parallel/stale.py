@@ -2,16 +2,16 @@
 long as a step's computation."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from parallel import overlap
+from parallel import overlap, roles
 from parallel.exchange import AXIS
-from parallel.strategies import Batch, State, Sync
+from parallel.strategies import Batch, State, Sync, per_step, take
 
 
 @dataclass(frozen=True)
@@ -35,45 +35,39 @@ class Stale(Sync):
         pending = [{"messages": zeros_R(), "finite": jnp.array(False)} for _ in range(self.staleness)]
         if self.compensation:
             pending = [entry | {"params": jax.tree.map(jnp.zeros_like, params)} for entry in pending]
-        state.strategy = {"pending": pending}
-        return state
+        return replace(state, strategy={"pending": pending})
+
+    def declare(self, state: State) -> Any:
+        entry = {"messages": roles.like(roles.IN_FLIGHT, self.specs, AXIS), "finite": roles.Role(roles.FLAG, roles.P())}
+        if self.compensation:
+            entry |= {"params": roles.like(roles.FLAG, self.specs)}
+        return replace(super().declare(state), strategy={"pending": [entry] * self.staleness})
 
     def step(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
-        batch_RBT = jax.tree.map(lambda x: x[0], batch_KRBT)
-        if self.staleness and self.exchange.replicas > 1:
-            mean, codec, (messages_R, opt_state, loss, tokens, finite) = self._overlapped(state, batch_RBT)
-            own = self._entry(state, messages_R, finite)
-            oldest, *pending = [*state.strategy["pending"], own]
-        else:
-            messages_R, opt_state, loss, tokens, finite = self.messages(state, batch_RBT)
-            own = self._entry(state, messages_R, finite)
-            oldest, *pending = [*state.strategy["pending"], own]
-            mean, codec = self.exchange.mean(oldest["messages"], state.codec, state.step)
+        """Each gradient is judged when it is new, and that verdict travels with it: `finite` says that there is
+        something to apply."""
+        batch_RBT, overlapped = take(batch_KRBT, 0), self.staleness and self.exchange.replicas > 1
+        done, judged = self._overlapped(state, batch_RBT) if overlapped else (None, self.messages(state, batch_RBT))
+        messages_R, opt, new, metrics = judged
+        own = {"messages": messages_R, "finite": new.applied} | ({"params": state.params} if self.compensation else {})
+        oldest, *pending = [*state.strategy["pending"], own]
+        mean, codec = done or self.exchange.mean(oldest["messages"], state.codec, state.step)
         if self.compensation:
             moved = jax.tree.map(jnp.subtract, state.params, oldest["params"])
             mean = jax.tree.map(lambda g, d: g + self.compensation * g * g * d, mean, moved)
-        before = state.guard
-        state, metrics = self.update(state, mean, opt_state, codec, oldest["finite"])
-        # The first calls have nothing to apply: no update is made, and none was skipped either.
-        state.guard = jax.tree.map(
-            lambda new, old: jnp.where(state.step > self.staleness, new, old), state.guard, before
-        )
-        metrics |= {"skipped": state.guard.skipped, "skipped_in_a_row": state.guard.in_a_row}
+        state, used, more = self.update(replace(state, opt=opt), mean, codec, oldest["finite"])
+        state.guard = self.guard.count(state.guard, new, used, due=oldest["finite"])
         state.strategy = {"pending": pending}
-        return state, jax.tree.map(lambda x: x[None], metrics | {"loss": loss, "tokens": tokens})
+        return state, per_step(metrics | more | self.guard.report(state.guard, new, used))
 
-    def _entry(self, state: State, messages_R: Any, finite: jax.Array) -> dict[str, Any]:
-        entry = {"messages": messages_R, "finite": finite}
-        return entry | {"params": state.params} if self.compensation else entry
-
-    def _overlapped(self, state: State, batch_RBT: Batch) -> tuple[Any, Any, tuple]:
+    def _overlapped(self, state: State, batch_RBT: Batch) -> tuple[tuple, tuple]:
         """The exchange of the oldest messages during the gradient: the first hop during its first half, the second
-        during the rest."""
+        during the rest. ((mean, codec), what `messages` returns)."""
         oldest_R = state.strategy["pending"][0]["messages"]
         flight, codec = self.exchange.start(oldest_R, state.codec, state.step)
         one = functools.partial(overlap.loss_and_gradient, self)
         gradient = jax.vmap(one, in_axes=(None, 0, None), out_axes=(0, 0, None), spmd_axis_name=AXIS)
-        loss_R, grads_R, (flight, codec) = gradient(state.params, batch_RBT, (flight, codec))
+        sums_R, grads_R, (flight, codec) = gradient(state.params, batch_RBT, (flight, codec))
         mean, codec = self.exchange.finish(flight, codec, state.step)
-        mean, codec, loss_R, grads_R = lax.optimization_barrier((mean, codec, loss_R, grads_R))
-        return mean, codec, self.weighted(state, batch_RBT, loss_R, grads_R)
+        mean, codec, sums_R, grads_R = lax.optimization_barrier((mean, codec, sums_R, grads_R))
+        return (mean, codec), self.judged(state, sums_R, grads_R)

@@ -1,13 +1,13 @@
 """Strategies: when the replicas exchange what, and how the result is applied. This is the synchronous one.
 
-A strategy has `init(params) -> state` and one or more programs, pure functions `(state, batch[K, R, B, T]) ->
-(state, metrics[K])`, each compiled once; the host's step counter says which one is next. The per-replica computation
-is vmapped over the leading axis R with `spmd_axis_name="replica"`, so the loss never learns that replicas exist; what
-crosses `replica` is what the exchange sends, and a few named scalars.
+A strategy has `init(params) -> state`, `declare(state)`, what each of its arrays is, and one or more programs, pure
+functions `(state, batch[K, R, B, T]) -> (state, metrics[K])`, each compiled once; the host's step counter says which is
+next. The per-replica computation is vmapped over the leading axis R with `spmd_axis_name="replica"`, so the loss never
+learns that replicas exist; what crosses `replica` is what the exchange sends, and a few named scalars.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,11 +16,13 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from parallel import residuals
+from parallel import residuals, roles
 from parallel.exchange import AXIS, Exchange
+from parallel.norms import norms
 from parallel.rules import Constrain
 
 Batch = dict[str, jax.Array]
+TINY = 1e-30  # instead of a rate of 0
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +30,11 @@ Batch = dict[str, jax.Array]
 class State:
     """Everything that influences training, and nothing else: what is saved is what is needed to go on."""
 
-    step: jax.Array  # calls made, int32: times steps_per_call are updates
+    step: jax.Array  # updates, refused ones included: int32
     params: Any  # what is evaluated, saved and exported
-    opt_state: Any
+    opt: Any
     strategy: Any  # the strategy's own: local parameters, pending messages
-    guard: Any  # counters of skipped updates, and the window of norms
+    guard: Any  # counters of refused updates, and the windows it judges by
     codec: Any  # residuals, and the codec's own state (parallel/residuals.py)
 
 
@@ -41,8 +43,8 @@ class Strategy:
     """What all strategies share.
 
     loss_fn(params, batch, constrain) -> (sum over tokens, number of tokens). optimizer: message and apply
-    (model/optimizer.py). specs: of the params. accumulate: micro-steps per update. guard: which gradients are applied
-    (model/optimizer.py).
+    (model/optimizer.py). specs: of the params. accumulate: micro-steps per update. guard: what is applied
+    (model/guard.py).
     """
 
     loss_fn: Callable
@@ -61,6 +63,17 @@ class Strategy:
     def init(self, params: Any) -> State:
         raise NotImplementedError
 
+    def declare(self, state: State) -> Any:
+        """The Role of every array of the (abstract) state: of what all strategies have, and nothing of their own."""
+        return State(
+            step=roles.each(roles.SHARED, state.step),
+            params=roles.like(roles.SHARED, self.specs),
+            opt=roles.of_optimizer(self.optimizer, state.opt, self.specs, AXIS),
+            strategy={},
+            guard=roles.of_guard(state.guard),
+            codec=self.exchange.declared,
+        )
+
     def programs(self) -> dict[str, Callable]:
         raise NotImplementedError
 
@@ -72,11 +85,8 @@ class Strategy:
         """What each program exchanges, in full."""
         return dict.fromkeys(self.programs(), (self.exchange,))
 
-    def codec_specs(self) -> Any:
-        return self.exchange.state_specs
-
-    def loss_and_gradient(self, params: Any, batch_BT: Batch) -> tuple[jax.Array, Any]:
-        """One replica's summed loss and the gradient of the sum, over all its micro-steps."""
+    def loss_and_gradient(self, params: Any, batch_BT: Batch) -> tuple[tuple, Any]:
+        """One replica's (summed loss, tokens) and the gradient of the sum, over all its micro-steps."""
         return self.add_micro_steps(params, self.micro_batches(batch_BT), None)
 
     def micro_batches(self, batch_BT: Batch) -> Batch:
@@ -90,17 +100,18 @@ class Strategy:
 
         return jax.tree.map(split if self.accumulate > 1 else lambda x: x[None], batch_BT)
 
-    def add_micro_steps(self, params: Any, batch_ABT: Batch, total: Any) -> tuple[jax.Array, Any]:
-        """total (None: zeros) plus the loss and gradient of these micro-steps."""
+    def add_micro_steps(self, params: Any, batch_ABT: Batch, total: Any) -> tuple[tuple, Any]:
+        """total (None: zeros) plus the loss, tokens and gradient of these micro-steps."""
         constrain = Constrain(self.mesh)
 
-        def micro_step(batch_BT: Batch) -> tuple[jax.Array, Any]:
-            value, grads = jax.value_and_grad(lambda params: self.loss_fn(params, batch_BT, constrain)[0])(params)
-            return value, self.constrain_to_specs(grads)
+        def micro_step(batch_BT: Batch) -> tuple[tuple, Any]:
+            loss = lambda params: self.loss_fn(params, batch_BT, constrain)
+            (value, tokens), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return (value, tokens), self.constrain_to_specs(grads)
 
         add = lambda total, batch_BT: (jax.tree.map(jnp.add, total, micro_step(batch_BT)), None)
-        first = jax.tree.map(lambda x: x[0], batch_ABT)
-        if total is None and batch_ABT["tokens"].shape[0] == 1:
+        first = take(batch_ABT, 0)
+        if total is None and length(batch_ABT) == 1:
             return micro_step(first)
         if total is None:
             total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, first))
@@ -110,35 +121,41 @@ class Strategy:
         put = lambda x, spec: lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
         return jax.tree.map(put, tree, self.specs)
 
-    def agree(self, loss_R: jax.Array, tokens_R: jax.Array, tree_R: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Over all replicas: summed loss, number of tokens, and whether everything is finite, before it is encoded.
-        One message of three scalars, after the gradient: nothing else of a step crosses `replica` but the exchange."""
-        if self.exchange.replicas == 1:
-            return loss_R[0], tokens_R[0], jnp.isfinite(loss_R[0])  # nothing is encoded: the norm sees the rest
-        norm_R = jax.vmap(optax.tree.norm, spmd_axis_name=AXIS)(tree_R)
-        bad_R = 1.0 - jnp.isfinite(norm_R).astype(jnp.float32)
-        loss, tokens, bad = self.exchange.scalars(jnp.stack([loss_R, tokens_R, bad_R], axis=1), "step")
-        return loss, tokens, bad == 0
+    def agree(self, sums_R: tuple, tree_R: Any, name: str = "step") -> tuple[jax.Array, ...]:
+        """Over all replicas: these sums [R], and the root mean square of the replicas' norms, before anything is
+        encoded. One message of a few scalars: nothing else crosses `replica` but the exchange, and every device decides
+        by the same bits."""
+        R = self.exchange.replicas
+        squares_R = jax.vmap(lambda tree: optax.tree.norm(tree, squared=True), spmd_axis_name=AXIS)(tree_R)
+        scalars_RM = jnp.stack([*sums_R, squares_R], axis=1)
+        *sums, squares = scalars_RM[0] if R == 1 else self.exchange.scalars(scalars_RM, name)
+        return *sums, jnp.sqrt(squares / R)
 
-    def update(self, state: State, mean: Any, opt_state: Any, codec: Any, finite: jax.Array) -> tuple[State, Any]:
-        """Applies an exchanged mean, unless the guard forbids: then parameters, optimizer, residuals and the codec's
-        state stay as they were. Returns (state, what the metrics say about it)."""
-        norm = optax.tree.norm(mean)
-        allowed = self.guard.allows(state.guard, norm, finite & jnp.isfinite(norm))
-        params, opt_state, codec = lax.cond(  # a where over all arrays would hold the old and the new ones at once
-            allowed,
-            lambda: (*self.optimizer.apply(mean, opt_state, state.params), codec),
-            lambda: (state.params, state.opt_state, state.codec),
-        )
-        guard = self.guard.update(state.guard, norm, allowed)
-        metrics = {
-            "grad_norm": norm,
-            "param_norm": optax.tree.norm(params),
-            "lr": jnp.asarray(self.optimizer.schedule(state.guard.applied), jnp.float32),
-            "skipped": guard.skipped,
-            "skipped_in_a_row": guard.in_a_row,
-        }
-        return State(state.step + 1, params, opt_state, state.strategy, guard, codec), metrics
+    def settle(
+        self, counters: Any, apply: Callable, specs: Any, mean: Any, before: tuple, ready: Any, rate: Any, judged: bool
+    ) -> tuple[tuple, jax.Array, Any, Any]:
+        """What an exchanged mean does to `before`, (params, an optimizer's state), as far as the guard allows.
+
+        apply(mean, before, norm) -> (params, state). ready: whether the mean may be used at all. rate: the learning
+        rate, by which the size of an update is measured. judged: whether sizes differ. What residuals have no part in
+        was judged when it was new.
+
+        Returns ((params, state), the norm of the mean, the verdict on whether it may be used, that on its update)."""
+        norm = norms(self.mesh, (specs, mean))[0]
+        usable = used = self.guard.judge(counters, None, norm, ready)
+        if self.exchange.feedback and judged:
+            # Worked out here for its size alone, and again where it is kept: from here it would be one more copy.
+            moved = jax.tree.map(jnp.subtract, apply(mean, before, norm)[0], before[0])
+            size, whole = norms(self.mesh, (specs, moved), (specs, before[0]))
+            ratio = size / (whole * jnp.maximum(rate, TINY))
+            used = self.guard.judge(counters, counters.ratios_W, ratio, usable.applied)
+
+        def after() -> tuple[Any, Any]:
+            params, state = apply(mean, before, norm)
+            part = lambda x, y: jnp.where(used.scale < 1, x + used.scale * (y - x), y)
+            return jax.tree.map(part, before[0], params), state
+
+        return self.guard.commit(used, after, before), norm, usable, used
 
 
 @dataclass(frozen=True)
@@ -146,9 +163,8 @@ class Sync(Strategy):
     """Synchronous data parallelism: every step applies the mean gradient over all tokens of all replicas."""
 
     def init(self, params: Any) -> State:
-        zero = jnp.zeros((), jnp.int32)
-        opt_state = self.optimizer.init(params, self.exchange.replicas)
-        return State(zero, params, opt_state, {}, self.guard.init(), residuals.init(self.exchange))
+        opt = self.optimizer.init(params, self.exchange.replicas)
+        return State(jnp.int32(0), params, opt, {}, self.guard.init(), residuals.init(self.exchange))
 
     def programs(self) -> dict[str, Callable]:
         return {"step": self.step}
@@ -157,23 +173,57 @@ class Sync(Strategy):
         return "step"
 
     def step(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
-        batch_RBT = jax.tree.map(lambda x: x[0], batch_KRBT)
-        messages_R, opt_state, loss, tokens, finite = self.messages(state, batch_RBT)
+        messages_R, opt, new, metrics = self.messages(state, take(batch_KRBT, 0))
         mean, codec = self.exchange.mean(messages_R, state.codec, state.step)
-        state, metrics = self.update(state, mean, opt_state, codec, finite)
-        return state, jax.tree.map(lambda x: x[None], metrics | {"loss": loss, "tokens": tokens})
+        state, used, more = self.update(replace(state, opt=opt), mean, codec, new.applied)
+        state.guard = self.guard.count(state.guard, new, used)
+        return state, per_step(metrics | more | self.guard.report(state.guard, new, used))
 
-    def messages(self, state: State, batch_RBT: Batch) -> tuple[Any, Any, jax.Array, jax.Array, jax.Array]:
-        """(messages [R, …], opt_state, mean loss, tokens, whether all is finite)."""
+    def messages(self, state: State, batch_RBT: Batch) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        """(messages [R, …], opt, the verdict on the gradient, metrics)."""
         per_replica = jax.vmap(self.loss_and_gradient, in_axes=(None, 0), spmd_axis_name=AXIS)
-        return self.weighted(state, batch_RBT, *per_replica(state.params, batch_RBT))
+        return self.judged(state, *per_replica(state.params, batch_RBT))
 
-    def weighted(
-        self, state: State, batch_RBT: Batch, loss_R: jax.Array, grads_R: Any
-    ) -> tuple[Any, Any, jax.Array, jax.Array, jax.Array]:
-        loss, tokens, finite = self.agree(loss_R, jnp.sum(batch_RBT["mask"], axis=(1, 2)), grads_R)
-        tokens = jnp.maximum(tokens, 1)
+    def judged(self, state: State, sums_R: tuple, grads_R: Any) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        """What is sent, and what it leaves in the optimizer's state, by the verdict on the gradient that makes both:
+        of a refused one, zeros, and nothing."""
+        loss, tokens, size = self.agree(sums_R, grads_R)
         # Weighted by n_i / mean(n) before a codec sees it, so that the mean over replicas is the mean over tokens.
-        grads_R = jax.tree.map(lambda g: g * (self.exchange.replicas / tokens), grads_R)
-        messages_R, opt_state = self.optimizer.message(grads_R, state.opt_state)
-        return messages_R, opt_state, loss / tokens, tokens, finite
+        weight = self.exchange.replicas / jnp.maximum(tokens, 1)
+        sound = (tokens > 0) & jnp.isfinite(loss)
+        new = self.guard.judge(state.guard, state.guard.norms_W, weight * size, sound)
+        grads_R = jax.tree.map(lambda g: g * (weight * new.scale), grads_R)
+        messages_R, opt = self.optimizer.message(grads_R, state.opt)
+        messages_R = jax.tree.map(lambda m: jnp.where(new.applied, m, 0), messages_R)
+        loss = loss / jnp.maximum(tokens, 1)
+        return messages_R, self.guard.commit(new, opt, state.opt), new, {"loss": loss, "tokens": tokens}
+
+    def update(self, state: State, mean: Any, codec: Any, ready: Any) -> tuple[State, Any, dict[str, jax.Array]]:
+        """(state, the verdict on the mean, metrics). If it is not ready, or not finite, residuals and the codec's state
+        stay as they were. If it is only too large it is cut off, and they follow the exchange: nothing comes back."""
+        lr = jnp.asarray(self.optimizer.schedule(state.guard.applied), jnp.float32)
+        apply = lambda mean, before, norm: self.optimizer.apply(mean, before[1], before[0], norm)
+        (params, opt), norm, usable, used = self.settle(
+            *(state.guard, apply, self.specs, mean, (state.params, state.opt), ready, lr),
+            judged=not self.optimizer.constant_size,
+        )
+        codec = self.guard.commit(usable, codec, state.codec)
+        metrics = {"grad_norm": norm, "param_norm": norms(self.mesh, (self.specs, params))[0], "lr": lr}
+        return replace(state, step=state.step + 1, params=params, opt=opt, codec=codec), used, metrics
+
+
+def take(batch: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], batch)
+
+
+def part(batch: Any, first: int, last: int) -> Any:
+    return jax.tree.map(lambda x: x[first:last], batch)
+
+
+def length(batch: Any) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def per_step(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of one step, [1]."""
+    return jax.tree.map(lambda x: x[None], metrics)

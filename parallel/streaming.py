@@ -1,20 +1,20 @@
 """Streaming DiLoCo: fragments of the model are exchanged in turn while training goes on (Douillard et al. 2025,
 algorithm 2)."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from parallel import residuals
+from parallel import residuals, roles
 from parallel.exchange import Exchange
 from parallel.local import Local
-from parallel.strategies import Batch, State
+from parallel.strategies import Batch, State, part
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,21 @@ class Streaming(Local):
 
     def init(self, params: Any) -> State:
         state, F = super().init(params), self.fragments
-        pieces = jax.tree.map(lambda x: x.reshape(-1, F, *x.shape[1:]).swapaxes(0, 1), params["blocks"])
-        state.opt_state = {"fragments": jax.vmap(self.outer.init)(pieces), "rest": self.outer.init(_rest(params))}
-        own = jax.tree.map(lambda x: jnp.broadcast_to(x, (F, *x.shape)), residuals.init(self.exchange))
-        state.codec = {"fragments": own, "rest": residuals.init(self.rest)}
-        return state
+        stack = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (F, *x.shape)), tree)
+        counts = {name: stack(x) for name, x in state.strategy["outer"]["shared"].items() if name == "count"}
+        outer = {"shared": state.strategy["outer"]["shared"] | counts}
+        own, rest = residuals.init(self.exchange), residuals.init(self.rest)
+        worker = jax.tree.map(lambda x: jnp.repeat(x, F, axis=1), own.pop("worker")) | rest.pop("worker")
+        codec = {"worker": worker, "fragments": stack(own), "rest": rest}
+        strategy = state.strategy | {"outer": outer, "rounds": stack(state.strategy["rounds"])}
+        return replace(state, strategy=strategy, codec=codec)
 
-    def codec_specs(self) -> Any:
-        stacked = jax.tree.map(lambda s: P(None, *s), self.exchange.state_specs, is_leaf=lambda x: isinstance(x, P))
-        return {"fragments": stacked, "rest": self.rest.state_specs}
+    def declare(self, state: State) -> Any:
+        stacked = lambda role: roles.Role(role.kind, P(None, *role.spec))
+        own, rest = dict(self.exchange.declared), dict(self.rest.declared)
+        worker = own.pop("worker") | rest.pop("worker")
+        codec = {"worker": worker, "fragments": jax.tree.map(stacked, own), "rest": rest}
+        return replace(super().declare(state), codec=codec)
 
     def programs(self) -> dict[str, Callable]:
         whole = {"fragment+embedding": lambda state, batch: self._call(state, batch, True)}
@@ -62,62 +68,81 @@ class Streaming(Local):
         return "fragment" if step // self.steps_per_call % self.fragments else "fragment+embedding"
 
     def _call(self, state: State, batch_KRBT: Batch, with_rest: bool) -> tuple[State, dict[str, jax.Array]]:
-        K, p = self.steps_per_call, state.step % self.fragments
-        part = lambda a, b: jax.tree.map(lambda x: x[a:b], batch_KRBT)
-        inner_R, metrics = self.inner_steps(state.strategy["replicas"], part(0, K - self.overlap))
-        ours, theirs_R = self._fragment(state.params, p), self._fragment(inner_R["params"], p, axis=1)
-        codec, opt_state = ({"own": _pick(tree["fragments"], p)} for tree in (state.codec, state.opt_state))
-        if with_rest:
-            ours, theirs_R = ours | _rest(state.params), theirs_R | _rest(inner_R["params"])
-            codec["rest"], opt_state["rest"] = state.codec["rest"], state.opt_state["rest"]
+        K, own = self.steps_per_call, state.strategy
+        p = state.step // K % self.fragments
+        inner_R, metrics = self.inner_steps(own["replicas"], part(batch_KRBT, 0, K - self.overlap))
+        fragment = functools.partial(self._fragment, p=p, with_rest=with_rest)
+        ours, theirs_R = fragment(state.params), fragment(inner_R["params"], axis=1)
+        guard = _pick(own["rounds"], p)
         delta_R = jax.tree.map(lambda x, x_R: x - x_R, ours, theirs_R)
-        finite = self.all_finite(delta_R)
+        delta_R, new = self.judge_round(guard, delta_R, self.rate(state.step + K - self.overlap))
         exchanges = {"own": (self.exchange, {"blocks": delta_R["blocks"]})}
         if with_rest:
             exchanges["rest"] = (self.rest, _rest(delta_R))
+        codec = self._codec(state.codec, p, with_rest)
         done, inner_R, during = self.exchange_meanwhile(
-            state.step, exchanges, codec, inner_R, part(K - self.overlap, K)
-        )
-        mean = {name: x for found, _ in done.values() for name, x in found.items()}
-        new_codec = {name: new for name, (_, new) in done.items()}
-        blocks, new_own = self.outer.update(mean["blocks"], opt_state["own"], ours["blocks"])
-        updates, new_opt_state = {"blocks": blocks}, {"own": new_own}
-        if with_rest:
-            rest, new_opt_state["rest"] = self.outer.update(_rest(mean), opt_state["rest"], _rest(ours))
-            updates |= rest
-        keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
-        params = keep(optax.apply_updates(ours, updates), ours)
-        codec, opt_state = keep(new_codec, codec), keep(new_opt_state, opt_state)
-        later_R = self._fragment(inner_R["params"], p, axis=1) | (_rest(inner_R["params"]) if with_rest else {})
-        mixed_R = jax.tree.map(
-            lambda x_R, x: jnp.where(finite, self.mix * x_R + (1 - self.mix) * x, x_R), later_R, params
-        )
-        inner_R = inner_R | {"params": self._with_fragment(inner_R["params"], mixed_R, p, axis=1)}
-        after = State(
-            state.step + 1,
-            self._with_fragment(state.params, params, p),
-            {
-                "fragments": _put(state.opt_state["fragments"], opt_state["own"], p),
-                "rest": opt_state.get("rest", state.opt_state["rest"]),
-            },
-            {"replicas": inner_R},
-            self.guard.update(state.guard, optax.tree.norm(mean), finite),
-            {
-                "fragments": _put(state.codec["fragments"], codec["own"], p),
-                "rest": codec.get("rest", state.codec["rest"]),
-            },
+            state.step, exchanges, codec, inner_R, part(batch_KRBT, K - self.overlap, K)
         )
         metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), metrics, during) if during else metrics
-        return after, self.report(state.step, after.params, after.guard, metrics)
+        mean = {name: x for found, _ in done.values() for name, x in found.items()}
+        new_codec = {name: found for name, (_, found) in done.items()}
+        outer = self._outer(own["outer"]["shared"], fragment, p)
+        specs = {name: self.specs[name] for name in mean}
+        rate = self.rate(state.step + K)
+        (after, outer), _, usable, used = self.settle(
+            guard, self.outer.apply, specs, mean, (ours, outer), new.applied, rate, judged=True
+        )
+        codec = self.guard.commit(usable, new_codec, codec)
+        later_R = fragment(inner_R["params"], axis=1)
+        # Of a refused fragment the replicas keep nothing: what they have may not even be finite.
+        mix = jnp.where(used.applied, self.mix, 0.0)
+        mixed_R = jax.tree.map(lambda x_R, x: jnp.where(mix > 0, mix * x_R, 0) + (1 - mix) * x, later_R, after)
+        inner_R = inner_R | {"params": self._with_fragment(inner_R["params"], mixed_R, p, axis=1)}
+        state = State(
+            step=state.step + K,
+            params=self._with_fragment(state.params, after, p),
+            opt=state.opt,
+            strategy={
+                "replicas": inner_R,
+                "outer": {"shared": self._with_outer(own["outer"]["shared"], outer, p)},
+                "rounds": _put(own["rounds"], self.guard.count(guard, new, used), p),
+            },
+            guard={},
+            codec=self._with_codec(state.codec, codec, p),
+        )
+        return state, self.report(state, K, metrics)
 
-    def _fragment(self, params: Any, p: jax.Array, axis: int = 0) -> dict[str, Any]:
-        """{"blocks": layers p, p + F, p + 2F, … of the layers along `axis`}."""
+    def _outer(self, shared: Any, fragment: Any, p: jax.Array) -> Any:
+        """The outer optimizer's state of a fragment. It lies in the order of the model, as the parameters do; each
+        fragment has a count of its own."""
+        counts = {"count": _pick(shared["count"], p)} if "count" in shared else {}
+        return (fragment(_weights(shared)) if _weights(shared) else {}) | counts
+
+    def _with_outer(self, shared: Any, own: Any, p: jax.Array) -> Any:
+        counts = {"count": _put(shared["count"], own["count"], p)} if "count" in shared else {}
+        return (self._with_fragment(_weights(shared), _weights(own), p) if _weights(shared) else {}) | counts
+
+    def _codec(self, codec: Any, p: jax.Array, with_rest: bool) -> dict[str, Any]:
+        """What the exchanges of a fragment remember. The workers' residuals lie like the parameters."""
+        worker = codec["worker"]
+        own = {"own": {"worker": self._fragment(worker, p, False, axis=1) if worker else {}}}
+        own["own"] |= _pick(codec["fragments"], p)
+        return own | ({"rest": {"worker": _rest(worker)} | codec["rest"]} if with_rest else {})
+
+    def _with_codec(self, codec: Any, own: Any, p: jax.Array) -> dict[str, Any]:
+        layers, rest = dict(own["own"]), dict(own.get("rest", {"worker": {}} | codec["rest"]))
+        new = layers.pop("worker") | rest.pop("worker")
+        worker = self._with_fragment(codec["worker"], new, p, axis=1) if new else {}
+        return {"worker": worker, "fragments": _put(codec["fragments"], layers, p), "rest": rest}
+
+    def _fragment(self, params: Any, p: jax.Array, with_rest: bool, axis: int = 0) -> dict[str, Any]:
+        """{"blocks": layers p, p + F, p + 2F, … of the layers along `axis`}, and the rest."""
 
         def pick(x: jax.Array) -> jax.Array:
             groups = x.reshape(*x.shape[:axis], -1, self.fragments, *x.shape[axis + 1 :])
             return lax.dynamic_index_in_dim(groups, p, axis + 1, keepdims=False)
 
-        return {"blocks": jax.tree.map(pick, params["blocks"])}
+        return {"blocks": jax.tree.map(pick, params["blocks"])} | (_rest(params) if with_rest else {})
 
     def _with_fragment(self, params: Any, new: Any, p: jax.Array, axis: int = 0) -> Any:
         def put(x: jax.Array, layers: jax.Array) -> jax.Array:
@@ -130,6 +155,10 @@ class Streaming(Local):
 def _rest(params: Any) -> dict[str, Any]:
     """Embedding, head, final norm: everything but the layers."""
     return {name: x for name, x in params.items() if name != "blocks"}
+
+
+def _weights(outer: Any) -> dict[str, Any]:
+    return {name: x for name, x in outer.items() if name != "count"}
 
 
 def _pick(stacked: Any, p: jax.Array) -> Any:

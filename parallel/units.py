@@ -15,6 +15,7 @@ from parallel.codecs.plain import Identity, is_round
 from parallel.rules import path_name, spec
 
 SMALL = 2**14  # shards of fewer elements share one unit: a collective costs about as much as 64 KiB more to send
+SMALL_UNIT = "small"
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,21 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
             units.append(Unit(leaf.name, (i,), (local.shape,), axes, local.size, local, own, _salt(leaf.name), *cut))
         else:
             buckets.setdefault((axes, own), []).append((i, local))
-    for (axes, own), members in buckets.items():
-        name = " ".join(["small", type(own).__name__, *axes])
-        numbers, locals_ = zip(*members, strict=True)
+    for (axes, own), found in buckets.items():
+        name = " ".join([SMALL_UNIT, *axes] if own == codec else [SMALL_UNIT, "exact", *axes])
+        numbers, locals_ = zip(*found, strict=True)
         whole = Leaf(name, (sum(local.size for local in locals_),), P(None))
         shapes = tuple(local.shape for local in locals_)
         units.append(Unit(name, numbers, shapes, axes, whole.size, whole, own, _salt(name), 1, whole.shape))
     return tuple(units)
+
+
+def members(unit: str, units: set[str], leaves: list[Leaf]) -> list[Leaf]:
+    """The leaves of a unit, by its name: one array, or all over the same axes that are no unit by themselves."""
+    if unit.split(" ")[0] != SMALL_UNIT:
+        return [leaf for leaf in leaves if leaf.name == unit]
+    axes = lambda leaf: [axis for axis in leaf.spec if axis]
+    return [leaf for leaf in leaves if leaf.name not in units and sorted(axes(leaf)) == sorted(unit.split(" ")[1:])]
 
 
 def _piece(shape: tuple[int, ...], pieces: int) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
 """Synchronous training in two phases: exact first, then compressed."""
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,5 +28,5 @@ class Warmed(Sync):
 
     def warm_up(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
         nothing = {"worker": {}, "server": {}, "rounds": {}}
-        after, metrics = self.warm.step(dataclasses.replace(state, codec=nothing), batch_KRBT)
-        return dataclasses.replace(after, codec=state.codec), metrics
+        after, metrics = self.warm.step(replace(state, codec=nothing), batch_KRBT)
+        return replace(after, codec=state.codec), metrics

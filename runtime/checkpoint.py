@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from runtime import agree, exits, steps
+from runtime import agree, exits, format1, steps
 from runtime.config import RunError
 from runtime.digest import digest_all, named_arrays, to_hex
 
@@ -41,14 +41,20 @@ class Checkpoints:
     answer: the view that another machine has of a shared directory may be seconds old.
 
     keep: so many of the newest steps stay, and the best by eval loss. keep_every: and every so many steps; 0: none.
-    warn: is told what was set aside.
+    warn: is told what was set aside. kinds: what each array of the state is, for the record.
     """
 
     def __init__(
-        self, directory: Path, keep: int = 1, keep_every: int = 0, warn: Callable[[str], None] = lambda _: None
+        self,
+        directory: Path,
+        keep: int = 1,
+        keep_every: int = 0,
+        warn: Callable[[str], None] = lambda _: None,
+        kinds: Mapping[str, str] | None = None,
     ):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what is raised here with a better message
         self.directory, self._keep, self._keep_every, self._warn = directory, keep, keep_every, warn
+        self._kinds = kinds or {}
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[list[int]] | None = None
         if agree.leader():
@@ -63,7 +69,7 @@ class Checkpoints:
             return
         arrays = named_arrays(state)
         loss = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None  # else it would be the best
-        record = {**_make_record(step, arrays), "eval_loss": loss, "facts": facts or {}}
+        record = {**_make_record(step, arrays, self._kinds), "eval_loss": loss, "facts": facts or {}}
         if moved := agree.decided("room for a checkpoint", lambda: steps.make_room(self.directory / str(step))):
             self._warn(moved)
         try:
@@ -137,11 +143,12 @@ class Checkpoints:
         self._background.shutdown()
 
     def restore(
-        self, abstract_state: Any, warn: Callable[[str], None], adapt: Callable[[dict, dict], Any] = lambda *_: None
+        self, abstract_state: Any, warn: Callable[[str], None], adapt: Callable[[dict, dict], Any] | None = None
     ) -> tuple[Any, int]:
         """The newest intact step, verified, in the shardings of `abstract_state`; and its number.
 
-        adapt(saved arrays, wanted arrays) may say how to make some of the wanted ones from others (parallel/resume.py).
+        adapt(saved arrays, wanted arrays) says how to make some of the wanted ones from others (parallel/resume.py);
+        None: they must be the same.
 
         A damaged step is named, with its arrays, through `warn`, and the one before it is tried; once an intact one is
         found, those above it are set aside as N.damaged. Raises CheckpointError if none is intact, or if the arrays
@@ -163,26 +170,29 @@ class Checkpoints:
             + "\nRestore the directory from a backup, or start a new run with another --workdir."
         )
 
-    def _load(self, step: int, abstract_state: Any, warn: Callable, adapt: Callable) -> tuple[Any, list[str]]:
+    def _load(self, step: int, abstract_state: Any, warn: Callable, adapt: Callable | None) -> tuple[Any, list[str]]:
         """The state, or the problems of all processes: all take the same way."""
         wanted, folder = named_arrays(abstract_state), self.directory / str(step)
         record = agree.decided("record of a checkpoint", lambda: read_record(folder))
         if record is None:
             return None, [NO_RECORD]
-        adapted, load = adapt(record["arrays"], wanted), wanted
-        if adapted:
-            replaced = adapted.replaced
-            load = {name: x for name, x in wanted.items() if name not in replaced} | adapted.load
-        known = {name: x for name, x in record["arrays"].items() if not adapted or name not in adapted.ignored}
-        _check_same_arrays(step, known, load)
-        arrays, problems = load_arrays(folder, load)
-        problems += compare(record, arrays)
+        counted_calls = record["format"] == 1
+        if counted_calls:
+            record = format1.translate(record)
+        adapted = adapt(record["arrays"], wanted) if adapt else None
+        _check_same_arrays(step, record["arrays"], wanted, adapted)
+        arrays, problems = {}, []
+        for load, make in [(part.load, part.make) for part in adapted.steps] if adapted else [(wanted, dict)]:
+            found, unread = _read(folder, record, load)
+            problems += unread
+            if not problems:
+                arrays |= make(found)
         if problems:
             return None, problems
-        if adapted:
-            arrays |= adapted.convert(arrays)
-            for note in adapted.notes:
-                warn(note)
+        if counted_calls:
+            arrays["step"] = jax.device_put(np.int32(step), wanted["step"].sharding)
+        for note in adapted.notes if adapted else ():
+            warn(note)
         treedef = jax.tree.structure(abstract_state)
         return treedef.unflatten([arrays[name] for name in wanted]), []
 
@@ -221,13 +231,18 @@ def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
 # ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _make_record(step: int, arrays: dict[str, jax.Array]) -> dict[str, Any]:
+def _make_record(step: int, arrays: dict[str, jax.Array], kinds: Mapping[str, str]) -> dict[str, Any]:
     sums = jax.device_get(digest_all(arrays))
     described = {
-        name: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": to_hex(sums[name])}
+        name: {
+            "shape": list(x.shape),
+            "dtype": str(x.dtype),
+            "digest": to_hex(sums[name]),
+            "kind": kinds.get(name, "shared"),
+        }
         for name, x in arrays.items()
     }
-    return {"format": 1, "step": step, "arrays": described}
+    return {"format": 2, "step": step, "arrays": described}
 
 
 class _Record:
@@ -272,9 +287,11 @@ def compare(record: dict[str, Any], arrays: dict[str, jax.Array]) -> list[str]:
     ]
 
 
-def _check_same_arrays(step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_same_arrays(step: int, saved: dict[str, Any], wanted: dict[str, Any], adapted: Any) -> None:
+    """Every wanted array can be made, and if none is adapted nothing is left."""
     rows = []
-    for name in sorted(saved.keys() | wanted.keys()):
+    names = adapted.missing if adapted else sorted(saved.keys() | wanted.keys())
+    for name in names:
         ours = f"{list(wanted[name].shape)} {wanted[name].dtype}" if name in wanted else "absent"
         theirs = f"{saved[name]['shape']} {saved[name]['dtype']}" if name in saved else "absent"
         if ours != theirs:
@@ -285,6 +302,23 @@ def _check_same_arrays(step: int, saved: dict[str, Any], wanted: dict[str, Any])
             + "\n".join(rows)
             + "\nUse the config it was made with (config.json in its workdir), or another --workdir."
         )
+
+
+def _read(folder: Path, record: dict[str, Any], load: dict[str, Any]) -> tuple[dict[str, jax.Array], list[str]]:
+    """Arrays of a step by today's names, verified; and what is wrong."""
+    known = record["arrays"]
+    stored = {known[name].get("stored", name): name for name in load}
+    lie = lambda name: (
+        load[name] if known[name].get("fragments") is None else format1.as_stored(known[name], load[name])
+    )
+    found, problems = load_arrays(folder, {old: lie(name) for old, name in stored.items()})
+    digests = {old: known[name] for old, name in stored.items()}
+    problems += compare({"arrays": digests}, found)
+    arrays = {stored[old]: x for old, x in found.items()}
+    for name, x in arrays.items():
+        if known[name].get("fragments") is not None:
+            arrays[name] = format1.restack(x, known[name]["fragments"], load[name].sharding)
+    return arrays, problems
 
 
 def load_arrays(step_directory: Path, wanted: dict[str, Any]) -> tuple[dict[str, jax.Array], list[str]]:

@@ -13,6 +13,8 @@ from runtime.config import RunError, profile_range
 from runtime.console import Console
 from runtime.metrics import MetricsLog
 
+COUNTS = ("skipped", "clipped", "rounds_skipped", "rounds_clipped")
+
 
 class Phases:
     """Seconds of each phase since the process started."""
@@ -105,7 +107,7 @@ class Recorder:
             "step_seconds": round(seconds, 6),
             "mfu": round(speed * self.flops_per_token / self.peak, 4) if self.peak else None,
             "wire_bytes": self.wire_bytes,
-            **{name: int(values[name]) for name in ("skipped", "rounds_skipped") if name in values},
+            **{name: int(values[name]) for name in COUNTS if name in values},
             "train_seconds": round(self.train_seconds, 3),
         }
         self.last = row
@@ -151,13 +153,15 @@ def check_refusals(step: int, values: Mapping[str, Any], abort_after: int) -> No
 
 def on_host(metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     """Metrics [K], read at once. What each replica has for itself, [K, R], is averaged over the replicas of this
-    process: to add it up over the slow link at every step would cost what local strategies save."""
+    process, counts are added up, and of what came in a row the worst is taken: to do so for all replicas at every step
+    would cost what local strategies save."""
     shared = jax.device_get({name: x for name, x in metrics.items() if x.is_fully_replicated})
     for name, x in metrics.items():
         if name not in shared:
             own = {str(shard.index): np.asarray(shard.data) for shard in x.addressable_shards}
             shared[name] = np.concatenate(list(own.values()), axis=1)
-    return {name: x.mean(axis=1) if x.ndim == 2 else x for name, x in shared.items()}
+    merge = {"skipped": np.sum, "clipped": np.sum, "skipped_in_a_row": np.max}
+    return {name: merge.get(name, np.mean)(x, axis=1) if x.ndim == 2 else x for name, x in shared.items()}
 
 
 class Profiler:

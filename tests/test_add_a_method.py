@@ -15,10 +15,9 @@ import test_exchange
 import test_strategies
 
 import assemble
-from parallel import local, rules, strategies, wire
+from parallel import local, roles, rules, strategies, wire
 from parallel.codecs import CODECS
 from parallel.cost import exchange_bytes
-from parallel.state_specs import state_specs
 from runtime import config as configuration
 from runtime.progress import on_host
 
@@ -137,7 +136,7 @@ def of(kind, parts, **fields):
     shared = {field.name: getattr(parts.strategy, field.name) for field in dataclasses.fields(strategies.Strategy)}
     strategy = kind(**fields, **shared)
     state = jax.eval_shape(lambda: strategy.init(parts.model.init(jax.random.key(0))))
-    shardings = rules.shardings(parts.mesh, state_specs(strategy, state))
+    shardings = rules.shardings(parts.mesh, roles.specs_of(strategy.declare(state)))
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     return dataclasses.replace(parts, strategy=strategy, state=state)
 
@@ -179,7 +178,7 @@ def same(found, expected) -> None:
 
 
 def test_without_a_start_together_it_is_diloco_that_takes_the_mean(page):
-    outer = local.outer_optimizer("sgd", 1.0, 0.0)
+    outer = local.Outer("sgd", 1.0, 0.0)
     same(toy(page[1], 10, interval=4, together=0), toy(local.DiLoCo, 10, interval=4, outer=outer))
 
 

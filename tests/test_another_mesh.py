@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import assemble
-from parallel import units
+from parallel import fold, roles, units
 from parallel.codecs import rounds
-from parallel.resume import server_residuals
 from runtime.checkpoint import Checkpoints
 from runtime.digest import named_arrays
 
@@ -19,20 +18,37 @@ def steps(config, mesh, count: int, state=None, first: int = 0):
     parts = helpers.build(config, mesh)
     programs = assemble.compile_steps(parts, helpers.QUICKLY)
     state = helpers.init_state(config, parts) if state is None else state
-    losses = []
-    for n in range(first, first + count):
+    losses, K = [], parts.strategy.steps_per_call
+    for n in range(first, first + count, K):
         program = programs[parts.strategy.program_at(n, 10**6)]
-        state, metrics = program(state, helpers.batch(config, parts, n))
+        rows = [helpers.batch(config, parts, n + i) for i in range(K)]
+        batch = jax.device_put(jax.tree.map(lambda *x: np.concatenate(x), *rows), assemble.shardings_of(parts.batch))
+        state, metrics = program(state, batch)
         losses.append(float(np.mean(metrics["loss"])))
     return parts, state, losses
 
 
 def owed(parts, state) -> dict[str, np.ndarray]:
-    """ē of each parameter: mean of the workers' residuals + the server's."""
+    """ē of each parameter: mean of the workers' residuals + the server's, and what is in flight, as a mean too."""
     leaves = jax.tree.leaves(units.leaves(parts.param_shapes, parts.model.axes))
-    server = server_residuals(jax.device_get(state.codec["server"]), leaves)
-    worker = named_arrays(state.codec["worker"])
-    return {n: np.asarray(x, np.float64).mean(axis=0) + np.asarray(server.get(n, 0.0)) for n, x in worker.items()}
+    arrays = jax.device_get(named_arrays(state))
+    kinds = assemble.kinds(parts)
+    found = {leaf.name: np.zeros(leaf.shape) for leaf in leaves}
+    servers = {name: x for name, x in arrays.items() if fold.server_of(name)}
+    for name, own in fold.owners(list(servers), leaves).items():
+        for leaf, x in fold.unfold(name, servers[name], own).items():
+            found[leaf] += np.asarray(x, np.float64)
+    for name, x in arrays.items():
+        if kinds[name] == roles.IN_FLIGHT or name.startswith("codec/worker/"):
+            leaf = next(leaf.name for leaf in leaves if name.endswith(f"/{leaf.name}"))
+            found[leaf] += np.asarray(x, np.float64).mean(axis=0)
+    return found
+
+
+def same_owed(theirs: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> None:
+    assert any(np.any(x) for x in theirs.values()), "something is owed, else this shows nothing"
+    for name, x in theirs.items():
+        np.testing.assert_allclose(ours[name], x, rtol=1e-5, atol=1e-6 * np.abs(x).max(), err_msg=name)
 
 
 def go_on(folder, config, mesh):
@@ -43,7 +59,7 @@ def go_on(folder, config, mesh):
 
 def saved(folder, config, mesh, count: int):
     parts, state, losses = steps(config, mesh, count)
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, kinds=assemble.kinds(parts))
     checkpoints.save(count, state, None)
     checkpoints.close()
     return parts, state, losses
@@ -71,10 +87,7 @@ def test_residuals_are_folded_onto_another_mesh_and_number_of_replicas(tmp_path,
     parts, restored, step, notes = go_on(tmp_path, options(codec), after)
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.params), jax.device_get(state.params))
-    theirs, ours = owed(old, state), owed(parts, restored)
-    assert any(np.any(x) for x in theirs.values()), "something is owed, else this shows nothing"
-    for name, x in theirs.items():
-        np.testing.assert_allclose(ours[name], x, rtol=1e-5, atol=1e-7 * np.abs(x).max(), err_msg=name)
+    same_owed(owed(old, state), owed(parts, restored))
     if before != (2, 1, 1):
         assert any("nothing owed is lost" in note for note in notes) or codec == "topk", notes
     steps(options(codec), after, 2, restored, first=3)
@@ -129,9 +142,55 @@ def test_the_same_mesh_and_codec_restores_the_same_bits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
 
 
-def test_what_fragments_owe_is_dropped_when_the_model_is_exchanged_whole_and_that_is_said(tmp_path):
-    local = {"sync__interval": 2, "sync__outer__optimizer": "sgd"}  # a step a fragment
-    saved(tmp_path, options("int4", sync__strategy="streaming", sync__fragments=2, **local), (4, 2, 1), 2)
-    _, state, _, notes = go_on(tmp_path, options("int4", sync__strategy="diloco", **local), (4, 2, 1))
-    assert any("dropped" in note and "codec/fragments/server/" in note for note in notes), notes
-    assert not any(np.any(x) for x in jax.tree.leaves(jax.device_get(state.codec)))
+# (strategy, mesh) before and after: what is owed and in flight belongs to the same unit.
+CHANGES = [
+    ("streaming", (4, 2, 1), "diloco", (4, 2, 1)),
+    ("streaming", (4, 1, 1), "streaming", (4, 2, 1)),
+    ("stale", (4, 1, 1), "stale", (4, 2, 1)),
+    ("stale", (4, 1, 1), "sync", (2, 2, 1)),
+    ("eager", (4, 1, 1), "eager", (4, 2, 1)),
+    ("eager", (4, 1, 1), "diloco", (2, 1, 1)),
+    ("diloco", (2, 2, 1), "streaming", (4, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(
+    "change", [pytest.param(c, marks=[] if i in (0, 3) else [SLOW]) for i, c in enumerate(CHANGES)], ids=str
+)
+def test_what_is_owed_and_in_flight_is_conserved_by_a_change_of_mesh_and_strategy(tmp_path, change):
+    before, mesh, after, other = change
+    local = {"sync__interval": 2, "sync__outer__optimizer": "sgd"}
+    more = {"sync": {}, "stale": {"sync__staleness": 2}}
+    make = lambda strategy: options("int4", sync__strategy=strategy, **more.get(strategy, local))
+    parts, state, _ = saved(tmp_path, make(before), mesh, 4)
+    changed, restored, step, notes = go_on(tmp_path, make(after), other)
+    assert step == 4 == int(restored.step)
+    same_owed(owed(parts, state), owed(changed, restored))
+    if before == after:
+        assert bool(in_flight(restored)) == bool(in_flight(state))
+    named, arrays = " ".join(notes), (named_arrays(x) for x in (state, restored))
+    old, new = (jax.device_get(x) for x in arrays)
+    for name in {*old, *new}:
+        same = name in old and name in new and old[name].shape == new[name].shape
+        if not (same and np.array_equal(old[name], new[name])):
+            assert name in named, f"{name} is another one, and that is not said: {notes}"
+
+
+def in_flight(state) -> bool:
+    """Whether a message waits to be applied."""
+    return any(bool(x) for name, x in named_arrays(state).items() if name.endswith("finite"))
+
+
+@SLOW
+def test_a_synchronous_run_goes_on_with_a_local_strategy_from_its_parameters_and_its_optimizer(tmp_path):
+    """Pretraining, then DiLoCo, as it was published."""
+    _, state, _ = saved(tmp_path, options("none"), (2, 2, 1), 3)
+    for strategy in ("diloco", "streaming", "eager"):
+        config = options("int4", sync__strategy=strategy, sync__interval=2)
+        K = 2 if strategy == "eager" else 1
+        parts, restored, _, notes = go_on(tmp_path, config, (2, 2, 1))
+        own = restored.strategy["replicas"]
+        for shared, theirs in ((state.params, own["params"]), (state.opt, own["opt"])):
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(*np.broadcast_arrays(a, b)), shared, theirs)
+        assert any("made for every replica from what all share" in note for note in notes)
+        assert parts.strategy.steps_per_call == K

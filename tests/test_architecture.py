@@ -49,7 +49,7 @@ SOURCES = list(sources())
 PER_FILE = pytest.mark.parametrize("file", SOURCES, ids=str)
 NOT_TESTS = pytest.mark.parametrize("file", [file for file in SOURCES if room(file) != "tests"], ids=str)
 
-# ── 1. one training step is 9 files and 1,500 lines ──────────────────────────────────────────────────────────────
+# ── 1. one training step with a codec is 15 files and 2,050 lines ────────────────────────────────────────────────
 
 
 def files_run_by(call: Callable[[], object]) -> set[str]:
@@ -74,11 +74,11 @@ def files_of_one_step() -> frozenset[str]:
     return frozenset(files_run_by(lambda: jax.jit(parts.strategy.step).lower(parts.state, parts.batch)))
 
 
-def test_one_training_step_is_read_in_9_files_and_1500_lines():
+def test_one_training_step_is_read_in_15_files_and_2050_lines():
     lines = {file: len((ROOT / file).read_text().splitlines()) for file in files_of_one_step()}
     listing = "\n".join(f"{number:5} {file}" for file, number in sorted(lines.items()))
-    assert len(lines) <= 9, f"{len(lines)} files run while a step is traced:\n{listing}"
-    assert sum(lines.values()) <= 1500, f"{sum(lines.values())} lines:\n{listing}"
+    assert len(lines) <= 15, f"{len(lines)} files run while a step is traced:\n{listing}"
+    assert sum(lines.values()) <= 2050, f"{sum(lines.values())} lines:\n{listing}"
 
 
 def test_the_architecture_page_lists_these_files():

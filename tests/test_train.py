@@ -122,10 +122,10 @@ def test_a_bad_gradient_is_skipped_counted_and_leaves_no_trace():
     step, state = assemble.compile_steps(parts)["step"], helpers.init_state(config, parts)
     good = helpers.batch(config, parts, 0)
     bad = dict(good, mask=good["mask"] * np.float32("nan"))
-    before = jax.device_get((state.params, state.opt_state))
+    before = jax.device_get((state.params, state.opt))
     state, metrics = step(state, bad)
     assert int(metrics["skipped"][0]) == 1 and int(metrics["skipped_in_a_row"][0]) == 1
-    after = jax.device_get((state.params, state.opt_state))
+    after = jax.device_get((state.params, state.opt))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     state, metrics = step(state, good)
     assert int(metrics["skipped"][0]) == 1 and int(metrics["skipped_in_a_row"][0]) == 0

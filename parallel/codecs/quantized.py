@@ -154,22 +154,20 @@ class FP4(_Scaled):
 class Sign:
     """1 bit an element and one scale a block, the mean of |x|: of all multiples of the signs the nearest to x
     (Seide et al. 2014; Karimireddy et al. 2019). Biased: without error feedback it can stand still far from the
-    optimum.
+    optimum. It cannot say 0: in a block that is not all zeros, a zero gets a random sign.
 
-    stochastic: zero gets a random sign, as in a vote; else it counts as positive.
+    stochastic: for votes. The scale is the largest |x|, so that ±1 is carried exactly beside zeros, and zeros without
+    bias.
     """
 
     block: int = 256
     stochastic: bool = False
     sparse: ClassVar[bool] = False
+    uses_key: ClassVar[bool] = True
     wants_error_feedback: ClassVar[bool] = True
 
     def __post_init__(self):
         _check_block(self.block, 8)
-
-    @property
-    def uses_key(self) -> bool:
-        return self.stochastic
 
     def wire(self, n: int) -> dict[str, int]:
         return {"u8": n // 8 + 2 * n // self.block}
@@ -179,11 +177,12 @@ class Sign:
 
     def round_trip(self, x_N: jax.Array, key: jax.Array | None) -> tuple[Message, jax.Array]:
         """(message, what it decodes to, without packing and unpacking)."""
+        assert key is not None
         x_MB = x_N.reshape(-1, self.block)
-        bits_M = bf16_bits(jnp.mean(jnp.abs(x_MB), axis=1))
-        positive_MB = x_MB >= 0
-        if key is not None:
-            positive_MB = jnp.where(x_MB == 0, jax.random.bernoulli(key, 0.5, x_MB.shape), positive_MB)
+        scale_M = (jnp.max if self.stochastic else jnp.mean)(jnp.abs(x_MB), axis=1)
+        coins_MB = unpack(jax.random.bits(key, (x_MB.shape[0], self.block // 8), jnp.uint8), 1) > 0
+        positive_MB = (x_MB > 0) | ((x_MB == 0) & coins_MB)
+        bits_M = bf16_bits(scale_M)
         scale_M1 = from_bf16_bits(bits_M)[:, None]
         decoded_N = jnp.where(positive_MB, scale_M1, -scale_M1).reshape(-1)
         return {"values": pack(positive_MB.astype(jnp.uint8), 1), "scales": bits_M}, decoded_N
