@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,9 +13,12 @@ from data.waiting import interruptible
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TRAINING_CHARS = 2**28  # more text than this hardly changes the merges
-# Training takes time in the square of a word's length, so longer runs are cut: only there do the merges depend on it.
-_RUN_CHARS = 2**11
-_LONG_RUN = re.compile(rf"\S{{{_RUN_CHARS + 1},}}|\s{{{_RUN_CHARS + 1},}}")
+# Training takes time in the square of a word's length: what is longer than any word is cut, and a little is enough.
+_WORD_CHARS, _LONG_WORDS_CHARS = 2**9, 2**20
+_LONG_WORD = re.compile(
+    "|".join(f"{kind}{{{_WORD_CHARS + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
+)
+_BLANKS = re.compile(rf"\s{{{_WORD_CHARS + 1},}}")
 _PLACES = re.compile(r"(?<=\S\n)(?=\S)")
 
 
@@ -73,15 +77,28 @@ def train_on(vocab_size: int, texts: Iterator[str]) -> str:
 
 
 def _words(texts: Iterator[str]) -> Iterator[str]:
-    """The texts in pieces that have the same words, but for runs that are too long to be any."""
+    """The texts in pieces that have the same words, but for runs of letters, digits, other signs or blanks that are too
+    long to be words."""
+    left = _LONG_WORDS_CHARS
     for text in texts:
         for start, stop, _ in pieces.cut(text, 0, len(text), _PLACES):
             piece, at = text[start:stop], 0
-            for run in _LONG_RUN.finditer(piece):
+            if max(map(len, piece.split()), default=0) <= _WORD_CHARS and not _BLANKS.search(piece):
+                yield piece  # almost always, and much faster to see so
+                continue
+            for run in _LONG_WORD.finditer(piece):
                 yield piece[at : run.start()]
-                yield from (piece[i : min(i + _RUN_CHARS, run.end())] for i in range(*run.span(), _RUN_CHARS))
                 at = run.end()
+                used = min(at, run.start() + left)
+                yield from (piece[i : min(i + _WORD_CHARS, used)] for i in range(run.start(), used, _WORD_CHARS))
+                left -= used - run.start()
             yield piece[at:]
+    if left < _LONG_WORDS_CHARS:
+        warnings.warn(
+            f"The text holds words of more than {_WORD_CHARS} characters: the BPE is trained on the first "
+            f"{_LONG_WORDS_CHARS - left:,} characters of them, in parts.",
+            stacklevel=2,
+        )
 
 
 def _first_chars(texts: Iterator[str]) -> Iterator[str]:
