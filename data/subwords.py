@@ -44,7 +44,7 @@ class JsonTokenizer:
 
     def __init__(self, serialized: str, origin: str, end_of_document: str = ""):
         self._tokenizer = _open(serialized, origin)
-        self.serialized = serialized
+        self.serialized, self._origin = serialized, origin
         self._json: dict[str, Any] = json.loads(serialized)
         self._places = pieces.places_to_cut(self._json)
         self._vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -62,7 +62,7 @@ class JsonTokenizer:
     def _going_on(self) -> Any:
         """The same tokenizer for a text that goes on: it puts nothing before it."""
         changed = pieces.continuing(self._json)
-        return self._tokenizer if changed == self._json else _open(json.dumps(changed), self.eos_name)
+        return self._tokenizer if changed == self._json else _open(json.dumps(changed), self._origin)
 
     def _unknown(self) -> str:
         model = self._json.get("model") or {}
@@ -99,7 +99,11 @@ class JsonTokenizer:
                 tokenizer = self._going_on if goes_on else self._tokenizer
                 texts = [batch[n][0] for n in numbers]
                 encode = functools.partial(tokenizer.encode_batch_fast, texts, add_special_tokens=False)
-                for n, found in zip(numbers, interruptible(encode), strict=True):
+                try:
+                    results = interruptible(encode)
+                except Exception as error:  # the library raises bare Exception
+                    raise ValueError(f"data.tokenizer {self._origin} cannot encode the text: {error}") from error
+                for n, found in zip(numbers, results, strict=True):
                     encoded[n] = np.array(found.ids, self._dtype)
         return [
             self._without_reserved(text, goes_on) if self._reserved_V[ids].any() else ids

@@ -1,9 +1,14 @@
 """Data: tokenizers, corpora and their errors, the token cache."""
 
 import collections
+import hashlib
+import importlib
 import json
 import math
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import normalizers, pre_tokenizers, trainers
 
-from data import bpe, corpus, flat, parts, pieces, reading, sources, split, tokenizer
+from data import bpe, corpus, files, flat, parts, pieces, reading, record, sources, split, subwords, tokenizer, waiting
 
 ROOT = Path(__file__).resolve().parent.parent
 UNICODE = "naïve café — 日本語 🙂🏽\n\tdef f(x):\r\n    return x  # ∑\n"
@@ -108,6 +115,223 @@ def test_hugging_face_file(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json is not a tokenizer\.json"):
         tokenizer.build(str(tmp_path / "broken.json"), 300, lambda: iter(()), tmp_path)
+
+
+WORDS = ["the", "quick", "fox's", "café", "naïve", "x=1", "12345", "3.14", "foo/bar", "日本語", "🙂", "don't", "a,b;c!"]
+WORDS += ["ZWSP\u200bx", "ﬁn", "①", "…", "ſ", "Å", "\u0301", "</s", "<unk"]
+GAPS = [
+    " ",
+    " ",
+    " ",
+    " ",
+    "\n",
+    "\n",
+    "\r\n",
+    "  ",
+    "\n\n",
+    " \n ",
+    "\t",
+    "\u00a0",
+    "\u3000",
+    "\x1c",
+    "\n/",
+    "/\n",
+    "",
+]
+
+
+def some_text(seed, words=1500):
+    r = random.Random(seed)
+    return "".join(r.choice(WORDS) + r.choice(GAPS) for _ in range(words))
+
+
+def byte_level(prefix=False, regex=True):
+    return pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=regex)
+
+
+def trained_on_words(model, trainer, pre_tokenizer, normalizer=None, added=()):
+    tok = tokenizers.Tokenizer(model())
+    tok.pre_tokenizer = pre_tokenizer
+    tok.normalizer = normalizer
+    tok.train_from_iterator(
+        map(some_text, range(3)), trainer(vocab_size=600, special_tokens=["<unk>", "</s>"], show_progress=False)
+    )
+    tok.add_tokens([tokenizers.AddedToken(token, **options) for token, options in added])
+    return tok.to_str()
+
+
+def llama2():
+    """No pre-tokenizer: a text is one word; a blank is put before it."""
+    chars = sorted(set(some_text(1)) - {" "})
+    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "▁", *chars, "th", "the", "▁the", "▁▁"])}
+    model = tokenizers.models.BPE(vocab, [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁")], unk_token="<unk>")
+    tok = tokenizers.Tokenizer(model)
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tok.add_special_tokens(["<unk>", "</s>"])
+    return tok.to_str()
+
+
+def by_pattern(pattern):
+    split_ = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated", invert=False)
+    return pre_tokenizers.Sequence([split_, byte_level(regex=False)])
+
+
+def metaspace(scheme, split):
+    return pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+
+
+BPE, UNIGRAM = (
+    (lambda: tokenizers.models.BPE(unk_token="<unk>"), trainers.BpeTrainer),
+    (tokenizers.models.Unigram, trainers.UnigramTrainer),
+)
+WORD_PIECE = (lambda: tokenizers.models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer)
+BLANK_INSIDE = [("fox b", {"special": False})]
+TAKES_BLANKS = [("fox", {"lstrip": True, "special": False})]
+KINDS = {  # (model, trainer, pre-tokenizer, normalizer, ordinary tokens), and whether long texts are cut
+    "gpt2": ((*BPE, byte_level()), True),
+    "gpt2, prefix": ((*BPE, byte_level(prefix=True)), True),
+    "gpt2, NFKC": ((*BPE, byte_level(), normalizers.NFKC()), True),
+    "gpt2, an ordinary token": ((*BPE, byte_level(), None, [("fox", {"special": False})]), True),
+    "gpt2, a token with a blank": ((*BPE, byte_level(), None, BLANK_INSIDE), False),
+    "gpt2, a token that takes blanks": ((*BPE, byte_level(), None, TAKES_BLANKS), False),
+    **{f"pattern {n}": ((*BPE, by_pattern(p)), True) for n, p in enumerate(sorted(pieces.KNOWN_PATTERNS))},
+    "another pattern": ((*BPE, by_pattern(r"\w+ \w+|\s+|\S")), False),
+    "metaspace, always": ((*UNIGRAM, metaspace("always", True)), True),
+    "metaspace, first": ((*UNIGRAM, metaspace("first", True), normalizers.NFKC()), True),
+    "metaspace, whole": ((*UNIGRAM, metaspace("always", False)), False),
+    "bert": ((*WORD_PIECE, pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer()), True),
+    "words": ((*WORD_PIECE, pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits()])), True),
+    "squeezes": ((*BPE, byte_level(), normalizers.Replace(tokenizers.Regex(r"\s+"), " ")), False),
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "llama 2"])
+def test_ids_are_those_of_the_library_however_long_the_text(kind, monkeypatch):
+    serialized = llama2() if kind == "llama 2" else trained_on_words(*KINDS[kind][0])
+    is_cut = kind == "llama 2" or KINDS[kind][1]
+    library = tokenizers.Tokenizer.from_str(serialized)
+    library.encode_special_tokens = True
+    ours = subwords.JsonTokenizer(serialized, kind)
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 20)
+    for seed in range(3):
+        text = some_text(seed)
+        assert (len(list(pieces.cut(text, 0, len(text), ours._places))) > 50) == is_cut
+        expected = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text).tolist() == expected
+        spans = [(text, 0, 700), (text, 700, 701), ("", 0, 0), (text, 701, len(text))]
+        found = [ids.tolist() for ids, _ in ours.encode_spans(spans)]
+        assert sum(found, []) == [i for t, a, b in spans for i in library.encode(t[a:b], add_special_tokens=False).ids]
+
+
+def test_what_the_library_cannot_encode_is_said_with_the_key():
+    tok = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0), ("</s>", 0.0)]))
+    tok.add_special_tokens(["</s>"])
+    with pytest.raises(ValueError, match=r"data\.tokenizer .* cannot encode.*unk_id"):
+        subwords.JsonTokenizer(tok.to_str(), "x.json").encode("ab")
+
+
+def test_what_the_library_gets_at_once_is_bounded_and_said(tmp_path, monkeypatch):
+    tok, sizes = trained(tmp_path), []
+    monkeypatch.setattr(pieces, "WORD_CHARS", 1000)
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 300)
+    monkeypatch.setattr(pieces, "BATCH_CHARS", 2000)
+    encode = tok._encode_batch
+    monkeypatch.setattr(tok, "_encode_batch", lambda batch: sizes.append([len(t) for t, _ in batch]) or encode(batch))
+    for text in ("a" * 50_000, " " * 50_000, "two words " * 5000, "日" * 20_000):
+        if " w" in text:
+            assert tok.decode(tok.encode(text)) == text
+        else:
+            with pytest.warns(UserWarning, match="run of more than 1,000 characters"):
+                assert tok.decode(tok.encode(text)) == text
+    assert max(map(max, sizes)) <= 1000 and max(map(sum, sizes)) <= 2000
+
+
+def test_training_a_bpe_is_bounded_and_said_and_leaves_other_texts_alone():
+    texts = [some_text(5), "x" * (3 * 2**20), "y" * 600, " " * 5000 + "end", "1" * 512]
+    with pytest.warns(UserWarning, match=r"words of more than 512 characters.*first 1,048,576 characters"):
+        found = list(bpe._words(iter(texts)))
+    assert max(len(word) for text in found for word in text.split()) <= 512
+    assert sum(map(len, found)) == len(texts[0]) + 2**20 + len("end") + 512
+    assert found[0] == texts[0] and found[-1] == texts[-1]
+
+
+SPECIAL_INSIDE = {
+    "unigram": tokenizers.models.Unigram([("</s>", 0.0), ("<unk>", -9.0), *((c, -3.0) for c in "abcdef <>/s▁")], 1),
+    "bpe": tokenizers.models.BPE(
+        {t: i for i, t in enumerate([*"abcdef <>/s▁", "</", "</s", "</s>", "<unk>"])},
+        [("<", "/"), ("</", "s"), ("</s", ">")],
+        unk_token="<unk>",
+    ),
+    "word level": tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "a": 2, "b": 3, "<": 4, "/s>": 5}, "<unk>"),
+}
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFKC()], ids=["plain", "NFKC"])
+@pytest.mark.parametrize("model", SPECIAL_INSIDE)
+def test_no_text_becomes_a_special_token(model, normalizer):
+    tok = tokenizers.Tokenizer(SPECIAL_INSIDE[model])
+    tok.normalizer = normalizer
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if model == "word level" else metaspace("always", False)
+    tok.add_special_tokens(["</s>", "<unk>"])
+    ours = subwords.JsonTokenizer(tok.to_str(), model)
+    assert ours.eos == tok.token_to_id("</s>"), "the token for what is unknown is none that ends a document"
+    for text in ("a</s> b", "</s>", "</s></s>" * 300, "＜/s＞ a", "<</s>/s>"):
+        ids = ours.encode(text).tolist()
+        assert ids and ours.eos not in ids
+    assert tok.token_to_id("<unk>") in ours.encode("a z").tolist()
+
+
+def test_only_a_special_token_ends_a_document_and_it_can_be_chosen(tmp_path):
+    def choose(special, ordinary=(), wanted=""):
+        tok = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate("abc")}, []))
+        tok.add_special_tokens(list(special))
+        tok.add_tokens(list(ordinary))
+        return subwords.JsonTokenizer(tok.to_str(), "x.json", wanted)
+
+    assert choose(["<end>"], ["</s>"]).eos_name == "<end>", "the only special one"
+    assert choose(["<pad>", "</s>", "<|endoftext|>"]).eos_name == "<|endoftext|>"
+    chosen = choose(["<pad>", "</s>", "<mine>"], wanted="<mine>")
+    assert chosen.eos_name == "<mine>" and chosen.eos == chosen._vocab["<mine>"]
+    assert chosen.digest != choose(["<pad>", "</s>", "<mine>"]).digest
+    with pytest.raises(ValueError, match=r"data\.end_of_document is '</s>'; the special tokens of x\.json are '<end>'"):
+        choose(["<end>"], ["</s>"], "</s>")
+    for special in ((), ("<pad>", "<mine>")):
+        with pytest.raises(ValueError, match=r"x\.json has no end-of-document token.*set data\.end_of_document"):
+            choose(special, ["</s>"])
+    with pytest.raises(ValueError, match=r'data\.end_of_document is .*"bytes" it is byte 0'):
+        tokenizer.build("bytes", 256, lambda: iter(()), tmp_path, end_of_document="</s>")
+
+
+def test_bytes_are_counted_from_the_text_where_the_tokenizer_changes_it(load, folder, tmp_path):
+    kind = (*WORD_PIECE, pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer())
+    (tmp_path / "bert.json").write_text(trained_on_words(*kind))
+    found = load(folder, tokenizer=str(tmp_path / "bert.json"), vocab_size=700)
+    plain = load(folder)
+    held_out = sum(len(text.encode()) for text in documents_in(plain.eval_N, plain.tokenizer))
+    np.testing.assert_allclose(found.token_bytes()[found.eval_N].sum(), held_out, rtol=1e-12)
+    assert found.tokenizer.token_bytes()[found.eval_N].sum() != held_out
+    assert plain.token_bytes().dtype == np.int32, "exact as it is"
+
+
+def test_a_long_call_of_a_library_is_left_at_a_signal():
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    before = signal.signal(signal.SIGALRM, stop)
+    started = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(Stopped):
+            waiting.interruptible(lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000))  # about 10 s
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 3
+    with pytest.raises(ZeroDivisionError):
+        waiting.interruptible(lambda: 1 // 0)
 
 
 def test_space_marker_and_byte_fallback_count_as_one_byte(tmp_path):
