@@ -122,9 +122,40 @@ def _zstandard(file: Path) -> tuple[Callable[[Path], BinaryIO], type[Exception]]
         ) from error
 
     def opened(path: Path) -> Any:
-        return io.BufferedReader(zstandard.open(path, "rb"), 2**20)
+        return io.BufferedReader(_ZstdFile(path, zstandard.ZstdDecompressor().decompressobj), 2**20)
 
     return opened, zstandard.ZstdError
+
+
+class _ZstdFile(io.RawIOBase):
+    """Frames of Zstandard, one after another. The package's own reader takes a file that was cut short for its end."""
+
+    def __init__(self, path: Path, frame: Callable[[], Any]):
+        self._file, self._frame = path.open("rb"), frame
+        self._current, self._ready = frame(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if self._current.eof:
+                content = self._current.unused_data or self._file.read(2**14)
+                if not content:
+                    return 0
+                self._current = self._frame()
+            else:
+                content = self._file.read(2**14)
+                if not content:
+                    raise EOFError("the file ends before its last frame does")
+            self._ready = self._current.decompress(content)
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 # ---------------------------------------------------------------------------------------------- encoding

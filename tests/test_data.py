@@ -1,14 +1,17 @@
 """Data: tokenizers, corpora and their errors, the token cache."""
 
 import collections
+import gzip
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +29,9 @@ UNICODE = "naïve café — 日本語 🙂🏽\n\tdef f(x):\r\n    return x  # �
 TEXTS = [f"Document {i}: {'the quick brown fox ' * (5 + i % 7)}{UNICODE}ends {i * i}." for i in range(60)]
 
 
+DEFAULTS = {"corpus": "stdlib", "tokenizer": "bytes", "vocab_size": 256, "eval_fraction": 0.1, "seq_len": 16}
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder of 60 small texts."""
@@ -41,8 +47,7 @@ def load(tmp_path):
     """`corpus.load` with defaults and a cache of its own."""
 
     def load(path="", **changes):
-        values = {"corpus": "stdlib", "tokenizer": "bytes", "vocab_size": 256, "eval_fraction": 0.1, "seq_len": 16}
-        return corpus.load(**(values | {"path": str(path), "cache_dir": tmp_path / "cache"} | changes))
+        return corpus.load(**(DEFAULTS | {"path": str(path), "cache_dir": tmp_path / "cache"} | changes))
 
     return load
 
@@ -425,6 +430,152 @@ def test_digest_follows_content_not_place(load, folder, tmp_path):
     assert load(tmp_path / "moved").digest != first.digest
 
 
+@pytest.fixture
+def mess(tmp_path):
+    """A folder with two documents and whatever else folders have."""
+    root = tmp_path / "mess"
+    for folder in (".git", ".ipynb_checkpoints", "checkpoints/8", "checkpoint-500", "old_run", "deep/er"):
+        (root / folder).mkdir(parents=True)
+    texts = {"a.txt": TEXTS[0] * 9, "deep/er/B.TXT": TEXTS[1] * 9}
+    for name, text in texts.items():
+        (root / name).write_bytes(text.encode())
+    for name in (
+        *("._a.txt", ".txt", ".git/x.txt", ".ipynb_checkpoints/a-checkpoint.txt"),
+        *("checkpoints/8/b.txt", "checkpoint-500/vocab.txt", "old_run/config.json", "old_run/metrics.jsonl"),
+        *("photo.jpg", "another.jpg", "data.csv.gz", "Makefile", "deep/c.md", "deep/tokens.bin"),
+    ):
+        (root / name).write_bytes(b"\0\5\26\7")
+    (root / "empty.txt").touch()
+    os.mkfifo(root / "live.txt")
+    (root / "gone.txt").symlink_to("nowhere")
+    (root / "loop.txt").symlink_to("loop.txt")
+    (root / "linked").symlink_to("deep")
+    return root
+
+
+def test_what_a_folder_holds_is_read_or_counted(load, mess):
+    found = load(mess)
+    row = found.describe(1000)[0]
+    size = sum(len((mess / name).read_bytes()) for name in ("a.txt", "deep/er/B.TXT"))
+    assert row == (
+        "data",
+        f"2 files, 2 documents, {size} bytes; left out: 2 .jpg (another.jpg, …), 1 .csv.gz (data.csv.gz), 1 .md "
+        "(deep/c.md), 1 .bin (deep/tokens.bin), 2 broken link (gone.txt, …), 2 checkpoints (checkpoint-500/, …), "
+        "1 empty (empty.txt), 4 hidden, 1 linked folder (linked/), 1 not regular, 1 without a suffix (Makefile), "
+        "1 workdir of a run (old_run/)",
+    )
+    not_entered = {".git", ".ipynb_checkpoints", "checkpoints", "checkpoint-500", "old_run"}
+    entries = [path.relative_to(mess) for path in mess.rglob("*")]
+    seen = [path for path in entries if not not_entered & {str(parent) for parent in path.parents}]
+    read, left_out = files.walk(mess, (".txt",))
+    assert len(read) + sum(left_out.counts.values()) == len(seen) - len({"deep", "deep/er"}), "each is counted once"
+
+
+def test_a_folder_that_may_not_be_read_is_counted(load, mess, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("/er"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(files.os, "scandir", refuse)  # root, as which tests may run, may read everything
+    row = load(mess).describe(1000)[0][1]
+    assert "1 file, 1 document" in row and "1 unreadable (Permission denied) (deep/er/)" in row
+
+
+def test_suffixes_replace_the_default(load, mess):
+    (mess / "deep" / "c.md").write_text("# A heading\n" * 50)
+    (mess / "empty.txt").unlink()
+    row = load(mess, suffixes="md").describe(1000)[0][1]
+    assert row.startswith("1 file, 1 document, 600 bytes; left out: 2 .txt (a.txt, …), 2 .jpg")
+    assert load(mess, suffixes=".md .TXT").num_documents == 3
+    for wrong in ("", " , ", "*.md", ".a/b"):
+        with pytest.raises(ValueError, match=r"data\.suffixes is .*as in \.txt,\.jsonl,\.parquet"):
+            load(mess, suffixes=wrong)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket"])
+def test_what_is_no_file_is_refused_not_waited_for(kind, load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+    if kind == "fifo":
+        os.mkfifo("live.txt")
+    else:
+        socket.socket(socket.AF_UNIX).bind("live.txt")
+    with pytest.raises(ValueError, match=r"live\.txt' is no regular file"):
+        load("live.txt")
+
+
+def packed(content, suffix):
+    if suffix == ".zst":
+        zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+        compress = zstandard.ZstdCompressor(write_checksum=True).compress
+        return compress(content[:99]) + compress(content[99:])  # two frames: files may be joined
+    compress = importlib.import_module({".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}[suffix]).compress
+    return compress(content[:99]) + compress(content[99:])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_compression_and_encoding_change_nothing(kind, encoding, suffix, tmp_path):
+    texts = [text.replace("\r", "") for text in TEXTS[:5]]
+    content = (
+        "\n".join(texts)
+        if kind == ".txt"
+        else "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
+    )
+    file = tmp_path / f"a{kind}{suffix}"
+    raw = content.encode(encoding)
+    file.write_bytes(packed(raw, suffix) if suffix else raw)
+    found = [document.text for document in sources.find("", str(file)).documents()]
+    assert found == (["\n".join(texts)] if kind == ".txt" else texts)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_damaged_shard_is_named(suffix, load, tmp_path):
+    content = packed(b"text " * 9999, suffix)
+    for damaged in (content[:-9], b"not compressed at all", content[:30] + b"xxxxxxxxx" + content[39:]):
+        (tmp_path / f"a.txt{suffix}").write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"a\.txt\{suffix} cannot be decompressed .*cut short, or it is damaged"):
+            load(tmp_path)
+
+
+def test_zst_without_its_package(load, tmp_path, monkeypatch):
+    for name in ("zstandard", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "a.txt").write_text("text " * 99)
+    (tmp_path / "b.txt.zst").write_bytes(b"x")
+    with pytest.raises(ImportError, match=r"b\.txt\.zst needs zstandard.*pip install -r requirements-data\.txt"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": null}', 'has null under "text"'),
+        ('{"text": 5}', 'has the number 5 under "text"'),
+        ('{"text": true}', 'has true under "text"'),
+        ('{"text": ["a"]}', 'has a list under "text"'),
+        ('{"text": {"a": 1}}', 'has an object under "text"'),
+        ('"text"', 'has no key "text" with a string: it is a string'),
+        ("{}", 'has no key "text" with a string; its keys are none'),
+        ('{"text": "ab\\u0000"}', 'under "text" is binary, not text: it holds a NUL at character 2'),
+    ],
+)
+def test_a_record_without_text_says_what_it_has(line, message, load, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"a\\.jsonl, line 3, {re.escape(message)}"):
+        load(tmp_path)
+
+
+def test_the_key_of_the_text_can_be_chosen(load, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": t, "text": t[::-1]}) + "\n" for t in TEXTS))
+    found = load(tmp_path, text_key="body")
+    both = documents_in(found.train_N, found.tokenizer) + documents_in(found.eval_N, found.tokenizer)
+    assert sorted(both) == sorted(TEXTS) and found.digest != load(tmp_path).digest
+
+
 def test_parquet(load, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     import pyarrow.parquet  # noqa: F811  # pyright: ignore[reportMissingImports]
@@ -525,6 +676,71 @@ def test_flat_tokens(name, dtype, load, tmp_path, monkeypatch):
     assert raw.tokenizer.decode([300]) == "<300>" and len(raw.tokenizer.token_bytes()) == 512
 
 
+def llm_c(dtype, magic, count, version=1):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, count
+    return header.tobytes() + (np.arange(1000) % 250).astype(dtype).tobytes()
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+IDS_N = np.arange(1000) % 250
+HEADERS = {
+    "llm.c, GPT-2": ("a.bin", llm_c("<u2", 20240520, 1000), "llm.c's header, uint16"),
+    "llm.c, Llama 3": ("a.bin", llm_c("<u4", 20240801, 1000, 7), "llm.c's header, uint32"),
+    "NumPy, uint16": ("a.bin", npy(IDS_N.astype("<u2")), "NumPy's header, uint16"),
+    "NumPy, uint32": ("a.npy", npy(IDS_N.astype("<u4")), "NumPy's header, uint32"),
+    "none": ("a.bin", IDS_N.astype("<u2").tobytes(), "uint16"),
+    "none, uint32": ("a.u32.bin", IDS_N.astype("<u4").tobytes(), "uint32"),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_of_flat_tokens_are_known_by_their_content(header, load, tmp_path):
+    name, content, about = HEADERS[header]
+    (tmp_path / name).write_bytes(content)
+    found = load(tmp_path / name)
+    np.testing.assert_array_equal(np.concatenate([found.train_N, found.eval_N]), IDS_N)
+    assert f"of tokens ({about})" in found.describe(1)[0][1] and found.num_documents == 4
+
+
+NO_TOKENS = {
+    "cut short": (llm_c("<u2", 20240520, 2000), r"header \(llm\.c's\) promises 2,000 tokens, which are 5,024 bytes"),
+    "too long": (llm_c("<u2", 20240520, 10), r"header \(llm\.c's\) promises 10 tokens"),
+    "int64": (npy(IDS_N), r"NumPy array of int64 \[1000\]; tokens are a list of uint16 or uint32"),
+    "a table": (npy(IDS_N.reshape(2, -1).astype("<u2")), r"NumPy array of uint16 \[2, 500\]"),
+    "objects": (npy(np.array([{}, None])), r"NumPy file that cannot be read"),
+    "gzip": (gzip.compress(IDS_N.tobytes()), r"is gzip data, not flat tokens"),
+    "zip": (b"PK\3\4" + bytes(96), r"is a zip archive"),
+    "Parquet": (b"PAR1" + bytes(96), r"is a Parquet file"),
+    "text": (b"some text, not tokens\n" * 99, r"is text, not tokens: rename it to end in \.txt"),
+    "uint32": (np.arange(0, 40_000, 20, dtype="<u4").tobytes(), r"holds uint32.*rename it to end in \.u32\.bin"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TOKENS)
+def test_what_is_no_flat_tokens_is_known_by_its_content(kind, load, tmp_path):
+    content, message = NO_TOKENS[kind]
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"data\.path .*a\.bin .*" + message):
+        load(tmp_path / "a.bin", vocab_size=65536)
+
+
+def test_ids_without_a_tokenizer_have_an_end_only_where_one_is_given(load, tmp_path):
+    (IDS_N + 1000).astype("<u2").tofile(tmp_path / "a.bin")
+    with pytest.warns(UserWarning, match="samples are ids without a prompt"):
+        found = load(tmp_path / "a.bin", vocab_size=2000)
+    assert found.tokenizer.eos == -1 and "documents not known" in found.describe(1)[0][1]
+    assert corpus.encode_prompt(found.tokenizer, "def ").tolist() == [0]
+    assert all(math.isfinite(bits) for bits in corpus.ngram_bits_per_byte(found))
+    given = load(tmp_path / "a.bin", vocab_size=2000, end_of_document="1249")
+    assert given.tokenizer.eos == 1249 and given.num_documents == 4
+
+
 def test_held_out_documents(load, folder):
     found = load(folder, eval_fraction=0.2)
     train, held_out = (documents_in(t, found.tokenizer) for t in (found.train_N, found.eval_N))
@@ -565,6 +781,249 @@ def test_something_is_left_to_train_on():
     chosen = split.choose_held_out(documents_of(("one", "two")), 0.99)
     assert sum(chosen.place(text) for text in ("one", "two")) > 0
     assert sum(3 - chosen.place(text) for text in ("one", "two")) > 0
+
+
+# ---------------------------------------------------------------------------------------------- what a run keeps
+
+
+@pytest.fixture
+def run(load, folder, tmp_path):
+    """A run with a BPE of its own in tmp_path/run, and how to load its data anew."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    options = {"tokenizer": "bpe", "vocab_size": 400, "seq_len": 4}
+    first = load(folder, **options)
+    first.keep(workdir)
+    return first, lambda path=folder, **changes: load(path, **(options | {"workdir": workdir} | changes))
+
+
+def test_a_resumed_run_has_its_own_tokenizer_and_the_same_tokens(run, folder, tmp_path, monkeypatch):
+    first, again = run
+    monkeypatch.setattr(tokenizer.bpe, "train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(parts, "choose_held_out", lambda *a: pytest.fail("read the text again"))
+    resumed = again()
+    assert resumed.digest == first.digest and resumed.record == first.record
+    assert resumed.tokenizer.encode(UNICODE).tolist() == first.tokenizer.encode(UNICODE).tolist()
+    folder.rename(tmp_path / "elsewhere")
+    assert again(tmp_path / "elsewhere").digest == first.digest, "names are relative to the folder"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data.json", "tokenizer.json"]
+
+
+CHANGES = {
+    "joined": (lambda folder: (folder / "new.txt").write_text("another text"), "new.txt joined"),
+    "left": (lambda folder: (folder / "003.txt").unlink(), "003.txt left"),
+    "changed": (lambda folder: (folder / "003.txt").write_bytes(b"x" + TEXTS[3].encode()[1:]), "003.txt changed"),
+    "renamed": (lambda folder: (folder / "003.txt").rename(folder / "z.txt"), "z.txt joined; 003.txt left"),
+    "hidden": (lambda folder: (folder / "003.txt").rename(folder / ".003.txt"), "003.txt left"),
+    "many": (
+        lambda folder: [(folder / f"{i:03}.txt").unlink() for i in range(9)],
+        "000.txt, 001.txt, 002.txt and 6 more left",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_text_that_changed_is_an_error_that_names_files_and_can_be_accepted(change, run, folder, tmp_path):
+    first, again = run
+    make, named = CHANGES[change]
+    make(folder)
+    with pytest.raises(ValueError, match=rf"^data: the text of texts .*{named}\n.*--config\.data\.changed=accept"):
+        again()
+    with pytest.warns(UserWarning, match=f"{named}; accepted"):
+        accepted = again(changed="accept")
+    assert accepted.tokenizer.digest == first.tokenizer.digest and accepted.digest != first.digest
+    accepted.keep(tmp_path / "run")
+    assert again().digest == accepted.digest, "what was accepted is what the run has now"
+
+
+def test_another_split_or_key_is_refused(run):
+    _, again = run
+    with pytest.raises(ValueError, match=r"^data\.eval_fraction was 0\.1 when this run began and is 0\.2 now"):
+        again(eval_fraction=0.2)
+    with pytest.raises(ValueError, match=r"^data\.text_key was 'text'"):
+        again(text_key="body")
+
+
+def test_another_tokenizer_is_never_used(load, folder, tmp_path):
+    file, workdir = Path(hugging_face(tmp_path)), tmp_path / "run"
+    workdir.mkdir()
+    options = {"tokenizer": str(file), "vocab_size": 400}
+    first = load(folder, **options)
+    first.keep(workdir)
+    options["workdir"] = workdir
+    moved = file.rename(tmp_path / "moved.json")
+    assert load(folder, **options).digest == first.digest, "the file is gone: the run has its own"
+    assert load(folder, **options | {"tokenizer": str(moved)}).digest == first.digest, "the same one elsewhere"
+    assert load(folder, **options | {"tokenizer": str(workdir)}).digest == first.digest
+    file.write_text(bpe.train_on(290, iter(TEXTS[:9])))
+    for other in (str(file), "bpe", "bytes"):
+        with pytest.raises(
+            ValueError, match=r"^data\.tokenizer: .* is not the tokenizer that this run was trained with"
+        ):
+            load(folder, **options | {"tokenizer": other})
+        assert load(folder, **options | {"tokenizer": other}, changed="accept").digest == first.digest
+    with pytest.raises(ValueError, match=r"data\.end_of_document is '</s>', and this run was trained with '<\|endof"):
+        load(folder, **options | {"tokenizer": str(moved)}, end_of_document="</s>")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "data.json"])
+def test_what_a_run_keeps_is_not_made_anew_when_it_is_damaged(name, run, tmp_path):
+    _, again = run
+    kept = tmp_path / "run" / name
+    good = kept.read_bytes()
+    kept.write_bytes(good[:-30])
+    with pytest.raises(ValueError, match=rf"^data.*{name} is (damaged|missing or not the one)"):
+        again()
+    kept.write_bytes(good)
+    again()
+
+
+def test_a_run_of_an_earlier_release_keeps_the_name_of_its_tokenizer(load, folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"data": {"tokenizer": "bytes"}}')
+    load(folder, workdir=tmp_path).keep(tmp_path)
+    (tmp_path / "data.json").unlink()
+    with pytest.raises(ValueError, match=r"data\.tokenizer: this run was trained with 'bytes', not 'bpe'"):
+        load(folder, workdir=tmp_path, tokenizer="bpe", vocab_size=400)
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "ids"])
+def test_every_kind_of_tokenizer_is_written_and_read(name, load, folder, tmp_path):
+    path = folder
+    if name == "ids":
+        (np.arange(1000) % 300).astype("<u2").tofile(tmp_path / "a.bin")
+        path = tmp_path / "a.bin"
+    found = load(
+        path, tokenizer="bytes" if name == "ids" else name, vocab_size=300, end_of_document="9" * (name == "ids")
+    )
+    found.keep(tmp_path)
+    text, _ = tokenizer.read_file(str(tmp_path))
+    again = tokenizer.from_text(text, "x")
+    assert (again.digest, again.vocab_size, again.eos) == (
+        found.tokenizer.digest, found.tokenizer.vocab_size, found.tokenizer.eos,
+    )  # fmt: skip
+    assert again.token_bytes().tolist() == found.tokenizer.token_bytes().tolist()
+    assert (tmp_path / "tokenizer.json").stat().st_mode & 0o777 == 0o644
+    assert (
+        load(path, tokenizer=found.record["tokenizer"]["name"], vocab_size=300, workdir=tmp_path).digest == found.digest
+    )
+
+
+def test_the_list_of_files_stays_small():
+    many = tuple(
+        sources.FileFact(f"{a}/{b}/{c}.txt", 10, f"{a}{b}{c}") for a in range(20) for b in range(40) for c in range(10)
+    )
+    kept = record.source("x", 1.0, many)["files"]
+    assert len(kept) == 20 * 40 and sum(size for _, size, _ in kept) == 10 * len(many)
+    other = (*many[:-1], many[-1]._replace(digest="other"))
+    assert [a[0] for a, b in zip(kept, record.source("x", 1.0, other)["files"], strict=True) if a != b] == ["19/39/"]
+    flat_folder = tuple(sources.FileFact(f"{n}.txt", 1, str(n)) for n in range(6000))
+    assert [name for name, *_ in record.source("x", 1.0, flat_folder)["files"]] == ["/"]
+    assert record.source("x", 1.0, flat_folder) != record.source("x", 1.0, flat_folder[:-1])
+
+
+# ---------------------------------------------------------------------------------------------- several by weight
+
+
+@pytest.fixture
+def mixed(load, folder, tmp_path):
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"zz {i} " * 40}) + "\n" for i in range(50)))
+    return lambda weights="0.7,0.3", **changes: load(
+        ",".join(f"{p}:{w}" for p, w in zip((folder, tmp_path / "b.jsonl"), weights.split(","), strict=True)), **changes
+    )
+
+
+def test_a_mixture_has_one_tokenizer_and_each_text_by_itself(mixed, load, folder, tmp_path):
+    found = mixed(tokenizer="bpe", vocab_size=400)
+    alone = [load(path, tokenizer="bpe", vocab_size=400) for path in (folder, tmp_path / "b.jsonl")]
+    assert found.train_N.weights == (0.7, 0.3) and found.num_documents == 110
+    assert "Ġzz" in found.tokenizer._vocab or "zz" in found.tokenizer._vocab, "trained on both"
+    for part, one in zip(found.parts, alone, strict=True):
+        decode = lambda ids_N, of=found: documents_in(ids_N, of.tokenizer)
+        assert decode(part.tokens.train_N) == documents_in(one.train_N, one.tokenizer)
+        assert decode(part.tokens.eval_N) == documents_in(one.eval_N, one.tokenizer)
+    rows = found.describe(10_000)
+    assert [row for row, _ in rows] == ["data", "  data", "  tokens", "  tokens", "  tokenizer"]
+    assert rows[0][1].startswith("texts: 60 files") and rows[0][1].endswith("0.7 of the rows")
+    assert found.digest != mixed("0.6,0.4", tokenizer="bpe", vocab_size=400).digest
+    assert all(math.isfinite(bits) for bits in corpus.ngram_bits_per_byte(found))
+
+
+def test_a_mixture_is_resumed_with_its_weights_and_names_the_text_that_changed(mixed, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    mixed(seq_len=4).keep(workdir)
+    mixed(seq_len=4, workdir=workdir)
+    with pytest.raises(ValueError, match=r"^data\.path: the weights were \[0\.7, 0\.3\].*are \[0\.5, 0\.5\]"):
+        mixed("0.5,0.5", seq_len=4, workdir=workdir)
+    (tmp_path / "b.jsonl").write_text('{"text": "one other document, and it is long enough"}\n')
+    with pytest.raises(ValueError, match=r"^data: the text of b\.jsonl .*b\.jsonl changed\n"):
+        mixed(seq_len=4, workdir=workdir)
+
+
+def test_flat_tokens_in_a_mixture(load, folder, tmp_path):
+    (np.arange(1000) % 250).astype("<u2").tofile(tmp_path / "a.bin")
+    found = load(f"{folder}:1,{tmp_path}/a.bin:1")
+    assert len(found.train_N.arrays[1]) == 900
+    (np.arange(1000) % 300).astype("<u2").tofile(tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=r"a\.bin holds ids up to 299.*several texts have one tokenizer"):
+        load(f"{folder}:1,{tmp_path}/a.bin:1", vocab_size=300)
+
+
+# ---------------------------------------------------------------------------------------------- remedies
+
+
+def remedy_cases(tmp_path):
+    (tmp_path / "short.txt").write_text("a short text, " * 20)
+    (tmp_path / "notes.md").write_text("# notes\n" * 99)
+    (tmp_path / "notes.md.gz").write_bytes(gzip.compress(b"# notes\n" * 99))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.md").write_text("# notes\n" * 99)
+    (np.arange(1000) % 300).astype("<u2").tofile(tmp_path / "a.bin")
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate("# notes\n")}, []))
+    tok.add_special_tokens(["<pad>", "<mine>"])
+    tok.save(str(tmp_path / "two.json"))
+    return {
+        "vocabulary of bytes": ("short.txt", {"vocab_size": 100}),
+        "vocabulary of a BPE": ("short.txt", {"tokenizer": "bpe", "vocab_size": 200}),
+        "vocabulary of a file": (
+            "notes.md",
+            {"tokenizer": hugging_face(tmp_path), "vocab_size": 299, "suffixes": ".md"},
+        ),
+        "ids of a .bin": ("a.bin", {"tokenizer": hugging_face(tmp_path)}),
+        "windows, by their length": ("short.txt", {"seq_len": 60}),
+        "a suffix": ("notes.md", {}),
+        "a compressed suffix": ("notes.md.gz", {}),
+        "suffixes of a folder": ("folder", {}),
+        "weights": ("short.txt,notes.md", {"suffixes": ".txt,.md"}),
+    }
+
+
+def test_remedies_that_are_offered_work(load, tmp_path):
+    """Each key that a message sets to a value is set so, alone; then it loads."""
+    for case, (name, options) in remedy_cases(tmp_path).items():
+        path = ",".join(str(tmp_path / part) for part in name.split(","))
+        with pytest.raises(ValueError) as caught:
+            load(path, **options)
+        offered = re.findall(r"data\.(\w+)=([\w.,*]*\w)", str(caught.value))
+        if case == "weights":
+            offered = [("path", f"{tmp_path}/short.txt:0.7,{tmp_path}/notes.md:0.3")]
+        assert offered, f"{case}: {caught.value}"
+        for key, value in offered:
+            changed = {"path": path, **options, key: type(DEFAULTS.get(key, ""))(value)}
+            assert load(**changed).num_documents, f"{case}: {key}={value}"
+
+
+def test_a_larger_held_out_part_that_is_offered_is_large_enough(load, folder):
+    with pytest.raises(ValueError, match=r"held-out split of texts holds") as caught:
+        load(folder, seq_len=1000, eval_fraction=0.02)
+    fraction = float(re.findall(r"data\.eval_fraction=(0\.\d+)", str(caught.value))[0])
+    assert load(folder, seq_len=1000, eval_fraction=fraction).num_documents == 60
+
+
+def test_a_share_of_tokens_that_is_far_from_what_was_asked_is_said(load, tmp_path):
+    (tmp_path / "a.txt").write_text("the same words again " * 500 + "日本語🙂" * 40, encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"% of the tokens of a\.txt are held out, and data\.eval_fraction=0\.05 asks"):
+        load(tmp_path / "a.txt", tokenizer="bpe", vocab_size=300, eval_fraction=0.05)
 
 
 # ---------------------------------------------------------------------------------------------- the cache
