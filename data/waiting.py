@@ -10,7 +10,7 @@ SILENCE_SECONDS = 3.0
 
 
 def interruptible(call: Callable[[], T]) -> T:
-    """call(), in a thread of its own. Python handles signals in its main thread between two steps of the interpreter:
+    """call(), in a thread of its own. Python handles signals (Ctrl-C) in its main thread, between two steps of its own:
     inside one long call of a library it would not, while it waits for a thread it does."""
     outcome: list[Any] = []
 

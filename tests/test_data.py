@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def documents_in(tokens_N, tok):
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 
-def trained(tmp_path, vocab_size=400, texts=TEXTS, cache="bpe"):
+def trained(tmp_path, vocab_size=400, texts=TEXTS, cache="bpe") -> Any:
     return tokenizer.build("bpe", vocab_size, lambda: iter(texts), tmp_path / cache)
 
 
@@ -1061,6 +1062,7 @@ def test_damaged_cache_is_rebuilt(damage, load, folder, tmp_path):
 CHILD = """
 import hashlib, sys, time
 from pathlib import Path
+from typing import Any
 from data import corpus, tokens
 folder, cache, start = map(Path, sys.argv[1:])
 write, wrote = tokens.write, []

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 import assemble
-from runtime import preemption
 from runtime.metrics import read
 
 
@@ -185,17 +183,3 @@ def test_the_model_and_the_exchange_trace_under_strict_promotion():
         batch_RBT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts.batch)
         messages_R, *_ = jax.eval_shape(parts.strategy.messages, parts.state, batch_RBT)
         jax.eval_shape(parts.strategy.exchange.mean, messages_R, parts.state.codec, parts.state.step)
-
-
-def test_sigterm_ends_a_start_at_once_and_training_after_a_step():
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        notice = preemption.PreemptionNotice()
-        with pytest.raises(preemption.StoppedEarly):
-            signal.raise_signal(signal.SIGTERM)
-        notice = preemption.PreemptionNotice()
-        notice.training_begins()
-        signal.raise_signal(signal.SIGTERM)
-        assert notice.requested(1)
-    finally:
-        signal.signal(signal.SIGTERM, before)
