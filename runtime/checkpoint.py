@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -197,11 +198,25 @@ class Checkpoints:
         return treedef.unflatten([arrays[name] for name in wanted]), []
 
 
+ARRAY = "array "  # begins what is wrong with one
 NO_RECORD = "its record of digests is missing or damaged in both copies"
 
 
 def _damage(step: int, problems: list[str]) -> str:
-    return f"checkpoint step {step} is corrupt: " + "; ".join(problems)
+    """One sentence: what is wrong with many arrays is said once, with the first of them."""
+    by_kind: dict[str, list[tuple[str, str]]] = {}
+    for problem in problems:
+        _, name, cause = problem.split(" ", 2) if problem.startswith(ARRAY) else ("", "", problem)
+        by_kind.setdefault(re.sub(r"\d+", "", cause), []).append((name, cause))
+    told = (_of_all([name for name, _ in same], same[0][1]) for same in by_kind.values())
+    return f"checkpoint step {step} is corrupt: {'; '.join(told)}"
+
+
+def _of_all(names: list[str], cause: str) -> str:
+    if len(names) < 2:
+        return f"{ARRAY}{names[0]} {cause}" if names[0] else cause
+    listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"each of {len(names)} arrays ({listed}) {cause}"
 
 
 def _eval_loss(folder: Path) -> float | None:
@@ -281,7 +296,7 @@ def compare(record: dict[str, Any], arrays: dict[str, jax.Array]) -> list[str]:
     """One line for each loaded array whose digest is not the recorded one."""
     sums = jax.device_get(digest_all(arrays)) if arrays else {}
     return [
-        f"array {name} does not have the digest that was recorded when it was saved"
+        f"{ARRAY}{name} does not have the digest that was recorded when it was saved"
         for name in arrays
         if to_hex(sums[name]) != record["arrays"][name]["digest"]
     ]
@@ -337,7 +352,7 @@ def load_arrays(step_directory: Path, wanted: dict[str, Any]) -> tuple[dict[str,
     found_by = agree.everyone("arrays that cannot be read", failures)
     for process, found in enumerate(found_by):
         where = f"by process {process} " if len(found_by) > 1 else ""
-        problems |= {name: f"array {name} cannot be read {where}({text})" for name, text in found.items()}
+        problems |= {name: f"{ARRAY}{name} cannot be read {where}({text})" for name, text in found.items()}
     return {name: x for name, x in arrays.items() if name not in problems}, list(problems.values())
 
 
@@ -350,9 +365,27 @@ def _try_load(step_directory: Path, wanted: dict[str, Any]) -> tuple[dict[str, j
         with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading), multiprocessing_options=alone):
             tree = ocp.load_checkpointables(str(step_directory.absolute()), {"state": _nested(wanted)})["state"]
     except Exception as error:  # Orbax raises what its storage raises, of many types
-        return {}, str(error).strip().splitlines()[0][:160]
+        return {}, _damaged_metadata(step_directory) or _first_cause(error)
     loaded = named_arrays(tree)
     return {name: loaded[name] for name in wanted}, ""
+
+
+def _first_cause(error: BaseException) -> str:
+    """What happened, below what Orbax tried and which layers TensorStore came through."""
+    while below := error.__cause__ or error.__context__:
+        error = below
+    text = str(error).strip().splitlines()[0].partition(" [tensorstore_spec")[0]
+    return re.sub(r'.* at local file "[^"]*": ', "", text)[:300]
+
+
+def _damaged_metadata(step_directory: Path) -> str:
+    """Which of the files that describe all arrays is no JSON any more: Orbax shows what it made of it instead."""
+    for path in (step_directory / "state" / "_METADATA", step_directory / "_CHECKPOINT_METADATA"):
+        try:
+            json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return f"{path} is missing or damaged"
+    return ""
 
 
 # ── python -m runtime.checkpoint verify WORKDIR ──────────────────────────────────────────────────────────────────

@@ -2,9 +2,12 @@
 
 Four sums, modulo 2^32, of the array's elements, each scrambled first: its bits are mixed with its position and passed
 through a bijection (as murmur3's finaliser, four variants). Whatever changes in one element changes all four sums; of
-what changes in several, one case in 2^128 goes unnoticed. Scrambling matters: plain sums weighted by odd numbers miss
-every even number of flipped sign bits. The digest is of the logical array: the same on every mesh, and nothing is
-gathered but 16 bytes.
+changes by chance in several, about one case in 2^128 goes unnoticed. What collides: a position is 32 bits, hashed one
+dimension after the other, so two places of one array may share it, and to exchange the values of those two changes no
+sum. Arrays of two and three dimensions (2048², 4096², 32×512×512) have no such places, one of 4×1024×8×128 has 1,920
+among its 4.2 million, and more than 2^32 elements cannot be without. Scrambling matters: plain sums weighted by odd
+numbers miss every even number of flipped sign bits. The digest is of the logical array: the same on every mesh, and
+nothing is gathered but 16 bytes.
 
 It finds damage, not tampering: whoever can change an array on purpose can also change it so that the sums agree.
 """

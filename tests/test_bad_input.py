@@ -359,6 +359,16 @@ def test_the_smallest_vocabulary_is_the_tokenizers_own(tokenizer, tmp_path):
         build(tokenizer, size - 1, documents, tmp_path, "a digest")
 
 
+def test_pip_install_says_how_this_is_used_instead():
+    from runtime import no_install
+
+    build = tomllib.loads((helpers.ROOT / "pyproject.toml").read_text())["build-system"]
+    assert (build["build-backend"], build["backend-path"], build["requires"]) == ("no_install", ["runtime"], [])
+    for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable", "build_wheel", "build_sdist"):
+        with pytest.raises(SystemExit, match="used from a checkout"):
+            getattr(no_install, hook)()
+
+
 def test_the_version_is_that_of_the_project(capsys):
     with pytest.raises(SystemExit) as stop:
         train.run(["train.py", "--version"])

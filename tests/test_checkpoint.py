@@ -1,6 +1,7 @@
 """Checkpoints: what is restored is what was saved, to the bit, or it is named as damaged."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel import mesh as meshes
 from runtime import checkpoint
+from runtime import digest as digest_module
 from runtime.checkpoint import CheckpointError, Checkpoints
 from runtime.digest import digest, digest_all, named_arrays, params_digest, to_hex
 
@@ -136,7 +138,8 @@ def test_every_flip_and_cut_that_changes_a_value_is_detected_and_the_array_named
             assert not warnings
         else:
             assert same(state, values(1)) and "step 2 is corrupt" in warnings[0], what
-            assert any(f"array {name} " in warnings[0] for name in names), f"no array named: {warnings[0]} ({what})"
+            named = [name for name in names if re.search(rf"array {name} |arrays \(.*\b{name}\b", warnings[0])]
+            assert named, f"no array named: {warnings[0]} ({what})"
             detected += 1
         shutil.rmtree(directory)
     assert detected >= 20, "the damage must reach the arrays, else this shows nothing"
@@ -190,6 +193,42 @@ def test_another_model_is_refused_with_every_array_and_both_shapes(saved):
     assert "params/new: absent in the checkpoint, [3] float32 in this config" in text
     assert "count: [] uint32 in the checkpoint, absent in this config" in text
     assert "corrupt" not in text
+
+
+@pytest.mark.parametrize("file", ["state/_METADATA", "state/manifest.ocdbt", "_CHECKPOINT_METADATA"])
+def test_one_damaged_file_below_all_arrays_is_one_sentence_that_names_it(saved, tmp_path, file):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    (directory / "2" / file).write_text("not what was written")
+    _, step, warnings = restore(directory)
+    if step == 2:
+        return  # nothing is read from it
+    assert (
+        f"each of {len(named_arrays(values(0)))} arrays (" in warnings[0] and warnings[0].count("cannot be read") == 1
+    )
+    assert str(directory / "2" / file) in warnings[0] and len(warnings[0]) < 500 and "\n" not in warnings[0]
+
+
+def test_places_that_share_a_hash_are_what_the_pages_say():
+    """The position hashes again, in NumPy: no two alike in 2 dimensions, 1,920 in 4."""
+
+    def shared(*shape: int) -> int:
+        hashed = np.full(shape, 0x165667B1, np.uint32)
+        for dim, n in enumerate(shape):
+            index = np.arange(n, dtype=np.uint32).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+            hashed = (hashed ^ index) * np.uint32(digest_module._MIX[dim % 4])
+            hashed ^= hashed >> np.uint32(15)
+        ordered = np.sort(hashed.ravel())
+        return int((ordered[1:] == ordered[:-1]).sum())
+
+    assert (shared(1024, 1024), shared(16, 256, 256), shared(4, 1024, 8, 128)) == (0, 0, 1920)
+    x = np.zeros((4, 1024, 8, 128), np.float32)
+    x[2, 210, 0, 41], x[3, 593, 5, 78] = 1, 2
+    y = x.copy()
+    y[2, 210, 0, 41], y[3, 593, 5, 78] = 2, 1
+    assert to_hex(digest(jnp.asarray(x))) == to_hex(digest(jnp.asarray(y))), "the sums of earlier runs stay the same"
+    for text in (digest_module.__doc__, (helpers.ROOT / "docs" / "workdir.md").read_text()):
+        assert "1,920" in text
 
 
 def test_verify_lists_damage(saved, tmp_path):
