@@ -34,8 +34,8 @@ from parallel import placement
 from parallel.cost import bytes_per_step
 from parallel.utilisation import Method
 from runtime import config as configuration
-from runtime import exits
-from runtime.config import RunError, UsageError
+from runtime import exits, lock
+from runtime.config import RunError, UsageError, bad_input
 from runtime.console import Console, human_seconds
 from runtime.metrics import write_json
 from runtime.progress import Recorder
@@ -51,7 +51,9 @@ def main(argv: list[str]) -> int:
     meshes.keep_freed_memory()
     assemble.use_compilation_cache(corpora.cache_directory())
     plan = Plan.read(configuration.expand_home(args.config), args.only)
-    workdir = Path(configuration.expand_home(args.workdir or f"runs/compare-{Path(args.config).stem}"))
+    with bad_input():
+        workdir = Path(configuration.local_path("--workdir", args.workdir or f"runs/compare-{Path(args.config).stem}"))
+    lock.hold(workdir)  # exits.guarded lets go of it
     runner = Runner(plan, workdir)
     for row in plan.rows:
         best = runner.tune(row)

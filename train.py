@@ -304,7 +304,7 @@ def make_recorder(config, parts, workdir, console, wire_bytes, start, tokens: in
             writers = optional_writers(workdir.path, flag, config.metrics.wandb)
         log = MetricsLog(workdir.path, writers, console.warn)
         log.rewind(start if start is not None else 0 if workdir.resuming else None)
-        rows = [row for row in read(log.path) if "train_seconds" in row] if log.path.exists() else []
+        rows = [row for row in read(log.path) if "train_seconds" in row] if workdir.resuming else []
         train_seconds = rows[-1]["train_seconds"] if rows else 0.0
         tokens = rows[-1]["tokens"] if rows and tokens is None else tokens
     return Recorder(

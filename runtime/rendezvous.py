@@ -80,17 +80,27 @@ def _receive(coordinator: str, family: int, address: tuple, count: int, deadline
             if not said and time.monotonic() - began > SAY_AFTER:
                 said = True
                 say(f"process 0 waits at {coordinator} for {missing}")
-            if not select.select([listener], [], [], RETRY)[0]:
-                continue
-            connection = listener.accept()[0]
-            answer = _welcome(connection, here, count)
-            if "usage" in answer:
-                _tell_all({0: connection}, answer)
-            if answer.get("all"):
-                _tell_all(here, answer)
-                raise UsageError(answer["usage"])
+            _take(listener, here, count, RETRY)
+        _take(listener, here, count, 0)  # who came with a number that was there already
     _tell_all(here, {"go": True})
     return here
+
+
+def _take(listener: socket.socket, here: Connections, count: int, seconds: float) -> None:
+    """Takes in who comes within this time; forgets who has gone again."""
+    ready = select.select([listener, *here.values()], [], [], seconds)[0]
+    for process, connection in list(here.items()):
+        if connection in ready:  # nothing is sent there, so that is its end
+            here.pop(process).close()
+    if listener not in ready:
+        return
+    connection = listener.accept()[0]
+    answer = _welcome(connection, here, count)
+    if "usage" in answer:
+        _tell_all({0: connection}, answer)
+    if answer.get("all"):
+        _tell_all(here, answer)
+        raise UsageError(answer["usage"])
 
 
 def _welcome(connection: socket.socket, here: Connections, count: int) -> dict:
@@ -123,17 +133,18 @@ def _arrive(
             connection.settimeout(max(0.1, min(2.0, deadline - time.monotonic())))
             connection.connect(address)
             connection.sendall(json.dumps({"process": me, "of": count}).encode() + b"\n")
-            answer = _read(
-                connection, deadline + 2
-            )  # process 0's own deadline comes first, and it knows who is missing
+            why = "it is there, and waits for others"
+            answer = _read(connection, deadline + 2)  # process 0 knows better who is missing
             if answer.get("go"):
                 return connection
             connection.close()
             raise UsageError(answer["usage"]) if "usage" in answer else RunError(answer["run"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             connection.close()
-            refused = isinstance(error, ConnectionRefusedError)
-            why = "nobody listens there" if refused else str(error) or type(error).__name__
+            if isinstance(error, ConnectionRefusedError):
+                why = "nobody listens there"
+            elif not isinstance(error, TimeoutError):
+                why = str(error) or type(error).__name__
         if not said and time.monotonic() - began > SAY_AFTER:
             said = True
             say(f"process {me} waits for process 0 at {coordinator} ({why})")

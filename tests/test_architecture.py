@@ -210,7 +210,59 @@ def test_what_only_looks_like_one_is_allowed(code):
     assert not forbidden(ast.parse(code))
 
 
-# ── 5. the documents speak of what exists ────────────────────────────────────────────────────────────────────────
+# ── 5. a process that trains beside others does not look for itself ──────────────────────────────────────────────
+
+LOOKS = {"glob", "rglob", "iterdir", "listdir", "scandir", "walk", "exists", "lexists", "is_file", "is_dir", "stat"}
+# {(file, function): why it may look}. What is not here asks process 0 (`agree.decided`), which alone sees the disk.
+MAY_LOOK = {
+    ("runtime/config/flags.py", "_start"): "before the processes have met; what it finds is compared then",
+    ("runtime/config/flags.py", "_execute"): "before the processes have met; what it finds is compared then",
+    ("runtime/lock.py", "hold"): "inside a decision of process 0",
+    ("runtime/lock.py", "_is_linked"): "inside a decision of process 0",
+    ("runtime/metrics.py", "rewind"): "of process 0",
+    ("runtime/metrics.py", "__init__"): "of process 0",
+    ("runtime/steps.py", "_names"): "inside decisions of process 0",
+    ("runtime/steps.py", "set_aside"): "inside decisions of process 0",
+    ("runtime/steps.py", "make_room"): "inside a decision of process 0",
+    ("runtime/workdir.py", "holds_run"): "inside a decision of process 0",
+    ("runtime/workdir.py", "changes"): "inside a decision of process 0",
+    ("runtime/workdir.py", "summary"): "inside a decision of process 0, or of process 0",
+}
+ALONE = {"runtime/agree.py", "runtime/launch.py"}  # the one room for it; a tool that never trains
+ALONE_FUNCTIONS = {("runtime/checkpoint.py", "main")}  # `verify`, a tool, too
+
+
+def looks(tree: ast.Module) -> set[str]:
+    """Names of the functions that look at a directory (the innermost one that has a name)."""
+    found = set()
+
+    def visit(node: ast.AST, function: str) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            function = node.name
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOOKS:
+            found.add(function)
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(tree, "")
+    return found
+
+
+def test_only_what_process_0_decides_looks_at_a_directory():
+    assert len(MAY_LOOK) <= 12
+    trainers = [
+        file for file in SOURCES if (room(file) == "runtime" or file == Path("train.py")) and str(file) not in ALONE
+    ]
+    found = {(str(file), function) for file in trainers for function in looks(parsed(file))} - ALONE_FUNCTIONS
+    assert found == MAY_LOOK.keys(), "agree.decided asks process 0; a line in MAY_LOOK says why that is not needed"
+
+
+@pytest.mark.parametrize("call", ["os.listdir(x)", "path.glob('*')", "(path / 'a').exists()", "os.path.lexists(x)"])
+def test_each_way_to_look_is_noticed(call):
+    assert looks(ast.parse(f"def f():\n    return [lambda: {call}]")) == {"f"}
+
+
+# ── 6. the documents speak of what exists ────────────────────────────────────────────────────────────────────────
 
 
 def commands(document: Path) -> list[list[str]]:

@@ -23,6 +23,7 @@ from data.tokenizer import build
 from runtime import config as configuration
 from runtime.checkpoint import Checkpoints, read_record
 from runtime.console import Console
+from runtime.launch import free_port
 from runtime.metrics import read
 from runtime.workdir import Workdir
 
@@ -666,6 +667,13 @@ def test_a_coordinator_that_is_no_address(fails, tmp_path, address, part, proces
     several = ["--num_processes=2", f"--process_id={process}", f"--workdir={tmp_path}/run"]
     message = fails(TINY, f"--coordinator={address}", *several)
     assert f"--coordinator={address}: " in message and part in message
+
+
+@pytest.mark.parametrize(("process", "part"), [(0, "process 1 of 2 did not come to"), (1, "did not find process 0 at")])
+def test_others_that_do_not_come_are_waited_for_as_long_as_asked(fails, tmp_path, process, part):
+    several = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--process_id={process}", "--wait=1"]
+    message = fails(TINY, f"--workdir={tmp_path}/run", *several, code=1)
+    assert part in message and "within 1 s" in message and message.count("\n") <= 1
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3", "file", "hdfs", "https"])

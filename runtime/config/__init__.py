@@ -18,6 +18,7 @@ from runtime.config.keys import (
     converted,
     expand_home,
     flatten,
+    local_path,
 )
 from runtime.config.resume import changes_schedule, check_goal, check_resume, difference, read_json
 from runtime.config.suggest import nearest_multiples
@@ -43,6 +44,7 @@ __all__ = [
     "execute",
     "expand_home",
     "flatten",
+    "local_path",
     "nearest_multiples",
     "parse",
     "profile_range",
