@@ -216,7 +216,7 @@ LOOKS = {"glob", "rglob", "iterdir", "listdir", "scandir", "walk", "exists", "le
 # {(file, function): why it may look}. What is not here asks process 0 (`agree.decided`), which alone sees the disk.
 MAY_LOOK = {
     ("runtime/config/flags.py", "_start"): "before the processes have met; what it finds is compared then",
-    ("runtime/config/flags.py", "_execute"): "before the processes have met; what it finds is compared then",
+    ("runtime/config/flags.py", "execute"): "before the processes have met; what it finds is compared then",
     ("runtime/lock.py", "hold"): "inside a decision of process 0",
     ("runtime/lock.py", "_is_linked"): "inside a decision of process 0",
     ("runtime/metrics.py", "rewind"): "of process 0",

@@ -1,6 +1,7 @@
 """compare.py: the same seeds for every row, the arithmetic of its table, and going on where it was stopped."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import compare
 import comparison
 import train
 from data.tokenizer import ByteTokenizer
+from runtime import lock
 from runtime.config import UsageError
 
 CONFIG = """
@@ -150,3 +152,19 @@ def test_bad_comparisons(tmp_path, change, part):
         compare.Plan.read(str(config), "")
     with pytest.raises(UsageError, match="no such file"):
         compare.Plan.read(f"{tmp_path}/none.py", "")
+
+
+def test_a_comparison_that_runs_is_not_started_twice(tmp_path, capsys):
+    (tmp_path / "config.py").write_text(CONFIG)
+    lock.hold(tmp_path / "results")
+    options = [f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/results"]
+    with pytest.raises(UsageError, match=f"workdir: {tmp_path}/results is in use by process {os.getpid()}"):
+        compare.main(options)
+    lock.release()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_comparison_is_kept_in_a_folder(tmp_path, scheme):
+    (tmp_path / "config.py").write_text(CONFIG)
+    with pytest.raises(UsageError, match=f"--workdir={scheme}://bucket/x: {scheme}:// is not supported"):
+        compare.main([f"--config={tmp_path}/config.py", f"--workdir={scheme}://bucket/x"])
