@@ -262,7 +262,7 @@ def describe(
     found: what these programs send, and those beside them that are compiled already.
     """
     mesh, seq_len = parts.mesh, parts.batch["tokens"].shape[-1]
-    memory = max((p.memory_analysis() for p in programs.values()), key=lambda m: m.temp_size_in_bytes)
+    need = max((memory(program) for program in programs.values()), key=lambda sizes: sizes[-1])
     state = sum(_shard_bytes(x) for x in jax.tree.leaves(parts.state))
     kinds = {d.device_kind for d in mesh.devices.flat}
     rows = [
@@ -276,8 +276,8 @@ def describe(
             f"{human_count(parts.model.flops_per_token(seq_len, causal=False))} (training, full attention)",
         ),
         ("state per device", f"{human_bytes(state)}; as much again while a checkpoint is being copied"),
-        ("temporary per device", human_bytes(memory.temp_size_in_bytes)),
-        ("in all per device", human_bytes(memory.argument_size_in_bytes + memory.temp_size_in_bytes)),
+        ("temporary per device", said_bytes(need[1])),
+        ("in all per device", said_bytes(sum(need))),
     ]
     largest = sorted(named_arrays(parts.state.params).items(), key=lambda row: -math.prod(row[1].shape))[:4]
     for name, x in largest:
@@ -291,6 +291,20 @@ def describe(
     rows.append(("stray, replica", stray_row(found)))
     rows.append(("start-up", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())))
     return rows
+
+
+def memory(program: Any) -> tuple[float, float]:
+    """Bytes of a compiled program's arguments and temporaries on one device; NaN where the backend does not say: that
+    is no reason not to train."""
+    try:
+        found = program.memory_analysis()
+        return found.argument_size_in_bytes, found.temp_size_in_bytes
+    except Exception:  # of whatever type the backend raises; some give None
+        return math.nan, math.nan
+
+
+def said_bytes(number: float) -> str:
+    return "not known" if math.isnan(number) else human_bytes(number)
 
 
 def stray_row(found: dict[str, stray.Traffic]) -> str:

@@ -14,12 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from assemble import Parts, compile_init
+from assemble import Parts, compile_init, memory, said_bytes
 from model import decode
 from model.transformer import Transformer
 from parallel import placement, stray
 from parallel.rules import Constrain
-from runtime.console import human_bytes
 from runtime.digest import digest_all, named_arrays
 
 DIGEST = 16  # bytes of an array: four sums, which every device may tell every other
@@ -64,8 +63,7 @@ def traffic(parts: Parts, programs: dict[str, Any]) -> dict[str, stray.Traffic]:
 
 def describe(programs: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of a table: what each of these programs needs."""
-    size = lambda program: human_bytes(program.memory_analysis().temp_size_in_bytes)
-    return [(name, f"{size(program)} temporary per device") for name, program in programs.items()]
+    return [(name, f"{said_bytes(memory(program)[1])} temporary per device") for name, program in programs.items()]
 
 
 # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,11 +1,13 @@
 """From rows on a host to global arrays on the mesh: each process builds its own devices' rows and no others."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -76,10 +78,15 @@ def abstract_batch(
 def evaluation(loss_fn: Callable, mesh: Mesh) -> Callable:
     """evaluate(params, batch[D, B, T]) -> (summed loss, tokens), D the size of the `replica` axis."""
 
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("replica"), out_specs=P(), check_vma=False)
+    def add_up(x_1M: jax.Array) -> jax.Array:
+        with jax.named_scope("scalars_evaluation"):
+            return lax.psum(x_1M[0], "replica")
+
     def evaluate(params: Any, batch_DBT: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         one = lambda params, batch_BT: loss_fn(params, batch_BT, Constrain(mesh))
         loss_D, tokens_D = jax.vmap(one, in_axes=(None, 0), spmd_axis_name="replica")(params, batch_DBT)
-        with jax.named_scope("scalars_evaluation"):
-            return jnp.sum(loss_D), jnp.sum(tokens_D)
+        loss, tokens = add_up(jnp.stack([loss_D, tokens_D.astype(loss_D.dtype)], axis=1))
+        return loss, tokens
 
     return evaluate

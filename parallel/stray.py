@@ -40,9 +40,11 @@ def traffic(program: Any, mesh: Mesh, predicted: float) -> Traffic:
         sentence = str(error).partition("\n")[0][:200]
         return Traffic({}, not_counted=f"not counted: {type(error).__name__}: {sentence}")
     per_axis = {axis: round(sum(c.sent for c in found if c.axis == axis)) for axis in mesh.axis_names}
-    slow = [c for c in found if c.axis == AXIS and not ("scalars_" in c.scope and c.sent <= SCALARS)]
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    scalars = lambda c: c.sent <= SCALARS and ("scalars_" in c.scope or (on_tpu and not c.scope))  # a TPU drops names
+    slow = [c for c in found if c.axis == AXIS and not scalars(c)]
     foreign = [c for c in slow if "exchange/" not in c.scope]
-    widened = TILE * (len(slow) - len(foreign)) if mesh.devices.flat[0].platform == "tpu" else 0
+    widened = TILE * (len(slow) - len(foreign)) if on_tpu else 0
     excess = round(sum(c.sent for c in slow) - predicted)
     if excess <= widened:
         return Traffic(per_axis)

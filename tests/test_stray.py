@@ -77,6 +77,11 @@ def test_a_text_that_is_not_understood_stops_the_counting_and_nothing_else(mesh,
     assert assemble.wire_bytes(SimpleNamespace(mesh=mesh), found, 10) == {}
 
 
+def test_a_backend_that_does_not_say_what_a_program_needs_stops_nothing_either():
+    silent = SimpleNamespace(memory_analysis=lambda: None)
+    assert beside.describe({"sample": silent}) == [("sample", "not known temporary per device")]
+
+
 # ── nothing of ours is ───────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -3,8 +3,10 @@
 import helpers
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 import assemble
+import beside
 from parallel import mesh as meshes
 from parallel import wire
 from parallel.cost import exchange_bytes
@@ -33,7 +35,9 @@ def build(chips, **overrides):
 @pytest.mark.parametrize("codec", ["none", "bf16"])
 def test_the_bytes_over_replica_are_the_closed_form_on_tpu_too(chips, codec):
     parts = build(chips, sync__codec=codec)
-    found = wire.collectives(assemble.compile_steps(parts)["step"].as_text(), parts.mesh)
+    programs = assemble.compile_steps(parts)
+    assert assemble.traffic(parts, programs)["step"].stray == 0
+    found = wire.collectives(programs["step"].as_text(), parts.mesh)
     slow = [c for c in found if c.axis == "replica" and "scalars_step" not in c.scope]
     exchange = parts.strategy.exchange
     assert sum(c.sent for c in slow) == sum(exchange_bytes(exchange).values())
@@ -54,3 +58,18 @@ def test_tpu_runs_splash_attention_in_bf16_and_gathers_weights_in_bf16(chips):
 @pytest.mark.parametrize("masked", [False, True])
 def test_document_masks_and_windows_compile_for_tpu(chips, masked):
     assemble.compile_steps(build(chips, data__document_mask=masked, model__sliding_window=128))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "slices"), [("v5e:2x4", 1), ("v5p:2x2x1", 2)])
+def test_no_program_of_a_tpu_sends_what_nobody_asked_for(topology, slices):
+    """Small: a TPU widens short messages, and between slices it drops the names of some."""
+    from jax.experimental import topologies
+
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
+    config = helpers.tiny(data__seq_len=128, data__vocab_size=4096, sync__codec="int4")
+    parts = assemble.build(config, meshes.build({"replica": 2, "fsdp": 2, "tensor": 2}, chips))
+    found = assemble.traffic(parts, assemble.compile_steps(parts))
+    others = beside.compile_all(parts, ConfigDict({"tokens": 4, "temperature": 0.8}), with_init=True)
+    found |= beside.traffic(parts, others)
+    assert {name: t.culprits + t.not_counted for name, t in found.items()} == dict.fromkeys(found, "")
