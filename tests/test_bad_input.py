@@ -501,6 +501,15 @@ def test_run_of_another_model(fails, run):
     assert "  data.vocab_size: 256 in config.json, 512 now" in message
 
 
+def test_other_text_or_another_tokenizer_than_the_run_was_trained_with(fails, run, tmp_path):
+    (tmp_path / "other.txt").write_text("other text " * 999)
+    message = fails(f"--workdir={run}", f"--config.data.path={tmp_path}/other.txt")
+    assert "data: the text of other.txt is not what this run was trained on: other.txt joined; " in message
+    assert "--config.data.changed=accept" in message
+    message = fails(f"--workdir={run}", "--config.data.tokenizer=bpe")
+    assert "data.tokenizer: 'bpe' is not the tokenizer that this run was trained with ('bytes'" in message
+
+
 def test_harmless_changes_are_shown_with_what_they_do():
     old, new = helpers.tiny(), helpers.tiny(optimizer__lr=0.5, steps=9, log_every=3)
     assert configuration.check_resume(old, new) == [

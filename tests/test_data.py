@@ -970,6 +970,41 @@ def test_flat_tokens_in_a_mixture(load, folder, tmp_path):
         load(f"{folder}:1,{tmp_path}/a.bin:1", vocab_size=300)
 
 
+# ---------------------------------------------------------------------------------------------- memory
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from data import corpus
+path, tokenizer, cache = sys.argv[1:]
+corpus.load(corpus="", path=path, tokenizer=tokenizer, vocab_size=400, eval_fraction=0.1, cache_dir=Path(cache),
+            seq_len=16)
+print(int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)  # not the parent's
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bytes", "bpe", "metaspace"])
+@pytest.mark.parametrize("kind", ["words", "one word", "another alphabet", "one wide character"])
+def test_encoding_takes_at_most_200_mib_and_8_times_the_text(kind, name, tmp_path):
+    words = some_text(1).replace("🙂", "").encode("ascii", "ignore").decode()
+    text = {
+        "words": words * 2500,
+        "one word": "abcdefgh" * 2**21,
+        "another alphabet": "日本語の文。\n" * 2**20,
+        "one wide character": "🙂" + words * 2500,  # which makes Python keep four bytes for every character
+    }[kind]
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    size = (tmp_path / "a.txt").stat().st_size
+    assert size > 12 * 2**20
+    if name == "metaspace":
+        name = str(tmp_path / "tokenizer.json")
+        Path(name).write_text(llama2())
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "a.txt"), name, str(tmp_path / "cache")]
+    peak = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout)
+    assert peak <= 200 * 2**20 + 8 * size, f"{peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB of text"
+
+
 # ---------------------------------------------------------------------------------------------- remedies
 
 
