@@ -7,6 +7,11 @@ after tuning each with the same small budget: one key, at most 3 candidates, a t
 it at any time: the same command goes on where it stopped.
 """
 
+if __name__ == "__main__":
+    from runtime import early
+
+    early.end_at_ctrl_c()
+
 import argparse
 import functools
 import hashlib

@@ -9,6 +9,9 @@ import time
 
 STARTED = time.time()  # before the imports: they are a phase of the start, too
 if __name__ == "__main__":
+    from runtime import early
+
+    early.end_at_ctrl_c()
     gc.disable()  # what imports and tracing make stays: looking through it for garbage takes 0.4 s of a start
 
 import contextlib

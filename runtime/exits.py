@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from runtime import agree, library_log, lock, preemption
+from runtime import agree, early, library_log, lock, preemption
 from runtime.config import RunError, UsageError
 
 CANNOT_GO_ON, BAD_INPUT, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141  # the last two as a shell gives them
@@ -24,6 +24,7 @@ def guarded(main: Callable[[], int], interrupted: str, leave: Callable[[int], An
     interrupted: said at Ctrl-C. leave: how to end after a failure: a process with threads under way may have to go at
     once (os._exit).
     """
+    early.raise_at_ctrl_c()
     try:
         return main()
     except UsageError as error:

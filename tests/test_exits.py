@@ -64,6 +64,18 @@ def test_ctrl_c_is_one_line():
     assert (process.returncode, err) == (130, "stopped by Ctrl-C: it goes on\n")
 
 
+def test_ctrl_c_during_the_imports_is_one_line_though_a_library_swallows_it():
+    code = "import time; from runtime import early; early.end_at_ctrl_c(); print('begun', flush=True)\n"
+    process = python(code + "try: time.sleep(60)\nexcept BaseException: time.sleep(60)")
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "stopped by Ctrl-C: nothing was begun\n")
+    for program in ("train.py", "compare.py"):  # before all imports but those of the standard library
+        text = (helpers.ROOT / program).read_text()
+        assert text.index("early.end_at_ctrl_c()") < text.index("import jax")
+
+
 def test_a_reader_that_has_gone_is_no_error():
     code = "import os, sys; from runtime import exits; "
     code += "sys.exit(exits.guarded(lambda: [print('x' * 9999, flush=True) for _ in range(999)], '', os._exit))"
