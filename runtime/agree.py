@@ -10,6 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import sys
 import threading
 import time
@@ -286,17 +287,18 @@ def _holds(path: Path, nonce: str) -> bool:
 def same_start(config: Any, flags: Any) -> dict[str, Any]:
     """Compares what decides which programs are compiled, before one is; the facts of code and versions."""
     facts = code_facts()
-    same("config", typed(config, flags) | facts)
+    same("config", facts | typed(config, flags))
     return facts
 
 
 def typed(config: Any, flags: Any) -> dict[str, Any]:
     """What all must have been started with. Files may lie elsewhere on each machine: what is read is compared."""
     flat = dict(flatten(config))
-    return {key: value for key, value in flat.items() if key not in ("data.path", "data.tokenizer")} | {
-        "workdir": flags.workdir,
-        **{f"--{name}": flags[name].value for name in ("num_processes", "simulate", "dry_run", "resume")},
-    }
+    facts = {key: value for key, value in flat.items() if key not in ("data.path", "data.tokenizer")}
+    facts |= {f"--{name}": flags[name].value for name in ("num_processes", "simulate", "dry_run", "resume")}
+    if flat["data.corpus"] == "stdlib" and not flat["data.path"]:  # the text is Python's own
+        facts["versions.python"] = platform.python_version()
+    return facts | {"workdir": flags.workdir}
 
 
 def code_facts() -> dict[str, Any]:

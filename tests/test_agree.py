@@ -1,6 +1,7 @@
 """runtime/agree.py and what it stands on: processes meet, compare, decide together, and end together."""
 
 import json
+import platform
 import socket
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import helpers
 import pytest
 
+from configs import base
 from runtime import agree, rendezvous
+from runtime import config as configuration
 from runtime.config import RunError, UsageError
 from runtime.launch import free_port
 
@@ -273,6 +276,17 @@ def test_code_is_compared_and_flags_that_change_nothing_are_not(monkeypatch, tmp
     assert agree.code_facts()["XLA_FLAGS"] == ""
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_a=2")
     assert agree.code_facts() == {**before, "XLA_FLAGS": "--xla_a=2 --xla_b=1"}
+
+
+def test_every_key_is_compared_but_where_files_lie(tmp_path):
+    options = ["train.py", f"--config={helpers.ROOT}/configs/tiny.py", "--workdir=w", "--noresume"]
+    keys = {key for key, _ in configuration.flatten(base.get_config())}
+    facts = agree.typed(*configuration.parse(options, ""))
+    assert keys - facts.keys() == {"data.path", "data.tokenizer"}
+    assert (facts["workdir"], facts["--resume"]) == ("w", False)
+    assert facts["versions.python"] == platform.python_version()
+    others = agree.typed(*configuration.parse([*options, f"--config.data.path={tmp_path}"], ""))
+    assert {key for key in facts if others.get(key) != facts[key]} == {"versions.python"}
 
 
 def test_what_a_run_goes_on_with_is_one_line():

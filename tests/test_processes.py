@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import helpers
 import pytest
+
+from runtime.launch import free_port
 
 STEPS = ["--config.steps=20", "--config.sample.tokens=16", "--config.eval_every=10"]
 
@@ -70,6 +74,65 @@ def test_sigterm_to_the_launcher_saves_at_one_step_in_all_processes(tmp_path):
     assert "stopped by SIGTERM after step" in output
     newest = max(int(p.name) for p in (tmp_path / "checkpoints").glob("*") if p.name.isdigit())
     assert f"after step {newest}" in output
+
+
+def both(first: list[str], second: list[str], roots: tuple = (helpers.ROOT, helpers.ROOT), prefix: tuple = ([], [])):
+    """Two processes of train.py without the launcher, each with its own options: [(exit code, stderr)]."""
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    running = []
+    for i, options in enumerate((first, second)):
+        command = [*prefix[i], sys.executable, "train.py", "--config=configs/tiny.py", "--simulate=2", address]
+        command += ["--config.mesh.fsdp=2", "--config.sample.tokens=0", "--num_processes=2", f"--process_id={i}"]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": roots[i]}
+        running.append(subprocess.Popen([*command, *options], **pipes))
+    try:
+        texts = [process.communicate(timeout=240)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(running, texts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("fact", "option"),
+    [
+        ("optimizer.lr", "--config.optimizer.lr=5e-3"),
+        pytest.param("data.seq_len", "--config.data.seq_len=16", marks=pytest.mark.slow),
+        pytest.param("data", "--config.data.path={other}", marks=pytest.mark.slow),
+        pytest.param("workdir", "--workdir={tmp}/other", marks=pytest.mark.slow),
+        pytest.param("--simulate", "--simulate=4", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_that_differ_all_say_in_what_and_train_nothing(tmp_path, fact, option):
+    for name, text in (("same", "one two three\n" * 900), ("other", "one two four\n" * 900)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    common = [f"--workdir={tmp_path}/run", f"--config.data.path={tmp_path}/same.txt"]
+    option = option.format(tmp=tmp_path, other=tmp_path / "other.txt")
+    for code, text in both(common, [*common, option]):
+        assert code == 2 and f"\n  {fact}: " in text and "(process 0)" in text and "Traceback" not in text, text
+    assert not (tmp_path / "run").exists() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_an_old_checkout_is_found_out(tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(helpers.ROOT, old, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "tests", "bench"))
+    with (old / "parallel" / "stale.py").open("a") as file:
+        file.write("\n# of yesterday\n")
+    common = [f"--workdir={tmp_path}/run"]
+    for code, text in both(common, common, roots=(helpers.ROOT, old)):
+        assert code == 2 and "\n  code: " in text, text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs a mount namespace of its own")
+def test_a_workdir_that_is_not_shared_is_found_out(tmp_path):
+    (tmp_path / "disk").mkdir()
+    hidden = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {tmp_path}/disk && exec "$@"', "sh"]
+    common = [f"--workdir={tmp_path}/disk/run"]
+    for code, text in both(common, common, prefix=([], hidden)):
+        assert code == 2 and "workdir: " in text and "is not the folder that process 0 writes to" in text, text
+    assert not (tmp_path / "disk" / "run").exists()
 
 
 def test_the_coordinator_listens_on_its_own_address_only(tmp_path):
