@@ -122,9 +122,10 @@ def continuing(serialized: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(part, dict):
             return part
         changed = {key: without_prefix(value) for key, value in part.items()}
-        if "prepend_scheme" in changed:
+        if part.get("type") == "Metaspace":  # files of earlier versions of the library have add_prefix_space instead
+            changed.pop("add_prefix_space", None)
             changed["prepend_scheme"] = "never"
-        if "add_prefix_space" in changed:
+        elif "add_prefix_space" in changed:
             changed["add_prefix_space"] = False
         return changed
 

@@ -229,6 +229,20 @@ def test_ids_are_those_of_the_library_however_long_the_text(kind, monkeypatch):
         assert sum(found, []) == [i for t, a, b in spans for i in library.encode(t[a:b], add_special_tokens=False).ids]
 
 
+def test_files_of_earlier_versions_of_the_library_are_cut_alike(monkeypatch):
+    described = json.loads(trained_on_words(*KINDS["metaspace, always"][0]))
+    described["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
+    library = tokenizers.Tokenizer.from_str(json.dumps(described))
+    ours = subwords.JsonTokenizer(json.dumps(described), "x.json")
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 20)
+    monkeypatch.setattr(pieces, "WORD_CHARS", 200)
+    assert ours.encode(some_text(1)).tolist() == library.encode(some_text(1), add_special_tokens=False).ids
+    with pytest.warns(UserWarning, match="run of more than 200 characters"):
+        ids_N = ours.encode("x" + "quick" * 100)
+    tokens = [library.id_to_token(int(i)) for i in ids_N]
+    assert "".join(tokens) == "▁x" + "quick" * 100, "nothing is put before the other pieces"
+
+
 def test_what_the_library_cannot_encode_is_said_with_the_key():
     tok = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0), ("</s>", 0.0)]))
     tok.add_special_tokens(["</s>"])
