@@ -348,3 +348,5 @@ def use_compilation_cache(cache_directory: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        # Else a program of another version of this code comes back with that one's names, by which traffic is told.
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
