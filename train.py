@@ -90,6 +90,8 @@ def main(argv: list[str]) -> int:
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
         state, start = checkpoints.restore(parts.state, console.warn, assemble.adapter(parts, config.seed))
+        with bad_input():
+            parts.strategy.check_begin(start, config.steps)
         say_resumed(config, workdir, start, console, agree.changed(checkpoints.facts(), facts))
     else:
         init = initializing.result() if initializing else assemble.compile_init(parts)

@@ -60,6 +60,7 @@ class Recorder:
         self._pending: tuple[int, Any, int] | None = None
         self._clock = time.perf_counter()
         self._recent: list[float] = []
+        self._counts = None if tokens else dict.fromkeys(COUNTS, 0)  # of the step before; None: not known
 
     def step(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
         """Takes the metrics [K] of the K steps that end with `step` (updates made) and the number of tokens that they
@@ -115,6 +116,9 @@ class Recorder:
         if step % self.log_every == 0:
             self._recent = []
             self._write(row)
+        if said := refusal(step, values, self._counts):
+            self.console.warn(said)
+        self._counts = {name: int(values.get(name, 0)) for name in COUNTS}
         check_refusals(step, values, self.abort_after)
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
@@ -140,14 +144,24 @@ class Recorder:
             self.log.write(row)
 
 
+def refusal(step: int, values: Mapping[str, Any], before: Mapping[str, int] | None) -> str:
+    """What the guard did to the update of this step, if anything: which, and by which limit."""
+    if before is None or not (changed := [name for name in COUNTS if int(values.get(name, 0)) > before[name]]):
+        return ""
+    what = "round" if changed[0].startswith("rounds") else "update"
+    done = "scaled to the limit" if changed[0].endswith("clipped") else "left out"
+    size, limit = float(values["judged"]), float(values["limit"])
+    why = f"its size {size:.3g} is above the limit of {limit:.3g} (guard.zscore)" if size > limit else "it is not finite"
+    return f"step {step}: the {what} was {done}: {why}"
+
+
 def check_refusals(step: int, values: Mapping[str, Any], abort_after: int) -> None:
     """Raises RunError where the guard has refused the last `abort_after` updates. values: the metrics of this step."""
     if int(values["skipped_in_a_row"]) >= abort_after:
         raise RunError(
-            f"the last {abort_after} updates were skipped (guard.abort_after): every gradient was NaN, infinite or a "
-            f"spike, up to step {step} (loss {values['loss']}, gradient norm {values['grad_norm']}). The weights are "
-            "those of the last good update. Lower optimizer.lr, look at the data around this step, or raise "
-            "guard.zscore."
+            f"the last {abort_after} updates were skipped or scaled (guard.abort_after): every gradient was NaN, "
+            f"infinite or a spike, up to step {step} (loss {values['loss']}, gradient norm {values['grad_norm']}). "
+            "Lower optimizer.lr, look at the data around this step, or raise guard.zscore."
         )
 
 
@@ -160,7 +174,7 @@ def on_host(metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
         if name not in shared:
             own = {str(shard.index): np.asarray(shard.data) for shard in x.addressable_shards}
             shared[name] = np.concatenate(list(own.values()), axis=1)
-    merge = {"skipped": np.sum, "clipped": np.sum, "skipped_in_a_row": np.max}
+    merge = {"skipped": np.sum, "clipped": np.sum, "skipped_in_a_row": np.max, "judged": np.max, "limit": np.min}
     return {name: merge.get(name, np.mean)(x, axis=1) if x.ndim == 2 else x for name, x in shared.items()}
 
 

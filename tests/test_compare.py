@@ -79,7 +79,7 @@ def test_updates_that_are_refused_are_counted_and_end_a_run_as_in_training(tmp_p
     plan = compare.Plan.read(str(config), "")
     run = lambda: compare.Runner(plan, tmp_path).result(plan.rows[0], 1e30, 0, 6)
     bad = run()
-    assert bad["skipped"] == 3 and "the last 3 updates were skipped (guard.abort_after)" in bad["ended"]
+    assert bad["skipped"] == 3 and "the last 3 updates were skipped or scaled (guard.abort_after)" in bad["ended"]
     assert len(bad["eval_loss"]) == 3 and np.isnan(bad["eval_loss"][-1]), "evaluations that were not made"
     assert "skipped 3" in capsys.readouterr().out
     assert run()["skipped"] == 3, "read again from the file"
