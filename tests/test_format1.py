@@ -66,7 +66,8 @@ def test_every_array_is_found_and_has_its_digest(tmp_path, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", ["codec=none", "strategy=stale codec=int4", "strategy=diloco codec=int4 interval=4", "strategy=eager interval=4"]
+    "options",
+    ["codec=none", "strategy=stale codec=int4", "strategy=diloco codec=int4 interval=4", "strategy=eager interval=4"],
 )
 def test_runs_of_the_release_before_go_on_from_their_step(tmp_path, options):
     release, workdir = tmp_path / "release", tmp_path / "run"
@@ -74,7 +75,8 @@ def test_runs_of_the_release_before_go_on_from_their_step(tmp_path, options):
     archive = subprocess.run(["git", "archive", LAST_RELEASE], cwd=helpers.ROOT, capture_output=True)
     if archive.returncode:
         pytest.skip(f"needs the repository's history back to {LAST_RELEASE}")
-    tarfile.open(fileobj=io.BytesIO(archive.stdout)).extractall(release, filter="data")
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        files.extractall(release, filter="data")
     chosen = [f"--config.sync.{option}" for option in options.split()]
     chosen += ["--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.sample.tokens=0", f"--workdir={workdir}"]
     command = [sys.executable, "train.py", "--config=configs/tiny.py", "--simulate=4", *chosen]

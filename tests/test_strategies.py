@@ -19,6 +19,7 @@ from parallel import eager, local, residuals, stale, strategies, streaming, unit
 from parallel import mesh as meshes
 from parallel.codecs import CODECS
 from parallel.cost import exchange_bytes
+from parallel.norms import norms
 from parallel.warmed import Warmed
 from runtime import config as configuration
 
@@ -432,3 +433,68 @@ def test_momentum_messages_train_the_tiny_model(options):
     losses, state = helpers.train_here(config, parts, 12, quickly=True)
     assert losses[-1] < losses[0] - 0.2
     assert int(state.guard.applied) == 12
+
+
+# ── rows of tokens that never occur ──────────────────────────────────────────────────────────────────────────────
+
+NEVER = slice(245, 256)  # bytes that no UTF-8 text has
+WITHOUT_GRADIENT = [
+    # (what is set, whether the codec can say 0 everywhere)
+    ({"optimizer__name": "signum", "sync__codec": "none"}, True),
+    (
+        {"optimizer__name": "signum", "sync__codec": "sign", "sync__stochastic": True, "sync__error_feedback": "off"},
+        False,
+    ),
+    ({"optimizer__name": "onebit_adam", "sync__codec": "sign", "optimizer__freeze_steps": 10}, True),
+    ({"optimizer__name": "onebit_adam", "sync__codec": "int8", "optimizer__freeze_steps": 10}, True),
+    ({"sync__codec": "sign", "sync__error_feedback": "off"}, False),
+    ({"sync__codec": "int4"}, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "says_zero"),
+    [pytest.param(*case, marks=[] if i in (1, 2) else [SLOW]) for i, case in enumerate(WITHOUT_GRADIENT)],
+    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "",
+)
+def test_the_row_of_a_token_that_never_occurs_does_not_drift(options, says_zero):
+    """Where the codec can say 0 it keeps its bits; the 1-bit sign cannot, in a block with others: there a row walks at
+    random, at most 3 lr √steps, and not lr · steps."""
+    steps, lr = 24, 1e-3
+    common = {"model__tie_embeddings": False, "optimizer__weight_decay": 0.0, "optimizer__lr": lr, "sync__block": 64}
+    if options["sync__codec"] == "none":
+        common.pop("sync__block")
+    config = helpers.tiny(**common | options)
+    parts = helpers.build(config, (2, 1, 1))
+    before = np.asarray(helpers.init_state(config, parts).params["embed"])[NEVER]
+    losses, state = helpers.train_here(config, parts, steps, quickly=True)
+    moved = np.asarray(state.params["embed"])[NEVER] - before
+    assert losses[-1] < losses[0], "something is learnt"
+    if says_zero:
+        np.testing.assert_array_equal(moved, 0.0)
+    else:
+        rows = np.sqrt(np.mean(moved**2, axis=1))
+        assert np.all(rows <= 3 * lr * np.sqrt(steps)) and np.all(rows < 0.5 * lr * steps), rows
+    assert int(state.guard.skipped) == 0 and float(jnp.max(jnp.abs(state.params["head"]))) < 1
+
+
+# ── by what devices decide ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2), (4, 1, 2)], ids=helpers.name)
+def test_a_norm_is_the_same_bits_on_every_device_and_crosses_no_slow_axis(mesh):
+    made = meshes.build(dict(zip(meshes.AXES, mesh, strict=True)), jax.devices()[: int(np.prod(mesh))])
+    P = jax.sharding.PartitionSpec
+    specs = {"a": P("fsdp", "tensor"), "b": P(None, "fsdp"), "c": P()}
+    rng = np.random.default_rng(0)
+    tree = {name: rng.standard_normal((16, 8)).astype(np.float32) for name in specs}
+    put = {name: jax.device_put(x, jax.sharding.NamedSharding(made, specs[name])) for name, x in tree.items()}
+    program = jax.jit(lambda tree: jnp.stack(norms(made, (specs, tree), (specs, tree)))).lower(put).compile()
+    found = program(put)
+    exact = np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in tree.values()))
+    for shard in found.addressable_shards:
+        np.testing.assert_allclose(np.asarray(shard.data), exact, rtol=1e-6)
+        np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(found.addressable_shards[0].data))
+    sent = wire.collectives(program.as_text(), made)
+    assert all(c.axis != "replica" for c in sent)
+    assert all(c.kind == "all-gather" for c in sent), "parts are gathered and added up everywhere in one order"
