@@ -13,7 +13,7 @@ from runtime.config import RunError, profile_range
 from runtime.console import Console
 from runtime.metrics import MetricsLog
 
-COUNTS = ("skipped", "clipped", "rounds_skipped", "rounds_clipped")
+COUNTS: tuple[str, ...] = ("skipped", "clipped", "rounds_skipped", "rounds_clipped")
 
 
 class Phases:
@@ -60,7 +60,7 @@ class Recorder:
         self._pending: tuple[int, Any, int] | None = None
         self._clock = time.perf_counter()
         self._recent: list[float] = []
-        self._counts = None if tokens else dict.fromkeys(COUNTS, 0)  # of the step before; None: not known
+        self._counts: dict[str, int] | None = None if tokens else dict.fromkeys(COUNTS, 0)  # before; None: unknown
 
     def step(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
         """Takes the metrics [K] of the K steps that end with `step` (updates made) and the number of tokens that they
@@ -151,7 +151,9 @@ def refusal(step: int, values: Mapping[str, Any], before: Mapping[str, int] | No
     what = "round" if changed[0].startswith("rounds") else "update"
     done = "scaled to the limit" if changed[0].endswith("clipped") else "left out"
     size, limit = float(values["judged"]), float(values["limit"])
-    why = f"its size {size:.3g} is above the limit of {limit:.3g} (guard.zscore)" if size > limit else "it is not finite"
+    why = (
+        f"its size {size:.3g} is above the limit of {limit:.3g} (guard.zscore)" if size > limit else "it is not finite"
+    )
     return f"step {step}: the {what} was {done}: {why}"
 
 
