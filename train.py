@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     background = threads_beside_grain(2)
     compiling = background.submit(assemble.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
-    corpus, prompt_P = load_data(config, workdir, console)
+    corpus, prompt_P = load_data(config, workdir, console, facts)
     loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
     checkpoints = open_checkpoints(config, parts, workdir, console)
     configuration.check_goal(config.steps, checkpoints.newest())
@@ -253,12 +253,14 @@ def say_resumed(config, workdir, start: int, console: Console, changed: str = ""
         console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
 
 
-def load_data(config, workdir: Workdir, console: Console) -> tuple[corpora.Corpus, np.ndarray | None]:
-    """The corpus, the same in every process, and the ids of the prompt."""
+def load_data(config, workdir: Workdir, console: Console, facts) -> tuple[corpora.Corpus, np.ndarray | None]:
+    """The corpus, the same in every process, and the ids of the prompt. What the data is joins the facts."""
     with agree.together("data"):
         corpus = load_corpus(config, workdir, console)
         prompt_P = ending.try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
-    agree.same("data", {"data": corpus.digest, "data.tokenizer": corpus.tokenizer.digest})
+    found = {"data": corpus.digest, "data.tokenizer": corpus.tokenizer.digest}
+    agree.same("data", found)
+    facts.update(found)
     return corpus, prompt_P
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import assemble
+from data.tokenizer import from_text
+from runtime.checkpoint import read_record
 from runtime.metrics import read
 
 
@@ -27,6 +29,25 @@ def test_the_workdir_holds_what_is_promised(finished):
     for name in ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "plots/loss.png", "samples.txt"):
         assert (workdir / name).exists(), name
     assert list((workdir / "profile").rglob("*.xplane.pb")), "the trace that was asked for"
+
+
+def test_the_workdir_says_what_the_run_was_trained_on(finished):
+    workdir, output = finished[0], finished[1].stdout
+    kept, summary = (json.loads((workdir / name).read_text()) for name in ("data.json", "summary.json"))
+    (source,) = kept["sources"]
+    assert source["name"] == "stdlib" and "json/decoder.py" in [name for name, *_ in source["files"]]
+    tokenizer = from_text((workdir / "tokenizer.json").read_text(), "")
+    step = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    facts = read_record(step)["facts"]
+    assert facts["data"] == summary["data_digest"] and facts["data.tokenizer"] == tokenizer.digest
+    size = sum(size for _, size, _ in source["files"])
+    assert re.search(
+        rf"^  data +stdlib: {len(source['files'])} files, \d+ documents, {size} bytes$", output, re.MULTILINE
+    )
+    assert re.search(
+        r"^    tokens +[\d,]+ for training, [\d,]+ held out \(5\.\d%\); 0\.0\d+ epochs$", output, re.MULTILINE
+    )
+    assert re.search(r"^    tokenizer +bytes, 256 ids; a document ends with byte 0$", output, re.MULTILINE)
 
 
 def test_the_summary_has_its_keys(finished):
