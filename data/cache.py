@@ -96,9 +96,11 @@ def cached(path: Path, read: Callable[[Path], T | None], write: Callable[[Binary
     if value is not None:
         return value
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(path.with_name(path.name + ".lock")):
+    with _locked(path.with_name(path.name + ".lock")) as alone:
         value = read(path)  # another process may have written it while this one waited for the lock
         if value is None:
+            for left in path.parent.glob(f"{path.name}.*.tmp") if alone else ():
+                left.unlink()  # half of the file, by a process that was killed: it may be as large as the whole
             write_atomically(path, write)
             value = read(path)
     if value is None:
@@ -107,8 +109,10 @@ def cached(path: Path, read: Callable[[Path], T | None], write: Callable[[Binary
 
 
 @contextlib.contextmanager
-def _locked(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[bool]:
+    """Inside, no other process holds this lock; gives whether that is sure."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    alone = True
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,8 +121,10 @@ def _locked(lock: Path) -> Iterator[None]:
                 logging.getLogger(__name__).info("waiting for the process that is writing %s", lock.stem)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             elif error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise  # some network disks have no locks: then two may do the same work, and rename keeps it safe
-        yield
+                raise
+            else:  # some network disks have no locks: then two may do the same work, and rename keeps it safe
+                alone = False
+        yield alone
     finally:
         os.close(descriptor)  # closing lets go of the lock, also when the process is killed
 

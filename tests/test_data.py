@@ -1019,6 +1019,28 @@ def test_encoding_takes_at_most_200_mib_and_8_times_the_text(kind, name, tmp_pat
     assert peak <= 200 * 2**20 + 8 * size, f"{peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB of text"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("during", ["training a BPE", "tokenising"])
+def test_sigterm_ends_what_is_done_with_the_text_within_5_seconds(during, tmp_path):
+    (tmp_path / "a.txt").write_text(some_text(1) * 1500, encoding="utf-8")
+    cache = tmp_path / "cache"
+    options = ["--simulate=1", f"--workdir={tmp_path}/run", f"--config.data.path={tmp_path}/a.txt"]
+    options += ["--config.data.tokenizer=bpe", "--config.data.vocab_size=2000"]
+    command = [sys.executable, "train.py", "--config=configs/tiny.py", *options]
+    environment = os.environ | {"SLACKLINE_CACHE": str(cache)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    begun, deadline = "bpe-*.tmp" if during == "training a BPE" else "tokens-*.tmp", time.monotonic() + 120
+    while not list(cache.glob(begun)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - started < 5 and process.returncode == 75
+    assert "stopped by SIGTERM before the first step" in output
+    assert not (tmp_path / "run" / "config.json").exists() and not list(cache.glob("tokens-*.bin"))
+
+
 # ---------------------------------------------------------------------------------------------- remedies
 
 
@@ -1106,6 +1128,17 @@ def test_damaged_cache_is_rebuilt(damage, load, folder, tmp_path):
     np.testing.assert_array_equal(load(folder).train_N, first_N)
     assert path.read_bytes() == good
     assert not list(path.parent.glob("*.tmp"))
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(load, folder, tmp_path):
+    load(folder)
+    (path,) = (tmp_path / "cache").glob("tokens-*.bin")
+    left, other = path.with_name(path.name + ".abc.tmp"), path.with_name("tokens-other.bin.abc.tmp")
+    for file in (left, other):
+        file.write_bytes(b"half")
+    path.unlink()
+    load(folder)
+    assert path.exists() and not left.exists() and other.exists()
 
 
 CHILD = """

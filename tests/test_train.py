@@ -38,7 +38,9 @@ def test_the_workdir_says_what_the_run_was_trained_on(finished):
     assert source["name"] == "stdlib" and "json/decoder.py" in [name for name, *_ in source["files"]]
     tokenizer = from_text((workdir / "tokenizer.json").read_text(), "")
     step = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    facts = read_record(step)["facts"]
+    record = read_record(step)
+    assert record, "an intact one"
+    facts = record["facts"]
     assert facts["data"] == summary["data_digest"] and facts["data.tokenizer"] == tokenizer.digest
     size = sum(size for _, size, _ in source["files"])
     assert re.search(
