@@ -45,7 +45,7 @@ from runtime.console import Console, human_seconds
 from runtime.metrics import write_json
 from runtime.progress import Recorder
 
-PER_SEED = ("eval_loss", "skipped", "clipped", "ended")
+PER_SEED = ("skipped", "clipped", "ended")  # of the runs of a row
 PERTURBATION = 1e-6  # of the weights, relative: the noise floor of a comparison
 
 
@@ -173,7 +173,8 @@ class Runner:
             "name": row.name,
             "tuned": f"{row.tune[0]}={value:g} of {', '.join(f'{v:g}' for v in row.tune[1])}" if row.tune else "",
             "steps": runs[0]["steps"],
-            **{f"{key}s" if key == "eval_loss" else key: [run[key] for run in runs] for key in PER_SEED},
+            "eval_losses": [run["eval_loss"] for run in runs],
+            **{key: [run[key] for run in runs] for key in PER_SEED},
             **{key: runs[0][key] for key in keys},
         }
 

@@ -17,6 +17,7 @@ import train
 from data.tokenizer import ByteTokenizer
 from runtime import lock
 from runtime.config import UsageError
+from runtime.metrics import write_json
 
 CONFIG = """
 from configs import tiny
@@ -67,6 +68,23 @@ def test_a_row_whose_run_was_ended_says_so_and_leaves_the_others_alone(tmp_path)
     text = comparison.markdown(table)
     assert "| 20 / 0 / 1 | 0 / 0 / 0 |" in text and text.endswith("- b: 20 updates were skipped")
     comparison.write(table, tmp_path)  # and the plots are drawn
+
+
+def test_a_row_is_summed_up_from_the_files_of_its_runs(tmp_path):
+    """A candidate whose loss is not a number, null in its file, is not chosen."""
+    config = tmp_path / "three.py"
+    config.write_text(CONFIG)
+    plan = compare.Plan.read(str(config), "")
+    runner, row, method = compare.Runner(plan, tmp_path), plan.rows[0], summary("", [])["method"]
+    for value, loss in zip(row.candidates, (2.0, np.nan), strict=True):
+        for steps, seed in {(plan.third, 0), *((plan.steps, seed) for seed in plan.seeds)}:
+            found = {"steps": [2], "eval_loss": [loss], "skipped": seed, "clipped": 0, "ended": "", "parameters": 1,
+                     "wire_bytes_per_step": 4.0, "wire_bytes_from": "", "method": method}  # fmt: skip
+            write_json(runner._file(row, value, seed, steps), found)
+    found = runner.summary(row)
+    assert found["tuned"].startswith("optimizer.lr=0.001 of") and found["eval_losses"] == [[2.0]] * 3
+    assert found["skipped"] == [0, 1, 2] and runner.finished(row)
+    assert "| 0 / 1 / 2 | 0 / 0 / 0 |" in comparison.markdown(comparison.tabulate([found], plan.about()))
 
 
 @pytest.mark.slow
