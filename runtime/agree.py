@@ -22,7 +22,7 @@ import jax
 
 from runtime.config import RunError, UsageError, flatten
 from runtime.rendezvous import SAY_AFTER, found_by_jax, meet, parse_address, processes
-from runtime.watch import GRACE, Watch
+from runtime.watch import Watch
 
 LONGEST_WAIT = 1800.0  # seconds; compilations and the reading of data may differ by minutes
 SAY_EVERY = 30.0  # seconds
@@ -153,7 +153,7 @@ def tell(code: int, text: str) -> None:
 def hear() -> None:
     """Where a connection broke: time for word of the process that was at its other end, which ends this one."""
     if _watch:
-        time.sleep(2 * GRACE)
+        _watch.hear()
 
 
 def leave() -> None:

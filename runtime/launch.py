@@ -179,8 +179,11 @@ def describe(returncode: int, by_launcher: bool = False) -> str:
     if returncode >= 0:
         return f"failed with exit code {returncode}"
     name = signal.Signals(-returncode).name if -returncode in set(signal.Signals) else f"signal {-returncode}"
-    hint = " (out of memory? see dmesg)" if -returncode == signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"
+    hints = {
+        signal.SIGKILL: " (out of memory? see dmesg)",
+        signal.SIGABRT: " (JAX does so where process 0 has gone: see library.log in the workdir)",
+    }
+    return f"was killed by {name}{hints.get(-returncode, '')}"
 
 
 def shell_code(returncode: int) -> int:

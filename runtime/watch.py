@@ -32,6 +32,8 @@ class Watch:
         self._client, self._me, self._count, self._connections = client, me, count, connections
         self._leaving = threading.Event()  # connections may close now
         self._ending = threading.Event()  # nothing is to be done any more: this process is done, or has failed itself
+        self._going = threading.Event()  # on another's account
+        self._gone: set[int] = set()
         self.look: Callable[[], None] = lambda: None  # what else is to be looked at (runtime/preemption.py)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -46,6 +48,11 @@ class Watch:
         for connection in self._connections.values():
             connection.close()
 
+    def hear(self) -> None:
+        """Where a connection broke: time for word of the process at its other end, which then ends this one."""
+        if self._going.wait(2 * GRACE):
+            threading.Event().wait()
+
     def tell(self, code: int, text: str) -> None:
         """This process fails: tells the others, and lets them end before the coordinator goes with process 0."""
         self._ending.set()
@@ -55,7 +62,8 @@ class Watch:
             until = time.monotonic() + GRACE + 2
             while self._me == 0 and time.monotonic() < until:
                 time.sleep(0.05)
-                if len(self._client.key_value_dir_get(ENDED)) == self._count:
+                ended = {int(key.removeprefix(ENDED)) for key, _ in self._client.key_value_dir_get(ENDED)}
+                if len(ended | self._gone) == self._count:
                     time.sleep(0.1)  # from its last word to its end
                     return
 
@@ -65,6 +73,7 @@ class Watch:
             gone = None
             for connection in select.select(list(by_socket), [], [], LOOK_EVERY)[0] if by_socket else ():
                 gone = by_socket.pop(connection)  # nobody writes there, so that is the other's end
+                self._gone.add(gone)
             if not by_socket:
                 self._ending.wait(LOOK_EVERY)
             gone = None if self._leaving.is_set() else gone
@@ -91,6 +100,7 @@ class Watch:
         self._go(code, f"error: process {process} failed, so this one ends, too: {text}", process > 0)
 
     def _go(self, code: int, text: str, tell: bool = True) -> None:
+        self._going.set()
         print(text, file=sys.stderr, flush=True)
         if tell:
             self.tell(code, text.removeprefix("error: "))

@@ -120,6 +120,7 @@ def test_nobody_waits_for_a_process_that_has_gone(tmp_path, scenario, code, why)
     codes, printed, _ = several(scenario, tmp_path)
     assert codes == [1, code], printed
     assert f"error: process 1 failed, so this one ends, too: {why}" in printed[0]
+    assert printed[0].count("error: ") == 1
     assert time.monotonic() - started < 25, "in seconds, not after a heartbeat"
 
 

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import train
 from parallel import mesh as meshes
 from runtime import checkpoint
 from runtime import digest as digest_module
@@ -405,6 +406,22 @@ def test_facts_are_read_without_a_restore(saved, tmp_path):
     assert Checkpoints(directory).facts() == {"data": "0f", "tokens": 2**70}
     (directory / "3" / "record" / checkpoint.COPIES[0]).write_text("{")
     assert Checkpoints(directory).facts()["data"] == "0f"
+
+
+def test_a_run_whose_last_step_has_vanished_does_not_say_that_it_is_saved(tmp_path, monkeypatch, capsys):
+    """Another program deletes it as soon as it is there."""
+    finish = Checkpoints.finish
+
+    def vanishing(self) -> list[int]:
+        finish(self)
+        shutil.rmtree(tmp_path / "checkpoints" / "2", ignore_errors=True)
+        return finish(self)
+
+    monkeypatch.setattr(Checkpoints, "finish", vanishing)
+    options = ["--config.steps=2", "--config.sample.tokens=0", "--config.eval_batches=1", f"--workdir={tmp_path}"]
+    assert train.run(["train.py", f"--config={helpers.ROOT}/configs/tiny.py", *options]) == 1
+    out, err = capsys.readouterr()
+    assert "step 2 is not among the checkpoints" in err and "complete" not in out
 
 
 # ── digests ──────────────────────────────────────────────────────────────────────────────────────────────────────
