@@ -179,7 +179,7 @@ def describe(returncode: int, by_launcher: bool = False) -> str:
     if returncode >= 0:
         return f"failed with exit code {returncode}"
     name = signal.Signals(-returncode).name if -returncode in set(signal.Signals) else f"signal {-returncode}"
-    hints = {
+    hints: dict[int, str] = {
         signal.SIGKILL: " (out of memory? see dmesg)",
         signal.SIGABRT: " (JAX does so where process 0 has gone: see library.log in the workdir)",
     }
