@@ -1,0 +1,132 @@
+"""Going on where strategy, mesh and number of replicas change at once: what is owed and in flight is conserved, what is
+another one is named, and memory stays that of one's own share. On the model of test_refusing.py, filled with random
+numbers: no step is made. `pytest -m "" -s tests/test_seams.py` prints one line a pair of strategies."""
+
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_refusing import make
+
+from parallel import fold, resume, roles, rules
+from runtime.digest import named_arrays
+
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2)]  # fsdp, tensor
+REPLICAS = (2, 3, 4)
+# (before, after, optimizer). The outer optimizer is by turns nesterov and adam, the codec by turns one of CODECS.
+PAIRS = [
+    ("sync", "sync", "adamw"),
+    ("sync", "sync", "onebit_adam"),
+    ("stale", "stale", "signum"),
+    ("stale", "sync", "adamw"),
+    ("sync", "diloco", "adamw"),
+    ("diloco", "streaming", "adamw"),
+    ("streaming", "diloco", "adamw"),
+    ("eager", "eager", "adamw"),
+    ("eager", "diloco", "adamw"),
+]
+CODECS = ("int4", "topk", "powersgd")
+LOCAL = ("diloco", "streaming", "eager")
+
+
+def built(strategy, codec, optimizer, sizes, replicas, outer):
+    """(strategy, its abstract state, kinds by name, leaves). Two replicas a device where that is possible."""
+    devices = 2 if replicas % 2 == 0 and np.prod(sizes) <= 4 else 1
+    made, params, leaves = make(strategy, codec, optimizer, (devices, *sizes), replicas, outer)
+    state = jax.eval_shape(lambda: made.init(params))
+    declared = made.declare(state)
+    shardings = rules.shardings(made.mesh, roles.specs_of(declared))
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return made, params, state, {n: role.kind for n, role in named_arrays(declared).items()}, leaves
+
+
+def filled(state, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    draw = {
+        "f": lambda x: rng.standard_normal(x.shape).astype(np.float32),
+        "i": lambda x: rng.integers(1, 9, x.shape).astype(np.int32),
+        "b": lambda x: np.ones(x.shape, bool),
+    }
+    return {name: draw[np.dtype(x.dtype).kind](x) for name, x in named_arrays(state).items()}
+
+
+def owed(arrays, kinds, leaves) -> dict[str, np.ndarray]:
+    """Mean of the workers' residuals + the servers' + what is in flight, by weight."""
+    all_leaves = jax.tree.leaves(leaves)
+    found = {leaf.name: np.zeros(leaf.shape) for leaf in all_leaves}
+    for name, own in fold.owners([n for n in arrays if fold.server_of(n)], all_leaves).items():
+        for leaf, x in fold.unfold(name, jnp.asarray(arrays[name]), own).items():
+            found[leaf] += np.asarray(x, np.float64)
+    for name, x in arrays.items():
+        if name.startswith("codec/worker/") or kinds[name] == roles.IN_FLIGHT:
+            leaf = next(leaf.name for leaf in all_leaves if name.endswith(f"/{leaf.name}"))
+            found[leaf] += np.asarray(x, np.float64).mean(axis=0)
+    return found
+
+
+def check(pair, codec, outer, mesh_before, mesh_after, R_before, R_after, seed: int) -> None:
+    before, after, optimizer = pair
+    where = (*pair, codec, outer, mesh_before, mesh_after, R_before, R_after)
+    _, _, old_state, old_kinds, leaves = built(before, codec, optimizer, mesh_before, R_before, outer)
+    made, params, state, kinds, _ = built(after, codec, optimizer, mesh_after, R_after, outer)
+    old = filled(old_state, seed)
+    saved = {n: {"shape": x.shape, "dtype": str(x.dtype), "kind": old_kinds[n]} for n, x in old.items()}
+    fresh = lambda names: {n: x for n, x in named_arrays(jax.jit(made.init)(params)).items() if n in set(names)}
+    wanted = named_arrays(state)
+    adapted = resume.adapt(saved, wanted, kinds, leaves, fresh, made.mesh)
+    assert not adapted.missing, where
+    new: dict = {}
+    for step in adapted.steps:
+        new |= step.make({n: jax.device_put(old[n], x.sharding) for n, x in step.load.items()})
+    assert new.keys() == wanted.keys(), where
+    for name, x in new.items():
+        assert (x.shape, x.dtype) == (wanted[name].shape, wanted[name].dtype), (*where, name)
+    new = jax.device_get(new)
+
+    family = lambda strategy: strategy in LOCAL
+    feedback = any(name.startswith("codec/worker/") for name in new)
+    if family(before) == family(after) and (feedback or before == after):
+        for name, x in owed(old, old_kinds, leaves).items():
+            np.testing.assert_allclose(
+                owed(new, kinds, leaves)[name], x, rtol=1e-5, atol=1e-5, err_msg=str((*where, name))
+            )
+
+    named = " ".join(adapted.notes)
+    for name in {*old, *new}:
+        same = name in old and name in new and old[name].shape == new[name].shape
+        if not (same and np.array_equal(old[name], new[name])):
+            assert name in named, (*where, name, "is another one, and that is not said", adapted.notes)
+    if R_before == R_after and before == after:
+        changed = {
+            n for n in new if kinds[n] in (roles.REPLICA, roles.IN_FLIGHT) and not np.array_equal(old[n], new[n])
+        }
+        assert not changed, (*where, "with the same R nothing of a replica is averaged")
+
+    size = lambda x: int(np.prod(x.sharding.shard_shape(x.shape))) * np.dtype(x.dtype).itemsize
+    own = sum(map(size, wanted.values()))
+    loaded = sum(map(size, adapted.load.values()))
+    whole = sum(int(np.prod(x["shape"])) * np.dtype(x["dtype"]).itemsize for x in saved.values())
+    share = max(1.0, whole / sum(x.size * np.dtype(x.dtype).itemsize for x in wanted.values()))
+    assert loaded <= 2 * share * own + 4096, (*where, loaded, own)
+
+
+CHANGES = list(product(MESHES, MESHES, REPLICAS, REPLICAS))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_a_few_changes_of_mesh_and_replicas(pair):
+    number = PAIRS.index(pair)
+    for i in (1, 50, 100) if number % 3 == 0 else (77,):
+        mesh_before, mesh_after, *replicas = CHANGES[(i + 17 * number) % len(CHANGES)]
+        check(pair, CODECS[number % 3], ("nesterov", "adam")[number % 2], mesh_before, mesh_after, *replicas, seed=i)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_every_change_of_mesh_and_replicas(pair):
+    """Codecs and outer optimizers by turns, so that each meets every mesh, every R and every pair."""
+    for i, (mesh_before, mesh_after, *replicas) in enumerate(CHANGES):
+        check(pair, CODECS[i % 3], ("nesterov", "adam")[i % 2], mesh_before, mesh_after, *replicas, seed=i)
+    print(f"{' '.join(pair)}: {len(CHANGES)} changes")
