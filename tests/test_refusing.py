@@ -191,7 +191,7 @@ def test_one_bad_batch_at_any_phase_of_a_round_leaves_no_lasting_trace(name):
     print(f"{' '.join(name)}: {count} events")
 
 
-def test_a_lump_that_residuals_hold_is_not_refused_for_ever():
+def test_a_lump_that_residuals_hold_is_cut_off_and_does_not_come_back():
     """It is too large for three updates, and is cut off; what is new is applied again, and nothing of the lump."""
     strategy, programs, state = cell("sync", "topk", "adamw")
     applied, in_a_row = [], []

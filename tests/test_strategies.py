@@ -498,3 +498,100 @@ def test_a_norm_is_the_same_bits_on_every_device_and_crosses_no_slow_axis(mesh):
     sent = wire.collectives(program.as_text(), made)
     assert all(c.axis != "replica" for c in sent)
     assert all(c.kind == "all-gather" for c in sent), "parts are gathered and added up everywhere in one order"
+
+
+# ── between calls ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def toy_batch(x, y, n: int, K: int) -> dict:
+    mask = np.ones((*y[n : n + K].shape, 1), np.float32)
+    return {"tokens": x[n : n + K], "targets": y[n : n + K, ..., None], "mask": mask}
+
+
+TOYS = {
+    "sync": (strategies.Sync, {}),
+    "stale": (stale.Stale, {"staleness": 2}),
+    "diloco": (local.DiLoCo, {"interval": 4, "outer": local.Outer("sgd", 1.0, 0.0)}),
+    "eager": (eager.Eager, {"interval": 4, "outer": local.Outer("sgd", 1.0, 0.0)}),
+}
+
+
+@pytest.mark.parametrize("name", [*TOYS, "streaming"])
+def test_a_step_of_every_strategy_is_an_update(name):
+    """Whatever a call makes of them: a checkpoint's number, the schedule and the draws go by it."""
+    if name == "streaming":
+        parts = helpers.build(helpers.tiny(**options("streaming")), (2, 1, 1))
+        state, K = parts.state, parts.strategy.steps_per_call
+        after = [jax.eval_shape(program, state, parts.batch)[0] for program in parts.strategy.programs().values()]
+        assert K == 4 and all(x.step.shape == () for x in after)
+        program = next(iter(parts.strategy.programs().values()))
+        step = lambda state, batch: program(state, batch)[0].step
+        begun = helpers.init_state(helpers.tiny(**options("streaming")), parts)
+        rows = [helpers.batch(helpers.tiny(**options("streaming")), parts, n) for n in range(K)]
+        batch = jax.device_put(jax.tree.map(lambda *x: np.concatenate(x), *rows), assemble.shardings_of(parts.batch))
+        assert int(jax.jit(step, compiler_options=helpers.QUICKLY)(begun, batch)) == K
+        return
+    kind, fields = TOYS[name]
+    strategy, params = toy(kind, 2, **fields)
+    x, y = toy_batches(2, 8)
+    state, K = strategy.init(params), strategy.steps_per_call
+    for n in range(0, 8, K):
+        state, metrics = jax.jit(strategy.programs()[strategy.program_at(n, 8)])(state, toy_batch(x, y, n, K))
+        assert int(state.step) == n + K and len(metrics["loss"]) == K
+
+
+def test_a_run_that_would_not_end_in_whole_rounds_is_refused():
+    strategy, _ = toy(eager.Eager, 2, interval=8, outer=local.Outer("sgd", 1.0, 0.0))
+    strategy.check_begin(16, 24)
+    for begin, end in ((20, 24), (16, 20), (20, 28)):
+        with pytest.raises(
+            ValueError, match=f"from step {begin} to {end}, and 8 steps are made at a time.*one of 1, 2, 4"
+        ):
+            strategy.check_begin(begin, end)
+
+
+def test_an_eager_run_that_is_extended_goes_on_like_one_that_was_not_ended():
+    R, H, rounds = 3, 4, 40
+    strategy, params = toy(eager.Eager, R, 0.02, interval=H, outer=local.Outer("sgd", 1.0, 0.0))
+    x, y = toy_batches(R, rounds * H)
+    programs = {name: jax.jit(f) for name, f in strategy.programs().items()}
+
+    def apart(stops) -> float:
+        """How far the replicas' own parameters are from the shared ones in the end."""
+        state, n = strategy.init(params), 0
+        for last in stops:
+            while n < last:
+                state, _ = programs[strategy.program_at(n, last)](state, toy_batch(x, y, n, H))
+                n += H
+        own = state.strategy["outer"]["replicas"]["params"]
+        gaps = jax.tree.map(lambda a, b: float(jnp.abs(a - b[None]).max()), own, state.params)
+        return max(jax.tree.leaves(gaps))
+
+    assert apart([rounds * H]) < 1e-5 and apart([2 * H, rounds * H]) < 1e-5
+
+
+def test_a_batch_without_target_tokens_is_no_update():
+    strategy, params = toy(strategies.Sync, 2)
+    x, y = toy_batches(2, 1)
+    before = strategy.init(params)
+    state, metrics = jax.jit(strategy.step)(
+        before, toy_batch(x, y, 0, 1) | {"mask": np.zeros((1, 2, 8, 1), np.float32)}
+    )
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt), (before.params, before.opt))
+    assert int(metrics["skipped"][0]) == 1 and np.isfinite(float(metrics["loss"][0]))
+
+
+def test_a_replica_with_parameters_of_nan_begins_its_next_round_like_the_others():
+    strategy, params = toy(local.DiLoCo, 2, interval=2, outer=local.Outer("nesterov", 0.7, 0.9))
+    x, y = toy_batches(2, 4)
+    state = strategy.init(params)
+    own = state.strategy["replicas"]
+    broken = own | {"params": jax.tree.map(lambda w: w.at[1].set(jnp.nan), own["params"])}
+    state = dataclasses.replace(state, strategy=state.strategy | {"replicas": broken})
+    for n in range(4):
+        state, metrics = jax.jit(strategy.programs()[strategy.program_at(n, 4)])(state, toy_batch(x, y, n, 1))
+        if n == 1:
+            jax.tree.map(np.testing.assert_array_equal, state.params, params)
+            assert int(metrics["rounds_skipped"][0]) == 1
+    assert all(np.all(np.isfinite(w)) for w in jax.tree.leaves((state.params, state.strategy)))
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True))
