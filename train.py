@@ -250,7 +250,8 @@ def say_resumed(config, workdir, start: int, console: Console, changed: str = ""
         console.say(f"this run is complete: it has made its {start} steps, and is evaluated again")
     elif start and configuration.changes_schedule(before, config):
         was, now = (float(assemble.build_schedule(c)(step)) for c, step in ((before, start - 1), (config, start)))
-        console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
+        if was != now:
+            console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
 
 
 def load_data(config, workdir: Workdir, console: Console, facts) -> tuple[corpora.Corpus, np.ndarray | None]:

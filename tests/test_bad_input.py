@@ -557,6 +557,10 @@ def test_a_longer_run_says_what_the_learning_rate_jumps_from_and_to(run, capsys)
     train.say_resumed(old, Workdir(run, True, True), 20, Console(20, 1))
     out = capsys.readouterr().out
     assert "this run is complete" in out and "learning rate" not in out
+    constant = helpers.tiny(steps=20)
+    (run / "config.json").write_text(constant.to_json())
+    train.say_resumed(helpers.tiny(steps=40), Workdir(run, True, True), 20, Console(40, 1))
+    assert "learning rate" not in capsys.readouterr().out, "it does not jump"
 
 
 def test_checkpoints_of_another_optimizer(fails, run):
