@@ -46,7 +46,7 @@ def get_config() -> Any:
 
     c.compute = ConfigDict()  # how the model is executed: nothing here changes the mathematics
     c.compute.dtype = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
-    c.compute.attention = "auto"  # auto: cudnn on GPU, splash on TPU, reference elsewhere
+    c.compute.attention = "auto"  # cudnn, splash, reference; auto: the first of these that fits the model and the chip
     c.compute.remat = "matmuls"  # kept for the backward pass: none (everything), matmuls, dots, full (nothing)
     c.compute.unroll = False  # compile each layer by itself: slower to compile, sometimes faster to run
     c.compute.loss_chunk_mib = 32  # float32 logits that one device holds at a time
