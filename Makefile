@@ -2,17 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+WORKERS := -n 2 --dist worksteal
 
-.PHONY: train test test-all check clean
+.PHONY: train test sample prove check clean
 
 train: $(VENV)/.ready  ## the quickstart, on a simulated mesh of 4 devices
 	$(RUN) train.py --config=configs/quickstart.py --simulate=4 --config.mesh.fsdp=2 --config.mesh.tensor=2
 
-test: $(VENV)/.ready  ## the tests that fit into 10 minutes on 2 cores
-	$(RUN) -m pytest
+test: $(VENV)/.ready  ## the tests that fit into 6 minutes on 2 cores
+	$(RUN) -m pytest $(WORKERS) --durations=10
 
-test-all: $(VENV)/.ready-dev  ## the slow ones too, and the optional extras: half an hour on 2 cores
-	$(RUN) -m pytest -m "" -n 2 --dist worksteal
+sample: $(VENV)/.ready-dev  ## one case of every slow test
+	$(RUN) -m pytest --sample $(WORKERS) --durations=10
+
+prove: $(VENV)/.ready-prove  ## everything there is, for hours: stopped anywhere, it goes on; docs/proofs.md has the result
+	$(RUN) tests/prove.py
 
 check: $(VENV)/.ready-dev  ## lint, format, types
 	$(RUN) -m ruff check .
@@ -30,6 +34,10 @@ $(VENV)/.ready: requirements.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt requirements-data.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.ready-prove: $(VENV)/.ready-dev requirements-prove.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-prove.txt
 	@touch $@
 
 clean:

@@ -1,5 +1,11 @@
-"""Every test sees 8 simulated CPU devices and a private cache of compiled programs."""
+"""Every test sees 8 simulated CPU devices and a private cache of compiled programs.
 
+pytest             the default run
+pytest --sample    of every slow test function one case, always the same: what CI can afford
+pytest -m ""       all
+"""
+
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -12,9 +18,34 @@ os.environ["SLACKLINE_CACHE"] = str(CACHE)
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its compiler runs in several pytest workers at once
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 from parallel import mesh  # noqa: E402
 
 mesh.simulate(8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+pytest_plugins = ["counting"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", action="store_true", help="one case of every slow test function, none marked prove")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.sample:
+        config.option.markexpr = "slow and not prove"
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.sample:
+        return
+    chosen: dict[str, pytest.Item] = {}  # by function: the case whose name has the smallest hash
+    digest = lambda item: hashlib.sha256(item.nodeid.encode()).digest()
+    for item in sorted(items, key=digest, reverse=True):
+        chosen[item.nodeid.partition("[")[0]] = item
+    kept = {id(item) for item in chosen.values()}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]

@@ -29,10 +29,10 @@ def test_an_exchange_needs_two_arrays_of_memory_and_what_is_in_flight(codec, for
 
 
 # The others with scales are coded like int8 and int4, and compile as long: bench/codecs.py --tpu has them all.
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("codec", ["none", "int8", "int4", "topk", "randk", "powersgd", "demo"])
 def test_on_a_tpu_too(codec):
-    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -r requirements-dev.txt")
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -r requirements-prove.txt")
     from jax.experimental import topologies
 
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices

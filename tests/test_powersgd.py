@@ -91,6 +91,7 @@ def run_hook(gradients: dict[str, np.ndarray], rank: int, directory: Path) -> li
     return [{what: join_layers(found, what) for what in ("mean", "q", "owed")} for found in files]
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("rank", [2, 4])  # the hook orthogonalises two columns by Gram-Schmidt, more by QR
 def test_every_step_is_that_of_pytorchs_own_hook(rank, tmp_path):
     """Q and the residuals are copied from the hook's memory once, after its first compressed step; from there on the

@@ -19,8 +19,9 @@ from parallel.cost import exchange_bytes
 from parallel.exchange import Feedback, is_round
 
 pytest.importorskip(
-    "libtpu", reason="libtpu is not installed: pip install -r requirements-dev.txt on Python 3.12 or newer"
+    "libtpu", reason="libtpu is not installed: pip install -r requirements-prove.txt on Python 3.12 or newer"
 )
+pytestmark = pytest.mark.prove
 SIZES = {"replica": 2, "fsdp": 2, "tensor": 2}
 
 

@@ -127,9 +127,9 @@ def test_a_look_up_that_is_left_to_xla_would_be_found():
     assert stray.traffic(program, parts.mesh, 0).stray > 0
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_no_mesh_vocabulary_or_batch_makes_any_program_send_more():
-    hypothesis = pytest.importorskip("hypothesis", reason="pip install -r requirements-dev.txt")
+    hypothesis = pytest.importorskip("hypothesis", reason="pip install -r requirements-prove.txt")
     st = hypothesis.strategies
     small = {
         "model__model_dim": 16,

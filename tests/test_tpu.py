@@ -12,8 +12,9 @@ from parallel import wire
 from parallel.cost import exchange_bytes
 
 pytest.importorskip(
-    "libtpu", reason="libtpu is not installed: pip install -r requirements-dev.txt on Python 3.12 or newer"
+    "libtpu", reason="libtpu is not installed: pip install -r requirements-prove.txt on Python 3.12 or newer"
 )
+pytestmark = pytest.mark.prove
 
 
 @pytest.fixture(scope="module", params=["v5e:2x4"])

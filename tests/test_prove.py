@@ -1,0 +1,125 @@
+"""tests/prove.py and tests/counting.py: pieces are proven once, go on where they were stopped, and count what is theirs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import counting
+import prove
+import pytest
+import taken_out
+
+CASES = """
+import pytest
+def test_one(record_property): record_property("events", 3)
+def test_two(record_property): record_property("events", 4)
+@pytest.mark.skip(reason="no such machine")
+def test_three(): pass
+"""
+
+
+def piece(name: str, code: str) -> prove.Piece:
+    return prove.Piece(name, [sys.executable, "-c", code])
+
+
+@pytest.fixture
+def store(tmp_path):
+    return prove.Store(tmp_path / "results", "abc", "3.11")
+
+
+def test_a_piece_of_pytest_is_counted(tmp_path, store):
+    (tmp_path / "test_made.py").write_text(CASES)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={junit}", str(tmp_path)]
+    result = prove.run(prove.Piece("made", command), "abc")
+    assert [result[kind] for kind in ("passed", "failed", "skipped")] == [2, 0, 1]
+    assert result["counted"] == {"events": 7} and result["skips"] == ["no such machine"]
+    (tmp_path / "test_made.py").write_text("def test_one(): assert False, 'as it happens'")
+    result = prove.run(prove.Piece("made", command), "abc")
+    assert result["failed"] == 1 and "as it happens" in result["output"]
+    (tmp_path / "test_made.py").write_text("no python")
+    assert prove.run(prove.Piece("made", command), "abc")["failed"] == 1, "what cannot be collected"
+
+
+def test_what_has_passed_is_not_run_again_and_what_has_failed_is(tmp_path, store, capsys):
+    note = f"open({str(tmp_path / 'ran')!r}, 'a').write"
+    wanted = [piece("good", f"{note}('g')"), piece("bad", f"{note}('b'); raise SystemExit('a reason')")]
+    assert prove.prove(wanted, store) == 1
+    assert "[1/2] good: 1 passed" in (said := capsys.readouterr().out) and "a reason" in said and "min left" in said
+    assert prove.prove(wanted, store) == 1 and "1 proven already at abc" in capsys.readouterr().out
+    assert (tmp_path / "ran").read_text() == "gbb"
+    assert prove.prove(wanted[:1], prove.Store(store.root, "other", "3.11")) == 0
+    changed = prove.Store(store.root, "abc-changed", "3.11")
+    for _ in range(2):
+        prove.prove(wanted[:1], changed)
+    assert (tmp_path / "ran").read_text() == "gbb" + "g" + "gg", "another commit, and a tree that is none"
+
+
+def test_stopped_it_leaves_nothing_behind_and_goes_on(tmp_path, store):
+    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prove.prove([piece("first", ""), piece("long", code)], store)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert store.is_proven("first") and store.get("long") is None
+    if (tmp_path / "pid").exists():
+        time.sleep(0.2)
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_the_report_has_every_piece_and_what_is_missing(store):
+    prove.prove([piece("good", "")], store)
+    page = prove.report("abc", ["good", "later"], [store])
+    assert "| good | 1 | 0 | 0 |" in page and "1 of 2 pieces" in page and "\n- later\n" in page
+
+
+def test_every_test_file_and_every_edit_is_a_piece():
+    names = [p.name for p in prove.pieces()]
+    assert "tests/test_prove.py" in names and len(names) == len(set(names))
+    assert {f"taken out, {case.name}" for case in taken_out.CASES} <= set(names)
+    slugs = {prove.Store(prove.RESULTS, "a", "b")._path(name) for name in names}
+    assert len(slugs) == len(names), "each has a file of its own"
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        ([sys.executable, "train.py", "--config=configs/tiny.py"], 1),
+        ([sys.executable, "-m", "runtime.launch", "--processes=4", "--", "train.py"], 4),
+        ([sys.executable, "-c", "import train; train.run([])"], 1),
+        (["git", "status"], 0),
+    ],
+)
+def test_starts_of_train_py_are_counted(command, number):
+    assert counting.starts(command) == number
+
+
+def test_too_many_fail_the_default_run_and_no_other(tmp_path):
+    """In a process of its own: one test that starts a train.py of one line."""
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "test_it.py").write_text(
+        "import subprocess, sys\ndef test_it(): subprocess.run([sys.executable, 'train.py'], check=True)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -m 'not slow'\nmarkers = slow\n")
+    code = f"import sys, pytest; sys.path.insert(0, {str(prove.ROOT / 'tests')!r}); import counting\n"
+    code += "counting.MOST['starts of train.py'] = int(sys.argv[1]); sys.exit(pytest.main(sys.argv[2:], [counting]))"
+
+    def outcome(most: int, *options: str) -> tuple[int, bool]:
+        command = [sys.executable, "-c", code, str(most), "-q", "-p", "no:cacheprovider", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert "1 starts of train.py" in done.stdout and "1 passed" in done.stdout, done.stdout + done.stderr
+        return done.returncode, "FAILED: too many starts of train.py" in done.stdout
+
+    assert outcome(1) == (0, False)
+    assert outcome(0) == (1, True)
+    assert outcome(0, "-m", "") == (0, False)
