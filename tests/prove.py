@@ -202,6 +202,8 @@ that a test notices. `make test` runs the part of it that fits into minutes, and
 def report(commit: str, names: Iterable[str], stores: list[Store]) -> str:
     """The page: for each Python a table of its pieces, then what is missing."""
     names, parts = list(names), [HEAD]
+    if not any(store.get(name) for store in stores for name in names):
+        parts += [f"Nothing has been run at commit {commit}.\n"]
     for store in stores:
         found = [result for name in names if (result := store.get(name))]
         if not found:
@@ -259,11 +261,7 @@ def main(argv: list[str]) -> int:
             return 130
     pythons = sorted({path.name for path in (RESULTS / at).glob("*")})
     REPORT.write_text(report(at, [piece.name for piece in every], [Store(RESULTS, at, name) for name in pythons]))
-    print(
-        f"{REPORT.relative_to(ROOT)} is written: {failures} pieces failed"
-        if not options.write
-        else f"{REPORT} is written"
-    )
+    print(f"{f'{failures} pieces failed; ' if failures else ''}{REPORT.relative_to(ROOT)} is written")
     return int(failures > 0)
 
 

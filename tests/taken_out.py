@@ -1,6 +1,7 @@
 """For each mending an edit that takes it out, and the test that must then fail.
 
-python tests/taken_out.py [TEXT]        does those whose name contains TEXT, in a copy of the working tree
+python tests/taken_out.py [TEXT]        does the one of that name, or those whose name contains TEXT, in a copy of the
+                                        working tree
 
 A test that passes whether or not the code is there shows nothing. `make prove` does them all.
 """
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class TakenOut(NamedTuple):
     """name: what is taken out. file, text, replacement: the edit; the text stands there exactly once. test: its node,
-    relative to the root."""
+    relative to the root, or "FILE -k EXPRESSION"."""
 
     name: str
     file: str
@@ -276,6 +277,210 @@ CASES = [
         'names = ("seq_len", "batch_size")',
         "tests/test_compare.py::test_a_comparison_cuts_its_batches_as_training_does",
     ),
+    # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    TakenOut(
+        "data: an epoch has an order of its own, of no other seed's epoch",
+        "data/loader.py",
+        "    if part == epoch == 0:\n        return ranges[0].shuffle(seed), 0",
+        "    if part == 0:\n        return ranges[0].shuffle((seed + epoch) % 2**32), 0",
+        "tests/test_loader.py -k no_epoch_of_two",
+    ),
+    TakenOut(
+        "data: each stretch of a mixture has its shares",
+        "data/mixture.py",
+        'order_M = np.argsort((rank_M + 0.5) / counts[part_M], kind="stable")',
+        "order_M = np.arange(len(part_M))",
+        "tests/test_loader.py -k mixture_has_its_shares",
+    ),
+    TakenOut(
+        "data: hidden files are left out",
+        "data/files.py",
+        '    if entry.name.startswith("."):  # also',
+        "    if False:  # also",
+        "tests/test_data.py -k what_a_folder_holds",
+    ),
+    TakenOut(
+        "data: what is no regular file is left out",
+        "data/files.py",
+        '    if not stat.S_ISREG(status.st_mode):\n        return "not regular"',
+        '    if False:\n        return "not regular"',
+        "tests/test_data.py -k what_a_folder_holds",
+    ),
+    TakenOut(
+        "data: a path that is no file is refused",
+        "data/sources.py",
+        "    if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):",
+        "    if False:",
+        "tests/test_data.py -k no_file_is_refused",
+    ),
+    TakenOut(
+        "data: what is compressed is read",
+        "data/reading.py",
+        'COMPRESSION = (".gz", ".bz2", ".xz", ".zst")',
+        'COMPRESSION = (".gz", ".bz2", ".xz")',
+        "tests/test_data.py -k compression_and_encoding",
+    ),
+    TakenOut(
+        "data: a .zst that is cut off is an error",
+        "data/reading.py",
+        '                    raise EOFError("the file ends before its last frame does")',
+        "                    return 0",
+        "tests/test_data.py -k damaged_shard",
+    ),
+    TakenOut(
+        "data: a byte order mark says the encoding",
+        "data/reading.py",
+        "        if head.startswith(mark):\n            return name",
+        "        if False:\n            return name",
+        "tests/test_data.py -k compression_and_encoding",
+    ),
+    TakenOut(
+        "data: UTF-16 without a mark is found out",
+        "data/reading.py",
+        "odd > len(head) // 5 and not even",
+        "False",
+        "tests/test_data.py -k compression_and_encoding",
+    ),
+    TakenOut(
+        "data: a record's text is a text",
+        "data/reading.py",
+        "            if not isinstance(record[text_key], str):",
+        "            if False:",
+        "tests/test_data.py -k record_without_text",
+    ),
+    TakenOut(
+        "data: the header of llm.c's .bin is known",
+        "data/flat.py",
+        "    if magic in _LLM_C and",
+        "    if False and",
+        "tests/test_data.py -k headers_of_flat",
+    ),
+    TakenOut(
+        "data: an .npy is none of our token files",
+        "data/flat.py",
+        "    if head.startswith(_NPY):",
+        "    if False:",
+        "tests/test_data.py -k headers_of_flat",
+    ),
+    TakenOut(
+        "data: what has a known format is not taken for tokens",
+        "data/flat.py",
+        "    if kind := kind_of(head):",
+        "    if kind := None:",
+        "tests/test_data.py -k no_flat_tokens",
+    ),
+    TakenOut(
+        "data: only a special token ends a document",
+        "data/subwords.py",
+        'for token in self._json.get("added_tokens") or () if token["special"]}',
+        'for token in self._json.get("added_tokens") or ()}',
+        "tests/test_data.py -k only_a_special",
+    ),
+    TakenOut(
+        "data: no text becomes a special token",
+        "data/subwords.py",
+        "self._reserved_V[list(special.values())] = True",
+        "self._reserved_V[[]] = True",
+        "tests/test_data.py -k no_text_becomes",
+    ),
+    TakenOut(
+        "data: a cut text goes on without a prefix",
+        "data/pieces.py",
+        '        "normalizer": None if normalizer and _prepends(normalizer) else without_prefix(normalizer),',
+        '        "normalizer": normalizer,',
+        "tests/test_data.py -k ids_are_those",
+    ),
+    TakenOut(
+        "data: Metaspace is cut where it cuts itself",
+        "data/pieces.py",
+        '        return (_BLANK,) if part.get("split", True) else ()',
+        "        return (_BLANK, _LINE)",
+        "tests/test_data.py -k ids_are_those",
+    ),
+    TakenOut(
+        "data: a pattern that is not known is not cut",
+        "data/pieces.py",
+        '    if kind == "Split" and part["pattern"].get("Regex") in KNOWN_PATTERNS:',
+        '    if kind == "Split":',
+        "tests/test_data.py -k ids_are_those",
+    ),
+    TakenOut(
+        "data: a word that the tokenizer gets at once is bounded",
+        "data/pieces.py",
+        "        if found is None and stop - start <= WORD_CHARS:",
+        "        if found is None:",
+        "tests/test_data.py -k gets_at_once",
+    ),
+    TakenOut(
+        "data: words that a BPE is trained on are bounded",
+        "data/bpe.py",
+        "            if max(map(len, piece.split()), default=0) <= _WORD_CHARS and",
+        "            if True or",
+        "tests/test_data.py -k training_a_bpe",
+    ),
+    TakenOut(
+        "data: what a library does is left at a signal",
+        "data/waiting.py",
+        "    thread = threading.Thread(",
+        "    return call()\n    thread = threading.Thread(",
+        "tests/test_data.py -k left_at_a_signal",
+    ),
+    TakenOut(
+        "data: the held-out part is about the asked one",
+        "data/split.py",
+        "    if size < 0.7 * target:",
+        "    if size == 0:",
+        "tests/test_data.py -k about_the_asked",
+    ),
+    TakenOut(
+        "data: a held-out part far from the asked one is said",
+        "data/corpus.py",
+        "    if not eval_fraction / 2 <= share <= eval_fraction * 2:",
+        "    if False:",
+        "tests/test_data.py -k far_from_what",
+    ),
+    TakenOut(
+        "data: a larger held-out part, as offered, is enough",
+        "data/corpus.py",
+        "    enough = 1.6 * (seq_len + 1) / total",
+        "    enough = 0.6 * (seq_len + 1) / total",
+        "tests/test_data.py -k larger_held_out",
+    ),
+    TakenOut(
+        "data: a suffix, as offered, is read",
+        "data/sources.py",
+        '        f"If it is plain text, set --config.data.suffixes={inner}"',
+        '        f"If it is plain text, set --config.data.suffixes={suffix_of(path.name)}"',
+        "tests/test_data.py -k remedies_that",
+    ),
+    TakenOut(
+        "data: changed data names its files",
+        "data/corpus.py",
+        '    if lines and changed != "accept":',
+        "    if False:",
+        "tests/test_data.py -k names_files",
+    ),
+    TakenOut(
+        "data: a run's tokenizer is its own",
+        "data/record.py",
+        "    if other and not accept:",
+        "    if False:",
+        "tests/test_data.py -k never_used",
+    ),
+    TakenOut(
+        "data: bytes are counted from what was read",
+        "data/corpus.py",
+        "return bytes_V if read == known or not known else bytes_V * (read / known)",
+        "return bytes_V",
+        "tests/test_data.py -k bytes_are_counted",
+    ),
+    TakenOut(
+        "data: a damaged record of the data is made anew",
+        "data/record.py",
+        "    if not kept.is_file() or hashlib.sha256(kept.read_bytes()).hexdigest() != digest:",
+        "    if False:",
+        "tests/test_data.py -k not_made_anew",
+    ),
 ]
 
 
@@ -296,8 +501,12 @@ def check(case: TakenOut, tree: Path) -> str:
         return f"{case.file} has the text {whole.count(case.text)} times"
     try:
         file.write_text(whole.replace(case.text, case.replacement))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", "-p", "no:cacheprovider", case.test]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=1800)
+        where, _, expression = case.test.partition(" -k ")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", "-p", "no:cacheprovider", where]
+        command += ["-k", expression] if expression else []
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        return ""  # it does not end without it
     finally:
         file.write_text(whole)
     if done.returncode == 1:
@@ -306,7 +515,8 @@ def check(case: TakenOut, tree: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    wanted = [case for case in CASES if not argv or argv[0] in case.name]
+    wanted = [case for case in CASES if case.name in argv]
+    wanted = wanted or [case for case in CASES if not argv or argv[0] in case.name]
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
