@@ -53,8 +53,9 @@ CASES = [
     TakenOut(
         "refusing: a round that is not finite leaves the replicas where the round began",
         "parallel/local.py",
-        "sent = lambda x: jnp.where(verdict.applied, jnp.where(verdict.scale < 1, verdict.scale * x, x), 0)",
-        "sent = lambda x: x",
+        '"replicas": own["replicas"] | {"params": self.spread(params, self.specs)},',
+        '"replicas": self.guard.commit(used, own["replicas"] | {"params": self.spread(params, self.specs)}, '
+        'own["replicas"]),',
         "tests/test_strategies.py::test_a_replica_with_parameters_of_nan_begins_its_next_round_like_the_others",
     ),
     TakenOut(
