@@ -81,10 +81,10 @@ def get_config() -> Any:
     c.optimizer.freeze_steps = 100  # onebit_adam: exact steps before the variance is frozen
     c.optimizer.z_loss = 0.0  # weight of logsumexp²: keeps logits from drifting
 
-    c.guard = ConfigDict()  # against bad gradients: the update is skipped and counted
-    c.guard.zscore = 6.0  # a gradient norm so many deviations above the last ones is a spike; 0: only NaN and inf
+    c.guard = ConfigDict()  # against bad gradients and updates: docs/methods.md
+    c.guard.zscore = 6.0  # a size so many deviations above the last ones is a spike; 0: only NaN and inf
     c.guard.window = 64
-    c.guard.abort_after = 20  # skipped updates in a row that end the run
+    c.guard.abort_after = 20  # updates in a row, left out or scaled, that end the run
 
     c.sync = ConfigDict()  # the slow axis
     c.sync.replicas = 0  # R; 0: the size of mesh.replica. A multiple of it puts several replicas on each device
@@ -97,7 +97,7 @@ def get_config() -> Any:
     c.sync.residual_dtype = "float32"  # float32, bfloat16
     # Codecs; -1: the codec's own default (docs/methods.md).
     c.sync.block = -1  # fp8, fp4, int8, int4, int2, sign: elements that share a scale
-    c.sync.stochastic = False  # fp8, fp4, int8, int4, int2: round without bias; sign: zeros get a random sign
+    c.sync.stochastic = False  # fp8, fp4, int8, int4, int2: round without bias; sign: for votes
     c.sync.density = -1.0  # topk, randk, demo: share of the elements sent
     c.sync.bits = -1  # topk: of a value
     c.sync.rank = -1  # powersgd

@@ -245,7 +245,7 @@ class _Plan:
             known = [name for name in self.fresh if not fold.server_of(name) or name not in self.saved]
             self._say("begun anew, for it has another shape or was not there", known)
         left = sorted(set(self.saved) - self.read)
-        other_model = [name for name in left if name.startswith("params/")]
+        other_model = [name for name in left if name.startswith(("params/", "opt/", f"{OWN}opt/"))]
         self._say("dropped, for there is no place for it now", left)
         notes = [f"{what}: {', '.join(names)}" for what, names in self.said.items() if names]
         return Adapted(steps, notes, self.missing + other_model)
