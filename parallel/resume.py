@@ -181,7 +181,7 @@ class _Plan:
         if servers:
             self._say("folded, mean of the workers' + the server's: nothing owed is lost", [*servers, *names])
         if flying:
-            self._say("in flight without a place now, and so owed", flying)
+            self._say("in flight without a place now, and so owed", [*flying, *names])
         self._step([*own, *servers, *flying], names, make)
 
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────
