@@ -123,6 +123,19 @@ def build(c: Any, mesh: Mesh) -> Parts:
     return Parts(model, attention, mesh, replicas, strategy, shapes, state, batch, eval_batch)
 
 
+def build_codec(s: Any) -> Any:
+    """The codec of config group `sync`. Raises ValueError for options that it does not take."""
+    kind = codecs.CODECS[s.codec]
+    names = {field.name for field in dataclasses.fields(kind)} & configuration.CODEC_KEYS
+    return kind(**{name: s[name] for name in names if s[name] != -1})
+
+
+def draws(s: Any) -> bool:
+    """Whether that codec draws random numbers: what it draws follows from `seed`, and is a part of the programs."""
+    codec = build_codec(s)
+    return is_round(codec) or codec.uses_key
+
+
 def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any) -> strategies.Strategy:
     """The strategy of config group `sync`, with its exchange. Raises ValueError, with the config's keys."""
     s = c.sync
@@ -131,9 +144,7 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
             f"sync.strategy={s.strategy}, sync.codec={s.codec}, sync.algorithm={s.algorithm} with one replica: nothing "
             "is exchanged. Set mesh.replica or sync.replicas to 2 or more, or leave these three as they are by default"
         )
-    kind = codecs.CODECS[s.codec]
-    names = {field.name for field in dataclasses.fields(kind)} & configuration.CODEC_KEYS
-    codec = kind(**{name: s[name] for name in names if s[name] != -1})
+    codec = build_codec(s)
     wanted = codec.wants_error_feedback if s.error_feedback == "auto" else s.error_feedback == "on"
     feedback = Feedback(s.decay, s.residual_dtype) if wanted and replicas > 1 else None
     leaves = units.leaves(shapes, model.axes)

@@ -214,6 +214,8 @@ class Runner:
         return self.workdir / "results" / f"{digest}.json"
 
     def _train(self, row: Row, config: Any, seed: int) -> dict[str, Any]:
+        if assemble.draws(config.sync):
+            config.seed = seed  # what a codec draws varies with the seed, as the weights and the order of the data do
         parts, programs, init, evaluate, corpus = self._build(config)
         strategy = parts.strategy
         loader = Loader(corpus.train_N, seed=seed, **_shape(config, corpus))
@@ -249,7 +251,7 @@ class Runner:
         }
 
     def _build(self, config: Any) -> tuple:
-        """Compiled programs are shared by the seeds of a candidate; only the last ones are kept."""
+        """Compiled programs are shared by the seeds of a candidate, unless they draw; only the last ones are kept."""
         key = config.to_json(sort_keys=True)
         if key not in self._built:
             R, D = config.sync.replicas, len(jax.devices())

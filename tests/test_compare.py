@@ -186,3 +186,21 @@ def test_a_comparison_is_kept_in_a_folder(tmp_path, scheme):
     (tmp_path / "config.py").write_text(CONFIG)
     with pytest.raises(UsageError, match=f"--workdir={scheme}://bucket/x: {scheme}:// is not supported"):
         compare.main([f"--config={tmp_path}/config.py", f"--workdir={scheme}://bucket/x"])
+
+
+@pytest.mark.parametrize(("codec", "built"), [("randk", 3), ("sign", 3), ("int8", 1)])
+def test_what_a_codec_draws_varies_with_the_seed(tmp_path, monkeypatch, codec, built):
+    """Only programs that draw are built for each seed."""
+    config = helpers.tiny(sync__codec=codec, sync__replicas=2)
+    runner = compare.Runner(compare.Plan(config, [], (0, 1, 2)), tmp_path)
+    seeds = []
+
+    def stop(config):
+        seeds.append(config.seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_build", stop)
+    for seed in (0, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            runner._train(compare.Row(codec, {}, None), config.copy_and_resolve_references(), seed)
+    assert len(set(seeds)) == built
