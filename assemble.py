@@ -226,13 +226,17 @@ def wire_bytes(parts: Parts, found: dict[str, stray.Traffic], steps: int) -> dic
     return {axis: round(size / (len(calls) * K)) for axis, size in total.items()}
 
 
-def compile_init(parts: Parts) -> Any:
-    """seed (uint32) -> a fresh state. Every array is born in its shards: no host ever holds a whole one."""
+def compile_init(parts: Parts, given: bool = False) -> Any:
+    """seed (uint32), or with `given` the parameters, which it takes over -> a fresh state. Every array is born in its
+    shards: no host ever holds a whole one."""
 
-    def init(seed: jax.Array) -> Any:
-        return parts.strategy.init(parts.model.init(jax.random.key(seed)))
+    def init(seed_or_params: Any) -> Any:
+        params = seed_or_params if given else parts.model.init(jax.random.key(seed_or_params))
+        return parts.strategy.init(params)
 
-    lowered = jax.jit(init, out_shardings=shardings_of(parts.state)).lower(jax.ShapeDtypeStruct((), np.uint32))
+    argument = parts.state.params if given else jax.ShapeDtypeStruct((), np.uint32)
+    donated = (0,) if given else ()
+    lowered = jax.jit(init, out_shardings=shardings_of(parts.state), donate_argnums=donated).lower(argument)
     # It runs once: level 1 compiles in a third of the time, to the same bits.
     options: Any = {"xla_backend_optimization_level": 1}
     return lowered.compile(compiler_options=options)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from assemble import Parts, compile_init, memory, said_bytes
+from assemble import Parts, memory, said_bytes
 from model import decode
 from model.transformer import Transformer
 from parallel import placement, stray
@@ -24,14 +24,14 @@ from runtime.digest import digest_all, named_arrays
 DIGEST = 16  # bytes of an array: four sums, which every device may tell every other
 
 
-def compile_all(parts: Parts, sample: Any, with_init: bool = False, options: Any = None) -> dict[str, Any]:
-    """{evaluation, sample, digest (of the whole state), init}. sample: the config's group; without tokens, none.
-    options: XLA's."""
+def compile_all(parts: Parts, sample: Any, options: Any = None) -> dict[str, Any]:
+    """{evaluation, sample, digest (of the whole state)}. sample: the config's group; without tokens, none. options:
+    XLA's."""
     programs = {"evaluation": compile_evaluation(parts, options)}
     if sample.tokens:
         programs["sample"] = compile_sample(parts, sample.tokens, sample.temperature, options)
     programs["digest"] = digest_all.lower(named_arrays(parts.state)).compile(compiler_options=options)
-    return programs | ({"init": compile_init(parts)} if with_init else {})
+    return programs
 
 
 class Later:

@@ -125,7 +125,10 @@ class Plan:
                 raise UsageError(f"row {row.name!r}: {len(row.tune[1])} candidates; every row has at most 3")
             for value in row.candidates:
                 for steps in {plan.steps, plan.third} if row.tune else {plan.steps}:
-                    configuration.validate(plan.config(row, value, steps))
+                    config = plan.config(row, value, steps)
+                    configuration.validate(config)
+                    if config.init.workdir:
+                        raise UsageError(f"row {row.name!r} sets init.workdir: a comparison draws its weights by seed")
         rows = plan.rows
         floor = Row(f"{rows[0].name}, weights moved by {PERTURBATION:g}", rows[0].changes, rows[0].tune, True)
         kept = [row for row in [rows[0], floor, *rows[1:]] if only in row.name or row is rows[0]]

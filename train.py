@@ -21,12 +21,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 import assemble
+import beginning
 import beside
 import ending
 from data import corpus as corpora
@@ -74,12 +76,13 @@ def main(argv: list[str]) -> int:
     workdir = Workdir(*choose(flags.workdir, flags.config_name, config), leader)
     for change in workdir.open(config, flags.resume):
         console.say(f"config changed since this run began: {change}")
+    origin = beginning.origin(config, workdir)
 
     # ── Compile, while the data is read ──────────────────────────────────────────────────────────────────────────
     background = threads_beside_grain(2)
     compiling = background.submit(assemble.compile_steps, parts)
-    initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts)
-    corpus, prompt_P = load_data(config, workdir, console, facts)
+    initializing = None if workdir.resuming else background.submit(assemble.compile_init, parts, bool(origin))
+    corpus, prompt_P = load_data(config, workdir, console, facts, origin)
     loader = Loader(corpus.train_N, seed=config.seed, **batch_shape(config, corpus))
     checkpoints = open_checkpoints(config, parts, workdir, console)
     configuration.check_goal(config.steps, checkpoints.newest())
@@ -88,15 +91,15 @@ def main(argv: list[str]) -> int:
     phases.mark("compile", then="restoring a checkpoint" if workdir.resuming else "making the weights")
 
     # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
+    start, begun = None, {}
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
         state, start = checkpoints.restore(parts.state, console.warn, assemble.adapter(parts, config.seed))
         with bad_input():
             parts.strategy.check_begin(start, config.steps)
         say_resumed(config, workdir, start, console, agree.changed(checkpoints.facts(), facts))
     else:
-        init = initializing.result() if initializing else assemble.compile_init(parts)
-        state, start = init(np.uint32(config.seed)), None
-        console.say(f"starting {workdir.path}")
+        init = initializing.result() if initializing else assemble.compile_init(parts, bool(origin))
+        state, begun = beginning.first_state(parts, config.seed, origin, init, workdir, console)
     phases.mark("restore", then="making the first step")
     traffic = assemble.traffic(parts, programs) | beside.traffic(parts, {"init": init} if start is None else {})
     wire_bytes = assemble.wire_bytes(parts, traffic, config.steps)
@@ -107,7 +110,7 @@ def main(argv: list[str]) -> int:
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
     counted = {} if start is None else checkpoints.facts()
     recorder = make_recorder(config, parts, workdir, console, wire_bytes, start, counted.get("tokens"))
-    begin(config, workdir, corpus, start)
+    begin(config, workdir, corpus, start, begun)
     others = beside.Later(parts, config.sample, background, functools.partial(show_beside, config, parts, console))
     this = Run(config, parts, others, corpus, workdir, checkpoints, recorder, console, phases, facts)
     agree.everyone("ready to train")
@@ -126,7 +129,8 @@ def main(argv: list[str]) -> int:
 
 def dry_run(config, name: str, parts, console, phases) -> int:
     """Compiles every program of a run and shows what they need."""
-    programs, others = assemble.compile_steps(parts), beside.compile_all(parts, config.sample, with_init=True)
+    programs, others = assemble.compile_steps(parts), beside.compile_all(parts, config.sample)
+    others["init"] = assemble.compile_init(parts, bool(config.init.workdir))
     phases.mark("compile")
     traffic = assemble.traffic(parts, programs) | beside.traffic(parts, others)
     wire_bytes = assemble.wire_bytes(parts, traffic, config.steps)
@@ -254,10 +258,10 @@ def say_resumed(config, workdir, start: int, console: Console, changed: str = ""
             console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
 
 
-def load_data(config, workdir: Workdir, console: Console, facts) -> tuple[corpora.Corpus, np.ndarray | None]:
+def load_data(config, workdir: Workdir, console, facts, origin) -> tuple[corpora.Corpus, np.ndarray | None]:
     """The corpus, the same in every process, and the ids of the prompt. What the data is joins the facts."""
     with agree.together("data"):
-        corpus = load_corpus(config, workdir, console)
+        corpus = load_corpus(config, workdir, console, origin)
         prompt_P = ending.try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
     found = {"data": corpus.digest, "data.tokenizer": corpus.tokenizer.digest}
     agree.same("data", found)
@@ -265,25 +269,26 @@ def load_data(config, workdir: Workdir, console: Console, facts) -> tuple[corpor
     return corpus, prompt_P
 
 
-def load_corpus(config, workdir: Workdir, console: Console) -> corpora.Corpus:
-    """The text of config.data; of a run that goes on, with its own tokenizer, and compared with what it was."""
+def load_corpus(config, workdir: Workdir, console: Console, origin: Path | None) -> corpora.Corpus:
+    """The text of config.data; of a run that goes on, with its own tokenizer, and compared with what it was. origin: of
+    a run that begins with another's parameters, that one's workdir, whose tokenizer is taken."""
     keys = {key: config.data[key] for key in corpora.KEYS}
-    kept = workdir.path if workdir.resuming else None
+    folders = {"workdir": workdir.path} if workdir.resuming else {"origin": origin}
     console.doing("reading the data")
     with bad_input(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        corpus = corpora.load(cache_dir=corpora.cache_directory(), workdir=kept, say=console.say, **keys)
+        corpus = corpora.load(cache_dir=corpora.cache_directory(), say=console.say, **folders, **keys)
     for warning in caught:
         console.warn(str(warning.message))
     return corpus
 
 
-def begin(config, workdir: Workdir, corpus: corpora.Corpus, start: int | None) -> None:
+def begin(config, workdir: Workdir, corpus: corpora.Corpus, start: int | None, begun: dict[str, Any]) -> None:
     if workdir.leader:
         corpus.keep(workdir.path)
     workdir.begin(config, start)
     library_log.keep(workdir.path, jax.process_index())
-    workdir.update_summary(data_digest=corpus.digest)
+    workdir.update_summary(data_digest=corpus.digest, **begun)
 
 
 def num_tokens(config) -> int:

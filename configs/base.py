@@ -16,6 +16,9 @@ def get_config() -> Any:
     c.eval_every = 100  # steps between evaluations; 0: only at the end
     c.eval_batches = 8  # batches of held-out text per evaluation
 
+    c.init = ConfigDict()  # what a fresh run begins with
+    c.init.workdir = ""  # of another run, whose parameters, model.* and tokenizer are taken; empty: drawn weights
+
     c.mesh = ConfigDict()
     c.mesh.replica = 1  # machines joined by the slow link
     c.mesh.fsdp = -1  # shards of the weights and of each replica's batch; -1: all devices that are left

@@ -97,6 +97,7 @@ def load(
     end_of_document: str = "",
     changed: str = "refuse",
     workdir: Path | None = None,
+    origin: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Corpus:
     """Read, tokenise and split a corpus, or map the tokens that an earlier run or another process has written.
@@ -115,6 +116,7 @@ def load(
         end_of_document: the special token that ends a document; of a .bin its id; empty: the tokenizer's own.
         changed: "accept": text that is not what the run in `workdir` was trained on is taken, with a warning.
         workdir: of a run that goes on: its tokenizer is used, and its data compared.
+        origin: the workdir of a run with whose parameters this one begins: its tokenizer is used.
         say: told what is being done when it takes long.
 
     Raises:
@@ -136,7 +138,8 @@ def load(
         encoder = record.tokenizer_of(workdir, kept, tokenizer, end_of_document, changed == "accept")
         tokenizer = kept["tokenizer"]["name"]
     else:
-        encoder = _build(opened, tokenizer, vocab_size, cache_dir, end_of_document)
+        which = record.kept(origin, tokenizer) if origin else tokenizer
+        encoder = _build(opened, which, vocab_size, cache_dir, end_of_document)
     encoder = _decoder(opened, encoder, vocab_size, cache_dir)
     parts = tuple(one.part(encoder, cache_dir) for one in opened)
     for one, part in zip(opened, parts, strict=True):

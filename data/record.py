@@ -100,6 +100,21 @@ def tokenizer_of(folder: Path, record: Record, name: str, end_of_document: str, 
     return tokenizer
 
 
+def kept(folder: Path, name: str) -> str:
+    """Where the tokenizer of the run in `folder` is: the file kept there, or in workdirs of earlier releases its name.
+
+    Raises ValueError for one that was trained, and was not kept.
+    """
+    if (folder / TOKENIZER).is_file():
+        return str(folder / TOKENIZER)
+    if name == "bpe":
+        raise ValueError(
+            f"data.tokenizer: {folder} has no {TOKENIZER}, and a tokenizer that is trained anew would give the words "
+            "other ids. Restore it from a backup."
+        )
+    return name
+
+
 def _chosen(text: str) -> bool:
     """Whether the end of a document is a choice among special tokens, as it is not for our own two kinds."""
     return "slackline" not in json.loads(text)

@@ -15,20 +15,19 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from runtime import agree, exits, format1, steps
-from runtime.config import RunError
-from runtime.digest import digest_all, named_arrays, to_hex
-
-COPIES = ("record.json", "record.copy.json")
+from runtime.config import RunError, UsageError
+from runtime.digest import digest_all, fingerprint, named_arrays, to_hex
+from runtime.steps import COPIES, PARAMS, read_record
 
 
 class CheckpointError(RunError):
@@ -198,6 +197,55 @@ class Checkpoints:
         return treedef.unflatten([arrays[name] for name in wanted]), []
 
 
+# ── the parameters of another run ────────────────────────────────────────────────────────────────────────────────
+
+
+class Given(NamedTuple):
+    params: Any
+    step: int  # of the run that they are of
+    digest: str  # as params_digest
+
+
+def load_params(directory: Path, abstract: Any, warn: Callable[[str], None]) -> Given:
+    """The parameters of the newest step in `directory` in which they are intact, verified, in the shardings of
+    `abstract`. Nothing else is read, so a step may hold nothing else; and nothing is changed, for the run may go on.
+
+    A step whose parameters are damaged is named through `warn`, and the one before it is tried. Raises UsageError where
+    there is no step, or one of another model; CheckpointError where all are damaged.
+    """
+    wanted = named_arrays({"params": abstract})
+    damaged: dict[int, str] = {}
+    on_disk = agree.decided("steps to start from", lambda: steps.to_start_from(directory))
+    while untried := [step for step in on_disk if step not in damaged]:
+        step = untried[-1]
+        arrays, digests, problems = _load_params(directory / str(step), wanted)
+        if not problems:
+            params = jax.tree.structure(abstract).unflatten([arrays[name] for name in wanted])
+            return Given(params, step, fingerprint(named_arrays(params), digests))
+        damaged[step] = _damage(step, problems)
+        on_disk = agree.decided("steps to start from", lambda: steps.to_start_from(directory))
+        if step in on_disk:  # else the run has deleted it meanwhile
+            warn(f"{directory.parent}: {damaged[step]}")
+    raise CheckpointError(
+        f"init.workdir={directory.parent}: no checkpoint has intact parameters, so there is nothing to start from:\n  "
+        + "\n  ".join(damaged.values())
+    )
+
+
+def _load_params(folder: Path, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """(arrays, the digest of each parameter by its name, problems of all processes)."""
+    record = agree.decided("record of a checkpoint", lambda: read_record(folder))
+    if record is None:
+        return {}, {}, [NO_RECORD]
+    if record["format"] == 1:
+        record = format1.translate(record)
+    saved = {name: x for name, x in record["arrays"].items() if name.startswith(PARAMS)}
+    if rows := _differing(saved, wanted, sorted(saved.keys() | wanted.keys())):
+        raise UsageError(f"init.workdir: {folder} holds another model than its config.json says:\n" + "\n".join(rows))
+    arrays, problems = _read(folder, record, dict(wanted))
+    return arrays, {name.removeprefix(PARAMS): x["digest"] for name, x in saved.items()}, problems
+
+
 ARRAY = "array "  # begins what is wrong with one
 NO_RECORD = "its record of digests is missing or damaged in both copies"
 
@@ -280,18 +328,6 @@ class _Record:
         raise NotImplementedError("records are read by read_record, without Orbax")
 
 
-def read_record(step_directory: Path) -> dict[str, Any] | None:
-    """The record of a step from whichever copy is sound; None if neither is."""
-    for name in COPIES:
-        try:
-            outer = json.loads((step_directory / "record" / name).read_bytes())
-            if hashlib.sha256(outer["body"].encode()).hexdigest() == outer["sha256"]:
-                return json.loads(outer["body"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # a damaged copy can fail to parse in any of these ways
-    return None
-
-
 def compare(record: dict[str, Any], arrays: dict[str, jax.Array]) -> list[str]:
     """One line for each loaded array whose digest is not the recorded one."""
     sums = jax.device_get(digest_all(arrays)) if arrays else {}
@@ -304,19 +340,24 @@ def compare(record: dict[str, Any], arrays: dict[str, jax.Array]) -> list[str]:
 
 def _check_same_arrays(step: int, saved: dict[str, Any], wanted: dict[str, Any], adapted: Any) -> None:
     """Every wanted array can be made, and if none is adapted nothing is left."""
-    rows = []
-    names = adapted.missing if adapted else sorted(saved.keys() | wanted.keys())
-    for name in names:
-        ours = f"{list(wanted[name].shape)} {wanted[name].dtype}" if name in wanted else "absent"
-        theirs = f"{saved[name]['shape']} {saved[name]['dtype']}" if name in saved else "absent"
-        if ours != theirs:
-            rows.append(f"  {name}: {theirs} in the checkpoint, {ours} in this config")
+    rows = _differing(saved, wanted, adapted.missing if adapted else sorted(saved.keys() | wanted.keys()))
     if rows:
         raise CheckpointError(
             f"checkpoint step {step} is of another model or optimizer; {len(rows)} arrays differ:\n"
             + "\n".join(rows)
             + "\nUse the config it was made with (config.json in its workdir), or another --workdir."
         )
+
+
+def _differing(saved: Mapping[str, Any], wanted: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """One line for each of these arrays that is not the same in both."""
+    rows = []
+    for name in names:
+        ours = f"{list(wanted[name].shape)} {wanted[name].dtype}" if name in wanted else "absent"
+        theirs = f"{saved[name]['shape']} {saved[name]['dtype']}" if name in saved else "absent"
+        if ours != theirs:
+            rows.append(f"  {name}: {theirs} in the checkpoint, {ours} in this config")
+    return rows
 
 
 def _read(folder: Path, record: dict[str, Any], load: dict[str, Any]) -> tuple[dict[str, jax.Array], list[str]]:

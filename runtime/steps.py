@@ -1,12 +1,20 @@
-"""The folder checkpoints/: which steps are in it, which of them stay, what is set aside. Process 0's work alone."""
+"""The folder checkpoints/: which steps are in it, which of them stay, what is set aside, what the record of one says.
+Process 0's work alone."""
 
+import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from runtime.config import UsageError
+
+COPIES = ("record.json", "record.copy.json")
+PARAMS = "params/"  # begins the names of parameters in a record
 DAMAGED, FOREIGN, DELETED = ".damaged", ".foreign", ".deleted"
 LEFTOVER = re.compile(r"[0-9]+(\.orbax-checkpoint-tmp.*|\.deleted)")  # of a save, or of a deletion, that was killed
 
@@ -24,6 +32,32 @@ def _names(folder: Path) -> list[str]:
         return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def read_record(step_directory: Path) -> dict[str, Any] | None:
+    """The record of a step from whichever copy is sound; None if neither is."""
+    for name in COPIES:
+        try:
+            outer = json.loads((step_directory / "record" / name).read_bytes())
+            if hashlib.sha256(outer["body"].encode()).hexdigest() == outer["sha256"]:
+                return json.loads(outer["body"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # a damaged copy can fail to parse in any of these ways
+    return None
+
+
+def parameters_only(directory: Path) -> bool:
+    """Whether the newest step whose record can be read holds the parameters of a run, and nothing to go on with."""
+    records = (read_record(folder) for folder in reversed(committed(directory).values()))
+    arrays = next((record["arrays"] for record in records if record), {})
+    return bool(arrays) and all(name.startswith(PARAMS) for name in arrays)
+
+
+def to_start_from(directory: Path) -> list[int]:
+    """Committed steps of another run, oldest first. Raises UsageError where there is none."""
+    if not (steps := list(committed(directory))):
+        raise UsageError(f"init.workdir={directory.parent}: this run has no checkpoint, so it cannot be started from")
+    return steps
 
 
 def rotate(directory: Path, keep: int, keep_every: int, eval_loss: Callable[[Path], float | None]) -> None:

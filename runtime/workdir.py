@@ -63,6 +63,11 @@ class Workdir:
                     f"{self.path} holds a run without its config.json, so it cannot be told what to resume: "
                     "restore config.json from a backup, or choose another --workdir"
                 )
+            if steps.parameters_only(self.checkpoints):
+                raise UsageError(
+                    f"{self.path} holds parameters only: start a new run from it with "
+                    f"--config.init.workdir={self.path} and another --workdir"
+                )
             return configuration.check_resume(configuration.read_json(self.path), config)
 
         return agree.decided("config of the run", changes)

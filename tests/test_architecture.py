@@ -97,10 +97,11 @@ MAY_IMPORT = {
     "configs": {"configs"},
     "assemble": {"model", "parallel", "runtime"},
     "beside": {"assemble", "model", "parallel", "runtime"},
+    "beginning": {"assemble", "runtime"},
     "ending": {"assemble", "beside", "data", "runtime"},
     "comparison": {"parallel", "runtime"},
     "compare": {"assemble", "beside", "comparison", "data", "parallel", "runtime"},
-    "train": {"assemble", "beside", "ending", "model", "parallel", "data", "runtime"},
+    "train": {"assemble", "beginning", "beside", "ending", "model", "parallel", "data", "runtime"},
 }
 FREE = {"tests", "bench"}  # these may use everything, and nothing may use them
 
@@ -299,17 +300,19 @@ def test_every_config_key_exists(document):
 
 @PER_DOCUMENT
 def test_every_training_command_can_be_read(document, tmp_path, monkeypatch):
-    """Parsed and validated, not run. A run that is resumed by its workdir alone is taken to be a quickstart."""
+    """Parsed and validated, not run. A run that is resumed, or started from, is taken to be a quickstart."""
     monkeypatch.chdir(ROOT)
+    saved = configuration.parse(["train.py", "--config=configs/quickstart.py"], "")[0]
+    (tmp_path / "config.json").write_text(saved.to_json())
     for words in commands(document):
         if "runtime.launch" in words:
             launch.parse(words[words.index("runtime.launch") + 1 :])
         if "train.py" not in words:
             continue
         argv = words[words.index("train.py") :]
+        start_from = "--config.init.workdir="
+        argv = [f"{start_from}{tmp_path}" if word.startswith(start_from) else word for word in argv]
         if not any(word.startswith("--config=") for word in argv):
-            saved = configuration.parse(["train.py", "--config=configs/quickstart.py"], "")[0]
-            (tmp_path / "config.json").write_text(saved.to_json())
             argv = [f"--workdir={tmp_path}" if word.startswith("--workdir=") else word for word in argv]
         config, _ = configuration.parse(argv, "")
         configuration.validate(config)

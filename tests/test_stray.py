@@ -92,7 +92,8 @@ def strays(parts) -> dict[str, str]:
         name: jax.jit(f, out_shardings=outputs).lower(parts.state, parts.batch).compile(helpers.QUICKLY)
         for name, f in parts.strategy.programs().items()
     }
-    others = beside.compile_all(parts, SAMPLE, with_init=True, options=helpers.QUICKLY)
+    others = beside.compile_all(parts, SAMPLE, options=helpers.QUICKLY)
+    others |= {"init": assemble.compile_init(parts), "init from parameters": assemble.compile_init(parts, given=True)}
     found = assemble.traffic(parts, programs) | beside.traffic(parts, others)
     sent = {name: found[name].per_axis["replica"] for name in programs}
     predicted = sum(sum(exchange_bytes(e).values()) for e in parts.strategy.exchanges()[list(programs)[-1]])

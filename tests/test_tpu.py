@@ -71,6 +71,6 @@ def test_no_program_of_a_tpu_sends_what_nobody_asked_for(topology, slices):
     config = helpers.tiny(data__seq_len=128, data__vocab_size=4096, sync__codec="int4")
     parts = assemble.build(config, meshes.build({"replica": 2, "fsdp": 2, "tensor": 2}, chips))
     found = assemble.traffic(parts, assemble.compile_steps(parts))
-    others = beside.compile_all(parts, ConfigDict({"tokens": 4, "temperature": 0.8}), with_init=True)
-    found |= beside.traffic(parts, others)
+    others = beside.compile_all(parts, ConfigDict({"tokens": 4, "temperature": 0.8}))
+    found |= beside.traffic(parts, others | {"init": assemble.compile_init(parts)})
     assert {name: t.culprits + t.not_counted for name, t in found.items()} == dict.fromkeys(found, "")

@@ -26,6 +26,7 @@ from runtime.config.keys import (
     nested,
     read_text,
 )
+from runtime.config.origin import take_origin
 from runtime.config.resume import read_json
 from runtime.config.suggest import nearest_name, unknown_key
 
@@ -88,11 +89,13 @@ def parse(argv: Sequence[str], doc: str) -> tuple[Any, Any]:
         except ValueError as error:
             wrong.append(f"--{error}" if key == name else f"--config.{error}")
     flat = before | overridden
-    notes = _shorten_warm_up(before, flat, overridden)
+    workdir = expand_home(given.get("workdir") or "") or None
+    notes, clashes = take_origin(flat, overridden, workdir)
+    notes += _shorten_warm_up(before, flat, overridden)
+    wrong += clashes
     wrong += unread(flat, [key for key, value in overridden.items() if value != before[key]])
     if wrong:
         raise UsageError("\n".join(wrong))
-    workdir = expand_home(given.get("workdir") or "") or None
     values.workdir = workdir
     flags.DEFINE_string("config_name", config_file or workdir, "", flag_values=values)
     flags.DEFINE_multi_string("notes", notes, "", flag_values=values)

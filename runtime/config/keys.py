@@ -104,7 +104,7 @@ CHECKED_ELSEWHERE = (  # -1 means something of its own there
     "mesh.replica mesh.fsdp mesh.tensor sync.block sync.density sync.bits sync.rank"
 ).split()
 SMALLEST_VOCABULARY = {"bytes": 256, "bpe": 257}  # by data.tokenizer; of a file it is not known before it is read
-PATHS = ("data.path", "data.tokenizer")  # in these ~ is the home
+PATHS = ("data.path", "data.tokenizer", "init.workdir")  # in these ~ is the home
 EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 # {key: {value: the keys that nothing reads then}}. To set one of them on the command line would be a mistake.
