@@ -311,12 +311,14 @@ def test_a_config_file_that_sets_none_is_told_so(fails, tmp_path):
 def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "tiny.py").write_text(FROM_TINY + "    return c\n")
+    (tmp_path / "a").mkdir()  # of a run, to begin with
+    (tmp_path / "a" / "config.json").write_text(helpers.tiny(data__tokenizer=f"{tmp_path}/a").to_json())
     argv = ["train.py", "--config=~/tiny.py", "--workdir=~/runs/x"]
     config, flags = configuration.parse([*argv, *(f"--config.{key}=~/a" for key in configuration.keys.PATHS)], "")
     flat = dict(configuration.flatten(config))
     assert flags.workdir == f"{tmp_path}/runs/x"
     assert [flat[key] for key in configuration.keys.PATHS] == [f"{tmp_path}/a"] * len(configuration.keys.PATHS)
-    paths = {key for key, value in flat_base().items() if "path" in key}
+    paths = {key for key, value in flat_base().items() if "path" in key or "workdir" in key}
     assert paths <= set(configuration.keys.PATHS)
 
 
@@ -693,7 +695,7 @@ def test_others_that_do_not_come_are_waited_for_as_long_as_asked(fails, tmp_path
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3", "file", "hdfs", "https"])
-@pytest.mark.parametrize("key", ["workdir", "config.data.path", "config.data.tokenizer"])
+@pytest.mark.parametrize("key", ["workdir", "config.data.path", "config.data.tokenizer", "config.init.workdir"])
 def test_an_address_of_a_store_is_no_folder(fails, key, scheme):
     message = fails(TINY, f"--{key}={scheme}://bucket/run")
     assert f"--{key}={scheme}://bucket/run: {scheme}:// is not supported" in message

@@ -218,14 +218,17 @@ def test_a_run_that_has_begun_has_its_own_values(tmp_path):
         configuration.check_resume(configuration.read_json(tmp_path / "own"), config)
 
 
-def test_a_folder_without_a_run_or_a_run_without_a_checkpoint_cannot_be_started_from(tmp_path, capsys):
+def test_a_folder_without_a_run_or_a_run_without_a_checkpoint_cannot_be_started_from(tmp_path, capsys, monkeypatch):
+    """Before anything is compiled."""
+    monkeypatch.setattr(assemble, "compile_steps", lambda parts: 1 / 0)
     with pytest.raises(UsageError, match=f"init.workdir={tmp_path}: there is no config.json"):
         parsed(TINY, f"--config.init.workdir={tmp_path}")
     assert run(TINY, origin(tmp_path), f"--workdir={tmp_path}/new") == 2
     assert f"init.workdir={tmp_path}: this run has no checkpoint" in capsys.readouterr().err
 
 
-def test_a_tokenizer_that_was_trained_and_not_kept_is_not_trained_anew(spoiled, tmp_path, capsys):
+def test_a_tokenizer_that_was_trained_and_not_kept_is_not_trained_anew(spoiled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(assemble, "compile_steps", lambda parts: None)
     (spoiled / "tokenizer.json").unlink()
     assert run(TINY, f"--config.init.workdir={spoiled}", f"--workdir={tmp_path}/new") == 2
     assert f"data.tokenizer: {spoiled} has no tokenizer.json" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from runtime.config.errors import UsageError
 from runtime.config.keys import flatten
 from runtime.config.resume import read_json
 
@@ -16,9 +15,7 @@ def take_origin(flat: dict[str, Any], typed: Collection[str], workdir: str | Non
     """Puts into `flat` what the run in init.workdir decides; (what is to be said of it, what is wrong), as lines.
 
     typed: the keys of the command line. One that has another value is wrong; a config file's values give way.
-    workdir: of this run. Where it has begun, its own config.json counts, and the other run need not be there any more.
-
-    Raises UsageError where there is no run in init.workdir.
+    workdir: of this run. Where it has begun, its own config.json counts, and the other run may be gone.
     """
     if not flat[KEY]:
         return [], []
@@ -29,9 +26,7 @@ def take_origin(flat: dict[str, Any], typed: Collection[str], workdir: str | Non
     origin = flat[KEY]
     theirs = _config_of(origin)
     if theirs is None:
-        raise UsageError(
-            f"{KEY}={origin}: there is no config.json of a run in this folder, so it cannot be started from"
-        )
+        return [], [f"{KEY}={origin}: there is no config.json of a run in this folder, so it cannot be started from"]
     wrong = [
         f"--config.{key}={flat[key]} is typed, and {KEY}={origin} holds a run with {value}, whose parameters and "
         f"tokenizer are taken: leave it out"
