@@ -1,9 +1,11 @@
 """What the libraries below print by themselves (gloo's handshakes, C++ stacks of a dead peer) goes to a file.
 
 They write to the process's own streams 1 and 2. From `begin` on those lead into a file, while Python prints where it
-printed before; `keep` moves the file into the workdir, as library.log; `end` puts everything back.
+printed before; `keep` moves the file into the workdir, as library.log; `end` puts everything back. So does what Orbax
+leaves to asyncio's logger: the failures of a damaged checkpoint's arrays, with their stacks, beside our sentence on it.
 """
 
+import logging
 import os
 import sys
 import tempfile
@@ -13,6 +15,13 @@ from typing import Any
 STREAMS = {1: "stdout", 2: "stderr"}
 SHOWN = 2000  # bytes of a log that has no workdir to be kept in
 
+
+class _ToFile(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(self.format(record))
+
+
+_tasks, _to_file = logging.getLogger("asyncio"), _ToFile()
 _saved: dict[int, int] = {}  # {descriptor: a copy of what it was}
 _python: dict[str, Any] = {}  # {name in sys: the stream that was there}
 _file: Any = None
@@ -24,6 +33,8 @@ def begin() -> None:
     if _saved:
         return
     _file = tempfile.TemporaryFile()  # noqa: SIM115  open until `end`
+    _tasks.addHandler(_to_file)
+    _tasks.propagate = False
     for descriptor, name in STREAMS.items():
         stream = getattr(sys, name)
         stream.flush()
@@ -52,6 +63,8 @@ def keep(workdir: Path, process: int) -> None:
 
 def end() -> None:
     global _file, _path
+    _tasks.removeHandler(_to_file)
+    _tasks.propagate = True
     for name, stream in _python.items():
         getattr(sys, name).close()
         setattr(sys, name, stream)

@@ -87,15 +87,17 @@ def test_a_reader_that_has_gone_is_no_error():
 
 def test_what_libraries_print_goes_to_a_file_and_what_we_print_does_not(tmp_path):
     code = f"""
-import os, sys, pathlib
+import logging, os, sys, pathlib
 from runtime import exits, library_log
 from runtime.config import RunError
+logging.basicConfig()  # as one of the libraries does
 def main():
     library_log.begin()
     os.write(1, b"a handshake\\n")
     print("ours")
     library_log.keep(pathlib.Path({str(tmp_path)!r}), 0)
     os.write(2, b"a stack\\n")
+    logging.getLogger("asyncio").error("a task")
     raise RunError("the peer is gone")
 sys.exit(exits.guarded(main, ""))
 """
@@ -104,7 +106,7 @@ sys.exit(exits.guarded(main, ""))
         out, err = process.communicate(timeout=30)
         assert (process.returncode, out) == (1, "ours\n")
         assert err == f"error: the peer is gone\nMore is in {tmp_path}/library.log\n"
-        assert (tmp_path / "library.log").read_text() == "a handshake\na stack\n" * starts
+        assert (tmp_path / "library.log").read_text() == "a handshake\na stack\na task\n" * starts
 
 
 def test_without_a_workdir_the_end_of_it_is_shown(capfd):
