@@ -233,12 +233,10 @@ def load_params(directory: Path, abstract: Any, warn: Callable[[str], None]) -> 
 
 
 def _load_params(folder: Path, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """(arrays, the digest of each parameter by its name, problems of all processes)."""
+    """(arrays, the digest of each parameter by its name, problems of all processes). Format 1 named these as we do."""
     record = agree.decided("record of a checkpoint", lambda: read_record(folder))
     if record is None:
         return {}, {}, [NO_RECORD]
-    if record["format"] == 1:
-        record = format1.translate(record)
     saved = {name: x for name, x in record["arrays"].items() if name.startswith(PARAMS)}
     if rows := _differing(saved, wanted, sorted(saved.keys() | wanted.keys())):
         raise UsageError(f"init.workdir: {folder} holds another model than its config.json says:\n" + "\n".join(rows))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import assemble
-from runtime.checkpoint import Checkpoints, read_record
-from runtime.digest import named_arrays
+from runtime.checkpoint import Checkpoints, load_params, read_record
+from runtime.digest import digest_all, named_arrays, to_hex
 from runtime.metrics import read
 
 KEPT = Path(__file__).parent / "data" / "format1.tar.xz"
@@ -39,6 +39,18 @@ def restored(folder, mesh):
 
 def test_the_kept_checkpoint_is_small():
     assert KEPT.stat().st_size <= 150_000
+
+
+def test_a_run_starts_from_its_parameters(tmp_path):
+    with tarfile.open(KEPT) as archive:
+        archive.extractall(tmp_path, filter="data")
+    parts = helpers.build(config(), (2, 2, 1))
+    given = load_params(tmp_path / "format1", parts.state.params, pytest.fail)
+    record = read_record(tmp_path / "format1" / "8")
+    assert record and record["format"] == 1 and given.step == 8
+    digests = {name: x["digest"] for name, x in record["arrays"].items()}
+    found = {f"params/{name}": to_hex(x) for name, x in digest_all(named_arrays(given.params)).items()}
+    assert found.items() <= digests.items()
 
 
 @pytest.mark.parametrize("mesh", [(2, 1, 1), pytest.param((2, 2, 1), marks=pytest.mark.slow)])
