@@ -69,15 +69,9 @@ def options(codec: str, **more):
     return helpers.tiny(sync__codec=codec, **more)
 
 
-@pytest.mark.parametrize("codec", ["int4", pytest.param("topk", marks=SLOW), pytest.param("sign", marks=SLOW)])
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ((4, 2, 1), (4, 1, 2)),
-        pytest.param((4, 2, 1), (2, 2, 1), marks=SLOW),
-        pytest.param((2, 1, 1), (4, 2, 1), marks=SLOW),
-    ],
-)
+@SLOW  # in the default run test_seams.py::test_what_is_owed_of_pieces_is_conserved, on a model that is not trained
+@pytest.mark.parametrize("codec", ["int4", "topk", "sign"])
+@pytest.mark.parametrize(("before", "after"), [((4, 2, 1), (4, 1, 2)), ((4, 2, 1), (2, 2, 1)), ((2, 1, 1), (4, 2, 1))])
 def test_residuals_are_folded_onto_another_mesh_and_number_of_replicas(tmp_path, codec, before, after, monkeypatch):
     monkeypatch.setattr(units, "SMALL", 2**11)  # some arrays together, some by themselves, some in pieces
     monkeypatch.setattr(rounds, "PIECE", 2**11)
@@ -154,9 +148,8 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "change", [pytest.param(c, marks=[] if i in (0, 3) else [SLOW]) for i, c in enumerate(CHANGES)], ids=str
-)
+@SLOW  # in the default run test_seams.py::test_a_few_changes_of_mesh_and_replicas, on a model that is not trained
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_what_is_owed_and_in_flight_is_conserved_by_a_change_of_mesh_and_strategy(tmp_path, change):
     before, mesh, after, other = change
     local = {"sync__interval": 2, "sync__outer__optimizer": "sgd"}

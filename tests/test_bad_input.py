@@ -629,11 +629,15 @@ def test_tokens_are_counted_as_they_are_read(run, capsys):
 # ── as a user meets it: real processes ───────────────────────────────────────────────────────────────────────────
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ("--config.optimizer.lr=fast", "--config.optimizer.lr=fast: expected a number"),
-        ("--config.mesh.fsdp=3", FACTORINGS_OF_8),
+        # In the default run in this process: test_options.
+        pytest.param("--config.optimizer.lr=fast", "--config.optimizer.lr=fast: expected a number", marks=SLOW),
+        pytest.param("--config.mesh.fsdp=3", FACTORINGS_OF_8, marks=SLOW),
         # The step takes longer to compile than this; it is compiling already when the data turns out to be bad.
         (
             "--config.data.path=nowhere.txt --config.compute.unroll --config.model.num_layers=16",
@@ -653,6 +657,7 @@ def test_the_error_comes_within_seconds(options, part, tmp_path, monkeypatch):
     assert seconds < 10 and not (tmp_path / "run").exists()
 
 
+@SLOW  # in the default run test_processes.py::test_processes_that_differ_all_say_in_what_and_train_nothing
 def test_several_processes_all_stop(tmp_path):
     done = helpers.train(tmp_path / "run", "--config.data.path=nowhere.txt", processes=2, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()

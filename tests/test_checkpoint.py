@@ -252,7 +252,7 @@ def test_verify_lists_damage(saved, tmp_path):
 
 def test_a_full_disk_stops_training_and_leaves_the_previous_step_intact(tmp_path):
     """A file-size limit stands in for the full disk."""
-    helpers.train(tmp_path, "--config.steps=4", "--config.checkpoint.every=4", "--config.sample.tokens=0")
+    helpers.run_here(tmp_path, "--config.steps=4", "--config.checkpoint.every=4", "--config.sample.tokens=0")
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; import train, runtime.checkpoint as c\n"

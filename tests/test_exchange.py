@@ -2,6 +2,7 @@
 replicated array different from another, what was not sent is kept, and exactly the bytes of the closed form."""
 
 import dataclasses
+from functools import cache
 
 import helpers
 import jax
@@ -98,6 +99,13 @@ def begin(exchange) -> dict:
     return jax.jit(lambda: residuals.init(exchange), out_shardings=shardings(exchange))()
 
 
+@cache
+def shared(case, algorithm, sizes, replicas, feedback):
+    """(exchange, its program): compiled once for all that is asserted of it."""
+    exchange = make(case, algorithm, sizes, replicas, feedback)
+    return exchange, compiled(exchange)
+
+
 def compiled(exchange):
     arguments = placed(exchange, tree(exchange.replicas)), begin(exchange), np.int32(0)
     return jax.jit(exchange.mean).lower(*arguments).compile(compiler_options=helpers.QUICKLY)
@@ -113,9 +121,9 @@ def same_copies(result: dict) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, result)
 
 
-def run(exchange, steps: int = 1) -> list:
+def run(exchange, steps: int = 1, program=None) -> list:
     """[(mean, state)] of some steps from the same residuals on, each with fresh input."""
-    f, state, found = compiled(exchange), begin(exchange), []
+    f, state, found = program or compiled(exchange), begin(exchange), []
     for step in range(steps):
         mean, state = f(placed(exchange, tree(exchange.replicas, step)), state, np.int32(step))
         found.append((same_copies(mean), same_copies(state)))
@@ -130,8 +138,8 @@ ERROR = {"none": 2e-7, "bf16": 0.003, "fp8": 0.05, "fp4": 0.3, "int8": 0.012, "i
 
 @every_codec
 def test_the_exchange_is_the_mean_over_replicas_as_exactly_as_the_codec_promises(case, algorithm):
-    exchange = make(case, algorithm, (4, 2, 1))
-    (mean, _), *_ = run(exchange)
+    exchange, program = shared(case, algorithm, (4, 2, 1), 4, Feedback())  # nothing is owed yet
+    ((mean, _),) = run(exchange, program=program)
     kind = CODECS[case[0]]
     assert case[0] in ERROR or is_round(kind) or kind.sparse, f"say in ERROR how exact {case[0]} is"
     bound = ERROR.get(case[0], 1.0) * (2.5 if dict(case[1]).get("stochastic") else 1.5)
@@ -158,7 +166,8 @@ def test_replicas_on_any_number_of_devices_give_the_same_bits(case, algorithm):
     [p for p in EVERY if ("stochastic", True) not in p.values[0][1] and p.values[1] == forms(p.values[0][0])[-1]],
 )
 def test_pieces_of_whole_blocks_give_the_same_bits_as_the_array_by_itself(case, algorithm, monkeypatch):
-    found = run(make(case, algorithm, (4, 1, 1), feedback=Feedback()), steps=2)
+    exchange, program = shared(case, algorithm, (4, 1, 1), 4, Feedback())
+    found = run(exchange, 2, program)
     monkeypatch.setattr(rounds, "PIECE", 2**20)
     expected = run(make(case, algorithm, (4, 1, 1), feedback=Feedback()), steps=2)
     for (mean, state), (whole_mean, whole_state) in zip(found, expected, strict=True):
@@ -186,12 +195,12 @@ def test_auto_means_gather_for_two_replicas_and_for_sparse_messages_else_two_sta
 
 @every_codec
 def test_start_and_finish_are_the_two_halves_of_mean(case, algorithm):
-    exchange = make(case, algorithm, (4, 2, 1), feedback=Feedback())
+    exchange, program = shared(case, algorithm, (4, 2, 1), 4, Feedback())
     x, state = placed(exchange, tree(4)), begin(exchange)
     f = lambda x, state: exchange.finish(*exchange.start(x, state, np.int32(0)), np.int32(0))
     jax.tree.map(
         np.testing.assert_array_equal,
-        jax.jit(f, compiler_options=helpers.QUICKLY)(x, state), compiled(exchange)(x, state, np.int32(0)),
+        jax.jit(f, compiler_options=helpers.QUICKLY)(x, state), program(x, state, np.int32(0)),
     )  # fmt: skip
 
 
@@ -226,8 +235,8 @@ def owed(exchange, state) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("decay", [1.0, pytest.param(0.95, marks=SLOW)])
 def test_nothing_is_lost_what_is_applied_and_what_is_owed_add_up(case, algorithm, decay):
     """Identity 4, at every step: ĝ_t + ē_{t+1} = ḡ_t + β ē_t; and with β = 1 the sums over 50 steps."""
-    exchange = make(case, algorithm, (4, 1, 1), feedback=Feedback(decay))
-    f, rng = compiled(exchange), np.random.default_rng(0)
+    exchange, f = shared(case, algorithm, (4, 1, 1), 4, Feedback(decay))
+    rng = np.random.default_rng(0)
     targets = tree(4, 7)
     for name, optimizer in OPTIMIZERS.items() if decay == 1.0 else [("sgd", optax.sgd(0.05))]:
         params = {n: np.zeros(leaf.shape, np.float32) for n, leaf in LEAVES.items()}
@@ -258,8 +267,8 @@ def test_nothing_is_lost_what_is_applied_and_what_is_owed_add_up(case, algorithm
 @pytest.mark.parametrize(("case", "algorithm"), WANTED)
 def test_with_sgd_the_parameters_less_what_is_owed_follow_exact_sgd(case, algorithm):
     """The corollary of Karimireddy et al. 2019: x − γ ē moves as if nothing were compressed."""
-    exchange = make(case, algorithm, (4, 1, 1), feedback=Feedback())
-    f, state, lr = compiled(exchange), begin(exchange), 0.05
+    exchange, f = shared(case, algorithm, (4, 1, 1), 4, Feedback())
+    state, lr = begin(exchange), 0.05
     x = {n: np.zeros(leaf.shape) for n, leaf in LEAVES.items()}
     exact = {n: np.zeros(leaf.shape) for n, leaf in LEAVES.items()}
     for step in range(20):
@@ -277,8 +286,8 @@ def test_with_sgd_the_parameters_less_what_is_owed_follow_exact_sgd(case, algori
 def test_zeros_stay_zeros_and_are_survived(case, algorithm):
     """A gradient of zeros, and all-zero blocks, decode to zeros; the step after is as good as any."""
     feedback = Feedback() if CODECS[case[0]].wants_error_feedback else None
-    exchange = make(case, algorithm, (4, 1, 1), feedback=feedback)
-    f, state = compiled(exchange), begin(exchange)
+    exchange, f = shared(case, algorithm, (4, 1, 1), 4, feedback)
+    state = begin(exchange)
     for step in range(2):
         mean, state = f(placed(exchange, {n: 0 * x for n, x in tree(4).items()}), state, np.int32(step))
         assert all(not np.any(x) for x in jax.tree.leaves(jax.device_get(mean)))
@@ -320,10 +329,10 @@ def test_pairs_of_devices_carry_the_same_bits_and_bytes(case, algorithm, monkeyp
     monkeypatch.setattr(pairwise, "SHORT", 0)
     # An all_gather is made of pairs for 2 devices only, an all_to_all for any power of two.
     devices, replicas = (2, 4) if algorithm == "gather" else (4, 4)
-    exchange = make(case, algorithm, (devices, 2, 1), replicas, Feedback())
+    exchange, program = shared(case, algorithm, (devices, 2, 1), replicas, Feedback())
     in_pairs = dataclasses.replace(exchange, net=dataclasses.replace(exchange.net, **pairwise.collectives(devices)))
     f, x, state = compiled(in_pairs), placed(exchange, tree(replicas)), begin(exchange)
-    jax.tree.map(np.testing.assert_array_equal, f(x, state, np.int32(0)), compiled(exchange)(x, state, np.int32(0)))
+    jax.tree.map(np.testing.assert_array_equal, f(x, state, np.int32(0)), program(x, state, np.int32(0)))
     sent = wire.count(f.as_text(), in_pairs.mesh)
     assert sum(sent["replica"].values()) == sum(exchange_bytes(exchange).values())
 
@@ -342,14 +351,14 @@ BYTES = [
 
 @pytest.mark.parametrize(("sizes", "case", "algorithm"), BYTES)
 def test_the_compiled_exchange_sends_the_bytes_of_the_closed_form(sizes, case, algorithm):
-    exchange = make(case, algorithm, sizes, feedback=Feedback())
-    assert wire.count(compiled(exchange).as_text(), exchange.mesh) == {"replica": exchange_bytes(exchange)}
+    exchange, program = shared(case, algorithm, sizes, sizes[0], Feedback())
+    assert wire.count(program.as_text(), exchange.mesh) == {"replica": exchange_bytes(exchange)}
 
 
 @every_codec
 def test_bytes_with_two_replicas_on_each_device(case, algorithm):
-    exchange = make(case, algorithm, (2, 2, 1), replicas=4)
-    assert wire.count(compiled(exchange).as_text(), exchange.mesh) == {"replica": exchange_bytes(exchange)}
+    exchange, program = shared(case, algorithm, (2, 2, 1), 4, Feedback())
+    assert wire.count(program.as_text(), exchange.mesh) == {"replica": exchange_bytes(exchange)}
 
 
 def test_ratios_to_float32_of_a_large_array():

@@ -19,7 +19,7 @@ STEPS = ["--config.steps=20", "--config.sample.tokens=16", "--config.eval_every=
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
-    helpers.train(workdir, *STEPS, "--config.steps=24", simulate=1)
+    helpers.run_here(workdir, *STEPS, "--config.steps=24")
     return helpers.metric_losses(workdir)
 
 
@@ -40,9 +40,9 @@ def test_processes_train_like_one(tmp_path, one_process, processes, devices, mes
     )
     # One process goes on with what several have saved.
     digest = json.loads((tmp_path / "summary.json").read_text())["params_digest"]
-    helpers.train(tmp_path, *STEPS, simulate=1)
+    helpers.run_here(tmp_path, *STEPS)
     assert json.loads((tmp_path / "summary.json").read_text())["params_digest"] == digest
-    helpers.train(tmp_path, *STEPS, "--config.steps=24", simulate=1)
+    helpers.run_here(tmp_path, *STEPS, "--config.steps=24")
     later = helpers.metric_losses(tmp_path)
     assert all(abs(later[step] / one_process[step] - 1) < 5e-6 for step in (21, 22, 23, 24))
 
@@ -51,29 +51,35 @@ def test_processes_train_like_one(tmp_path, one_process, processes, devices, mes
 def test_a_codec_gives_the_same_bits_between_processes(tmp_path, replicas):
     """Between processes gloo carries the messages, and all-reduces of pairs (parallel/pairwise.py)."""
     options = ["--config.steps=5", "--config.sample.tokens=0", "--config.sync.codec=int4"]
-    options += [f"--config.mesh.replica={replicas}"]
+    options += [f"--config.mesh.replica={replicas}", f"--config.mesh.fsdp={8 // replicas}"]
     digests, sent = set(), set()
-    for processes in (1, replicas):
-        helpers.train(tmp_path / str(processes), *options, simulate=replicas, processes=processes)
-        summary = json.loads((tmp_path / str(processes) / "summary.json").read_text())
+    helpers.run_here(tmp_path / "one", *options)
+    helpers.train(tmp_path / "several", *options, processes=replicas)
+    for workdir in ("one", "several"):
+        summary = json.loads((tmp_path / workdir / "summary.json").read_text())
         digests.add(summary["params_digest"])
         sent.add(summary["wire_bytes_per_step"]["replica"])
     assert len(digests) == len(sent) == 1
 
 
-def test_sigterm_to_the_launcher_saves_at_one_step_in_all_processes(tmp_path):
+def test_sigterm_to_the_launcher_saves_at_one_step_in_all_processes_and_only_loopback_is_listened_on(tmp_path):
+    """Explicit flags bind the coordinator to loopback here; JAX's own default would be every interface."""
     options = ["--config.steps=5000", "--config.checkpoint.every=5", "--config.mesh.replica=2", "--config.log_every=1"]
     command = helpers.command(tmp_path, *options, simulate=2, processes=2)
     process = subprocess.Popen(command, cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 240
     while time.time() < deadline and not (tmp_path / "checkpoints" / "5").is_dir() and process.poll() is None:
         time.sleep(0.1)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    addresses = [address for pid in children.stdout.split() for address in listening(int(pid))]
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 75, output
     assert "stopped by SIGTERM after step" in output
     newest = max(int(p.name) for p in (tmp_path / "checkpoints").glob("*") if p.name.isdigit())
     assert f"after step {newest}" in output
+    assert addresses, "the coordinator listens somewhere"
+    assert all(address.endswith("0100007F") for address in addresses), f"other than 127.0.0.1: {addresses}"
 
 
 def both(first: list[str], second: list[str], roots: tuple = (helpers.ROOT, helpers.ROOT), prefix: tuple = ([], [])):
@@ -133,24 +139,6 @@ def test_a_workdir_that_is_not_shared_is_found_out(tmp_path):
     for code, text in both(common, common, prefix=([], hidden)):
         assert code == 2 and "workdir: " in text and "is not the folder that process 0 writes to" in text, text
     assert not (tmp_path / "disk" / "run").exists()
-
-
-def test_the_coordinator_listens_on_its_own_address_only(tmp_path):
-    """Explicit flags bind it to loopback here; JAX's own default would be every interface."""
-    options = ["--config.steps=5000", "--config.mesh.replica=2"]
-    command = helpers.command(tmp_path, *options, simulate=2, processes=2)
-    process = subprocess.Popen(command, cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        deadline = time.time() + 240
-        while time.time() < deadline and not (tmp_path / "metrics.jsonl").exists() and process.poll() is None:
-            time.sleep(0.2)
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-        addresses = [address for pid in children.stdout.split() for address in listening(int(pid))]
-        assert addresses, "the coordinator listens somewhere"
-        assert all(address.endswith("0100007F") for address in addresses), f"other than 127.0.0.1: {addresses}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=240)
 
 
 def listening(pid: int) -> list[str]:

@@ -1,8 +1,10 @@
 """Stop anywhere, go on: the same bits as a run that was never stopped."""
 
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -17,11 +19,11 @@ from runtime.metrics import read
 
 # Saves overlap the steps that follow: a kill hits before, in and after commits.
 OPTIONS = ["--config.steps=120", "--config.checkpoint.every=3", "--config.log_every=4", "--config.sample.tokens=0"]
-OPTIONS += ["--config.eval_every=40", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+OPTIONS += ["--config.eval_every=40", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]
 
 
 def start(workdir: Path, *options: str, **kwargs) -> subprocess.Popen:
-    command = helpers.command(workdir, *OPTIONS, *options, simulate=4, **kwargs)
+    command = helpers.command(workdir, *OPTIONS, *options, **kwargs)
     return subprocess.Popen(command, cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -43,8 +45,25 @@ def wait_for_steps(process: subprocess.Popen, workdir: Path, at_least: int) -> N
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    helpers.train(workdir, *OPTIONS, simulate=4)
+    helpers.run_here(workdir, *OPTIONS)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A workdir whose run was ended by SIGTERM."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    process = start(workdir)
+    wait_for_steps(process, workdir, 30)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert f"stopped by SIGTERM after step {newest(workdir)}" in output
+    return workdir
+
+
+def newest(workdir: Path) -> int:
+    return max(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
 
 
 def check_same_run(workdir: Path, uninterrupted: Path) -> None:
@@ -65,7 +84,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path, uninterrupted, kills):
         time.sleep(chance.uniform(0, 0.4))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    helpers.train(tmp_path, *OPTIONS, simulate=4)
+    helpers.run_here(tmp_path, *OPTIONS)
     check_same_run(tmp_path, uninterrupted)
     starts = summary(tmp_path)["starts"]
     assert len(starts) == kills + 1 and starts[0]["restored_step"] is None
@@ -74,48 +93,32 @@ def test_killed_at_random_moments_and_resumed(tmp_path, uninterrupted, kills):
     assert restored == sorted(restored)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, uninterrupted):
-    process = start(tmp_path)
-    wait_for_steps(process, tmp_path, 30)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output
-    stopped = max(int(p.name) for p in (tmp_path / "checkpoints").glob("*") if p.name.isdigit())
-    assert f"stopped by SIGTERM after step {stopped}" in output
-    done = helpers.train(tmp_path, *OPTIONS, simulate=4)
-    assert f"from step {stopped}" in done.stdout
-    check_same_run(tmp_path, uninterrupted)
-
-
-def test_the_workdir_alone_is_enough_to_resume(tmp_path, uninterrupted):
-    process = start(tmp_path)
-    wait_for_steps(process, tmp_path, 30)
-    process.kill()
-    process.communicate()
-    command = [c for c in helpers.command(tmp_path, simulate=4) if not c.startswith("--config")]
-    done = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("config", ["tiny", None], ids=["the same command", "the workdir alone"])
+def test_sigterm_saves_and_the_run_goes_on(tmp_path, stopped, uninterrupted, config):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    done = helpers.run_here(tmp_path, *(OPTIONS if config else ()), config=config)
+    assert f"from step {newest(stopped)}" in done.stdout
     check_same_run(tmp_path, uninterrupted)
 
 
 def test_a_run_that_lost_its_checkpoints_does_not_begin_again(tmp_path):
-    helpers.train(tmp_path, "--config.checkpoint.every=5", "--config.sample.tokens=0")
+    helpers.run_here(tmp_path, "--config.checkpoint.every=5", "--config.sample.tokens=0")
     rows = (tmp_path / "metrics.jsonl").read_bytes()
     for step in (tmp_path / "checkpoints").glob("*"):
         step.rename(tmp_path / f"moved-{step.name}")
-    done = helpers.train(tmp_path, check=False)
+    done = helpers.run_here(tmp_path, check=False)
     assert done.returncode == 1 and "nothing to resume from" in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "metrics.jsonl").read_bytes() == rows
 
 
 def test_a_damaged_newest_step_is_named_and_the_one_before_it_used(tmp_path):
-    helpers.train(tmp_path, "--config.steps=6", "--config.checkpoint.every=3", "--config.sample.tokens=0")
+    helpers.run_here(tmp_path, "--config.steps=6", "--config.checkpoint.every=3", "--config.sample.tokens=0")
     newest = tmp_path / "checkpoints" / "6" / "state"
     data = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    done = helpers.train(tmp_path, "--config.steps=8", "--config.checkpoint.every=3", "--config.sample.tokens=0")
+    done = helpers.run_here(tmp_path, "--config.steps=8", "--config.checkpoint.every=3", "--config.sample.tokens=0")
     assert "warning: checkpoint step 6 is corrupt: array" in done.stderr
     assert summary(tmp_path)["starts"][-1]["restored_step"] == 3
     assert "from step 3" in done.stdout
@@ -124,18 +127,19 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_it_used(tmp_path):
 
 @pytest.mark.parametrize(
     "mesh",
-    [(2, 1, 2), pytest.param((1, 1, 1), marks=pytest.mark.slow), pytest.param((1, 8, 1), marks=pytest.mark.slow)],
+    [(2, 1, 4), pytest.param((1, 1, 1), marks=pytest.mark.slow), pytest.param((1, 8, 1), marks=pytest.mark.slow)],
     ids=helpers.name,
 )
 def test_another_mesh_goes_on_with_the_same_parameters_and_losses(tmp_path, mesh, uninterrupted):
     """The digest of the restored parameters is checked array by array; the losses that follow are compared here."""
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("replica", "fsdp", "tensor"), mesh, strict=True)]
     first = ["--config.steps=10", "--config.optimizer.schedule=constant", "--config.sample.tokens=0"]
-    helpers.train(tmp_path, *first, "--config.mesh.fsdp=2", "--config.mesh.tensor=2", simulate=4)
+    helpers.run_here(tmp_path, *first, "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
     before = summary(tmp_path)["params_digest"]
-    helpers.train(tmp_path, *first, *sizes, simulate=mesh[0] * mesh[1] * mesh[2])
+    go_on = functools.partial(helpers.train, simulate=1) if mesh == (1, 1, 1) else helpers.run_here
+    go_on(tmp_path, *first, *sizes)
     assert summary(tmp_path)["params_digest"] == before, "restored on another mesh, trained no step: the same bits"
-    helpers.train(tmp_path, "--config.steps=20", *first[1:], *sizes, simulate=mesh[0] * mesh[1] * mesh[2])
+    go_on(tmp_path, "--config.steps=20", *first[1:], *sizes)
     ours, theirs = helpers.metric_losses(tmp_path), helpers.metric_losses(uninterrupted)
     later = [step for step in theirs if 10 < step <= 20]
     assert later and all(abs(ours[step] / theirs[step] - 1) < 5e-6 for step in later)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from test_refusing import make
 
-from parallel import fold, resume, roles, rules
+from parallel import fold, resume, roles, rules, units
+from parallel.codecs import rounds
 from runtime.digest import named_arrays
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2)]  # fsdp, tensor
@@ -121,6 +122,16 @@ def test_a_few_changes_of_mesh_and_replicas(pair):
     for i, codec in enumerate(CODECS):
         mesh_before, mesh_after, *replicas = CHANGES[(50 * i + 17 * number) % len(CHANGES)]
         check(pair, codec, ("nesterov", "adam")[i % 2], mesh_before, mesh_after, *replicas, seed=i)
+
+
+def test_what_is_owed_of_pieces_is_conserved(monkeypatch):
+    """Some arrays are whole, one is in pieces."""
+    monkeypatch.setattr(units, "SMALL", 2**5)
+    monkeypatch.setattr(rounds, "PIECE", 2**5)
+    made, *_ = built("sync", "int4", "adamw", (2, 1), 4, "adam")
+    assert {unit.pieces > 1 for unit in made.exchange.units} == {True, False}
+    for mesh in ((2, 1), (1, 2)):
+        check(("sync", "sync", "adamw"), "int4", "adam", (2, 1), mesh, 4, 2, seed=0)
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_the_user_sees_the_table_and_the_steps(finished):
 
 
 def test_a_dry_run_compiles_and_trains_nothing(tmp_path):
-    done = helpers.train(tmp_path / "never", "--dry_run", "--config.mesh.fsdp=8")
+    done = helpers.run_here(tmp_path / "never", "--dry_run", "--config.mesh.fsdp=8")
     assert "dry run" in done.stdout and "temporary per device" in done.stdout and "step 1/" not in done.stdout
     assert re.search(r"^  stray, replica +0 B in step, evaluation, sample, digest, init$", done.stdout, re.MULTILINE)
     assert re.search(r"^  attention +auto: reference; cudnn runs on NVIDIA", done.stdout, re.MULTILINE)
@@ -157,7 +157,7 @@ def test_a_bad_gradient_is_skipped_counted_and_leaves_no_trace():
 
 def test_a_run_of_bad_gradients_ends_with_a_message(tmp_path):
     options = ["--config.optimizer.lr=1e30", "--config.optimizer.clip_norm=0.0", "--config.guard.abort_after=3"]
-    done = helpers.train(tmp_path, *options, check=False)
+    done = helpers.run_here(tmp_path, *options, check=False)
     assert done.returncode == 1 and "the last 3 updates were skipped" in done.stderr
     assert "guard.abort_after" in done.stderr and "Traceback" not in done.stderr
 
