@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-WORKERS := -n 2 --dist worksteal
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test sample prove check clean
 

@@ -113,6 +113,7 @@ def run(piece: Piece, commit: str) -> dict[str, Any]:
             output, _ = process.communicate()
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             raise
         counted = read_junit(junit) if junit.exists() else {"passed": int(process.returncode == 0)}
     # pytest's 5: nothing was collected, because what the whole file needs is not installed

@@ -39,15 +39,21 @@ def compare(losses, gradients, uneven: bool):
         assert np.linalg.norm(gradients[name] - wanted) <= bound, name
 
 
+QUICK = [(4, 2, 1), (2, 2, 2), (2, 1, 4), (1, 4, 2)]  # each axis with each other one, and all three
+
+
 @BOTH
-@pytest.mark.parametrize("mesh", helpers.factorings(8), ids=helpers.name)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(mesh, marks=[] if mesh in QUICK else [SLOW]) for mesh in helpers.factorings(8)],
+    ids=helpers.name,
+)
 def test_every_mesh_of_eight_devices_trains_like_one_device(mesh, uneven):
     check(mesh, uneven)
 
 
-@pytest.mark.parametrize(
-    ("processes", "mesh"), [(2, (2, 1, 2)), *(pytest.param(*c, marks=SLOW) for c in [(2, (1, 2, 1)), (4, (2, 2, 1))])]
-)
+@SLOW  # in the default run test_processes.py::test_processes_train_like_one, by train.py's losses
+@pytest.mark.parametrize(("processes", "mesh"), [(2, (2, 1, 2)), (2, (1, 2, 1)), (4, (2, 2, 1))])
 def test_several_processes_train_like_one_device(processes, mesh, tmp_path):
     script = [f"{helpers.ROOT}/tests/one_of_several.py", f"{tmp_path}/out.npz", ",".join(map(str, mesh))]
     launch = [sys.executable, "-m", "runtime.launch", f"--processes={processes}", "--", *script]
