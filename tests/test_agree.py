@@ -1,7 +1,10 @@
 """runtime/agree.py and what it stands on: processes meet, compare, decide together, and end together."""
 
+import contextlib
 import json
+import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +16,7 @@ import helpers
 import pytest
 
 from configs import base
-from runtime import agree, rendezvous
+from runtime import agree, preemption, rendezvous
 from runtime import config as configuration
 from runtime.config import RunError, UsageError
 from runtime.launch import free_port
@@ -135,6 +138,20 @@ def test_sigterm_to_one_stops_all_after_the_same_step(tmp_path):
     assert codes == [0, 0] and zero == one and 7 <= zero["step"] < 2000, printed
 
 
+def test_sigterm_to_a_process_that_fails_does_not_end_it_otherwise(monkeypatch):
+    """It ends already, with its own sentence and code, and has told the others."""
+    monkeypatch.setattr(agree, "failing", threading.Event())
+    notice = preemption.notice()
+    notice.training_begins(0)
+    listener = [thread for thread in threading.enumerate() if thread.name == "SIGTERM"][-1]
+    agree.tell(1, "the disk is full")
+    os.kill(os.getpid(), signal.SIGTERM)
+    listener.join(10)
+    heard = not listener.is_alive()
+    preemption.done()
+    assert heard and not notice.requested(1)
+
+
 # ── before JAX starts ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -160,6 +177,16 @@ def meet(coordinator: str, *who: tuple[int, int], seconds: float = 20.0) -> list
 @pytest.fixture
 def coordinator() -> str:
     return f"127.0.0.1:{free_port()}"
+
+
+def knocking(coordinator: str) -> socket.socket:
+    """Connected to process 0, as soon as it listens."""
+    for _ in range(2000):
+        try:
+            return socket.create_connection(rendezvous.parse_address(coordinator), timeout=20)
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    raise AssertionError(f"nobody listens at {coordinator}")
 
 
 def test_all_meet(coordinator):
@@ -191,6 +218,22 @@ def test_a_number_given_twice_is_refused_and_the_others_meet(coordinator):
     assert first == [[1, 2], [0]]
 
 
+def test_a_number_given_twice_is_refused_after_the_last_has_come_too(coordinator):
+    """Both have come while process 0 was listening to a stranger who says nothing."""
+    first: list = []
+    waiting = threading.Thread(target=lambda: first.extend(meet(coordinator, (0, 2))))
+    waiting.start()
+    with knocking(coordinator):
+        one, again = knocking(coordinator), knocking(coordinator)
+        for connection in (one, again):
+            connection.sendall(b'{"process": 1, "of": 2}\n')
+    with one, again:
+        assert json.loads(one.makefile().readline()) == {"go": True}
+        assert "--process_id=1: that process is here already" in json.loads(again.makefile().readline())["usage"]
+    waiting.join()
+    assert first == [[1]]
+
+
 def test_who_leaves_before_all_are_there_may_come_again(coordinator):
     first: list = []
     waiting = threading.Thread(target=lambda: first.extend(meet(coordinator, (0, 3))))
@@ -210,19 +253,11 @@ def test_another_number_of_processes_is_refused_by_all(coordinator):
 
 def test_strangers_do_no_harm(coordinator):
     """A port scanner at process 0; and a process that talks to something that is not process 0."""
-    host, port = rendezvous.parse_address(coordinator)
 
     def knock() -> None:
         for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": "x"}\n', b"\xff\xfe\n", b"x" * 10000):
-            while True:
-                try:
-                    with socket.create_connection((host, port)) as stranger:
-                        stranger.sendall(words)
-                    break
-                except ConnectionRefusedError:
-                    time.sleep(0.01)
-                except OSError:  # it hung up on us
-                    break
+            with contextlib.suppress(OSError), knocking(coordinator) as stranger:  # it may hang up on us
+                stranger.sendall(words)
 
     stranger = threading.Thread(target=knock)
     results: list = []
@@ -234,7 +269,7 @@ def test_strangers_do_no_harm(coordinator):
     zero.join()
     assert sorted(results) == [[0], [1]]
 
-    with socket.create_server((host, port)) as server:
+    with socket.create_server(rendezvous.parse_address(coordinator)) as server:
         threading.Thread(
             target=lambda: server.accept()[0].sendall(b"220 mail.example.org ESMTP\r\n"), daemon=True
         ).start()

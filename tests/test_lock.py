@@ -1,5 +1,6 @@
 """runtime/lock.py: one writer per folder, and a lock that no ending of a process leaves behind."""
 
+import fcntl
 import json
 import os
 import signal
@@ -134,6 +135,27 @@ def test_a_new_process_with_the_old_number_is_not_the_holder(tmp_path):
     started = time.monotonic()
     lock.hold(folder, **QUICK)
     assert time.monotonic() - started < 0.5
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_file_that_its_holder_has_just_deleted_locks_nothing(tmp_path, monkeypatch, others):
+    """Between the opening of the file and its locking, its holder ends; then nobody, or another, takes the folder."""
+    folder, flock, comes = tmp_path / "run", fcntl.flock, iter([others])
+    (folder / "lock").parent.mkdir()
+
+    def late(file: int, how: int) -> None:
+        for count in comes:  # once
+            (folder / "lock").unlink()
+            for _ in range(count):
+                lock.hold(folder)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    if not others:
+        nonce = lock.hold(folder)
+        assert json.loads((folder / "lock").read_text())["nonce"] == nonce
+    with pytest.raises(UsageError, match=f"in use by process {os.getpid()}"):
+        lock.hold(folder)
 
 
 def test_who_has_lost_its_lock_ends(tmp_path):
