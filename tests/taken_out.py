@@ -549,8 +549,8 @@ CASES = [
     TakenOut(
         "config: a shorter run has a shorter warm-up",
         "runtime/config/flags.py",
-        "notes = _shorten_warm_up(before, flat, overridden)",
-        "notes = []",
+        "    notes += _shorten_warm_up(before, flat, overridden)\n",
+        "",
         "tests/test_bad_input.py::test_a_run_made_shorter_keeps_the_share_of_its_warm_up",
     ),
     TakenOut(
@@ -572,7 +572,8 @@ CASES = [
         "parallel/rules.py",
         ">= max(1, (least or {}).get(axis, 1))",
         ">= 1",
-        "tests/test_bad_input.py -k options and bpe",
+        "tests/test_bad_input.py::"
+        "test_options[--config.mesh.tensor=2 --config.data.vocab_size=257 --config.data.tokenizer=bpe]",
     ),
     TakenOut(
         "config: one version",
@@ -793,7 +794,7 @@ CASES = [
         "runtime/watch.py",
         "self._gone.add(gone)",
         "gone = None",
-        "tests/test_agree.py -k nobody_waits and killed",
+        "tests/test_agree.py::test_nobody_waits_for_a_process_that_has_gone[killed--9-it ended without a word]",
     ),
     TakenOut(
         "processes: a launcher is known by its step",
@@ -828,7 +829,8 @@ CASES = [
         "train.py",
         "agree.same_start(config, flags)",
         "agree.code_facts()",
-        "tests/test_processes.py -k differ and optimizer.lr",
+        "tests/test_processes.py::"
+        "test_processes_that_differ_all_say_in_what_and_train_nothing[optimizer.lr---config.optimizer.lr=5e-3]",
     ),
     TakenOut(
         "lock: a process with an old number is not its holder",
