@@ -6,11 +6,15 @@ The codec goes through tests/test_exchange.py itself, which is what the page pro
 import dataclasses
 import importlib.util
 import re
+import shlex
+import subprocess
+import sys
 
 import helpers
 import jax
 import numpy as np
 import pytest
+import taken_out
 import test_exchange
 import test_strategies
 
@@ -197,3 +201,66 @@ def test_a_replica_with_a_gradient_of_nan_leaves_out_its_step(page):
     assert np.asarray(metrics["skipped"]).tolist() == [[0, 1, 0]]
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state.params, state.strategy)))
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True))
+
+
+# ── registered, in a copy of the project, and tested by the page's own commands ──────────────────────────────────
+
+EDITS = {
+    "int6": [
+        ("parallel/codecs/__init__.py", "CODECS = {\n", "from parallel.codecs.int6 import Int6\n\nCODECS = {\n"),
+        ("parallel/codecs/__init__.py", "CODECS = {\n", 'CODECS = {\n    "int6": Int6,\n'),
+        ("runtime/config/keys.py", "\nCODECS = {\n", '\nCODECS = {\n    "int6": set(),\n'),
+        ("tests/test_exchange.py", "ERROR = {", 'ERROR = {"int6": 0.05, '),
+    ],
+    "postlocal": [
+        (
+            "runtime/config/keys.py",
+            "\nSTRATEGIES = {\n",
+            '\nSTRATEGIES = {\n    "postlocal": {"interval", "together"},\n',
+        ),
+        ("tests/test_strategies.py", "OPTIONS = {\n", 'OPTIONS = {\n    "postlocal": {"sync__interval": 4},\n'),
+        ("tests/test_resume.py", "STRATEGIES = {\n", 'STRATEGIES = {\n    "postlocal": "interval=4 together=2",\n'),
+    ],
+}
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """commands(name) registers the method in a copy of the project, and returns the command that tests it."""
+
+    def commands(name: str) -> list[str]:
+        taken_out.copy(tmp_path)
+        kind, place = {"int6": ("codec", "codecs/int6.py"), "postlocal": ("strategy", "postlocal.py")}[name]
+        (tmp_path / "parallel" / place).write_text(block(kind))
+        for file, before, after in EDITS[name]:
+            text = (tmp_path / file).read_text()
+            assert text.count(before) == 1, (file, before)
+            (tmp_path / file).write_text(text.replace(before, after))
+        (line,) = re.findall(rf"^python (-m pytest .*{name}.*)$", PAGE.read_text(), re.MULTILINE)
+        return [sys.executable, *shlex.split(line), "-q", "-p", "no:cacheprovider"]
+
+    return commands
+
+
+def outcome(command: list[str], folder) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow  # in the default run the same tests are called by their names, above
+def test_the_page_s_command_runs_every_test_of_the_codec(commands, tmp_path):
+    printed = outcome(commands("int6"), tmp_path)
+    assert int(re.findall(r"(\d+) passed", printed)[-1]) > 30 and " failed" not in printed
+
+
+@pytest.mark.slow
+def test_the_page_s_command_selects_the_tests_of_the_strategy(commands, tmp_path):
+    printed = outcome([*commands("postlocal"), "--collect-only"], tmp_path)
+    for test in (
+        "test_four_replicas_train_alike_on_every_mesh[mesh0-postlocal]",
+        "test_every_program_sends_its_exchange_and_named_scalars_over_the_slow_axis_and_nothing_else[postlocal-int4]",
+        "test_every_strategy_killed_and_resumed_ends_with_the_same_bits[postlocal-int4]",
+        "test_the_tables_of_the_config_are_the_fields_of_the_classes",
+    ):
+        assert test in printed, test
