@@ -28,6 +28,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 pytest_plugins = ["counting"]
 
+# A file's tests stay with one worker. These take longest and come first, else one worker ends with one of them alone.
+FIRST = ("test_strategies", "test_parity", "test_processes", "test_exchange", "test_resume", "test_train")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", action="store_true", help="one case of every slow test function, none marked prove")
@@ -40,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     if not config.option.sample:
         return
     chosen: dict[str, pytest.Item] = {}  # by function: the case whose name has the smallest hash
