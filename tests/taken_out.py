@@ -747,6 +747,20 @@ CASES = [
         "tests/test_checkpoint.py -k save_below_a_damaged_step",
     ),
     TakenOut(
+        "saves: a step is no step before it is deleted",
+        "runtime/steps.py",
+        'doomed = folder.rename(folder.with_name(f"{step}{DELETED}"))',
+        "doomed = folder",
+        "tests/test_checkpoint.py::test_a_step_that_is_being_deleted_is_none",
+    ),
+    TakenOut(
+        "saves: what a kill left goes",
+        "runtime/checkpoint.py",
+        "            steps.remove_leftovers(directory)",
+        "            pass",
+        "tests/test_checkpoint.py -k what_a_kill_left",
+    ),
+    TakenOut(
         "saves: what only has a number is no step",
         "runtime/steps.py",
         'if {"state", "record"} & set(_names(folder))}',

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import train
 from parallel import mesh as meshes
-from runtime import checkpoint
+from runtime import checkpoint, steps
 from runtime import digest as digest_module
 from runtime.checkpoint import CheckpointError, Checkpoints
 from runtime.digest import digest, digest_all, named_arrays, params_digest, to_hex
@@ -359,6 +359,24 @@ def test_what_a_kill_left_of_a_save_or_a_deletion_goes_and_is_no_step(saved, tmp
         shutil.copytree(directory / "2", directory / name)
     checkpoints = Checkpoints(directory)
     assert sorted(p.name for p in directory.iterdir()) == ["1", "2"] and checkpoints.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("part", ["state", "record"])
+def test_a_step_that_is_being_deleted_is_none(tmp_path, monkeypatch, part):
+    """The deletion is interrupted when a part of it is done."""
+    for step in (1, 2):
+        for folder in ("state", "record"):
+            (tmp_path / str(step) / folder).mkdir(parents=True)
+    rmtree = shutil.rmtree
+
+    def interrupted(path: Path) -> None:
+        rmtree(path / part)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        steps.rotate(tmp_path, 1, 0, lambda folder: None)
+    assert list(steps.committed(tmp_path)) == [2]
 
 
 def test_poll_and_finish_tell_what_is_on_the_disk(tmp_path):
