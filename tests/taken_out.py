@@ -854,6 +854,27 @@ CASES = [
         "tests/test_lock.py -k old_number",
     ),
     TakenOut(
+        "lock: a refused process deletes no lock of another",
+        "runtime/lock.py",
+        'if self._mine and self._read().get("nonce") == self.nonce:',
+        "if True:",
+        "tests/test_lock.py -k folder_in_use",
+    ),
+    TakenOut(
+        "lock: who has lost it ends",
+        "runtime/lock.py",
+        "                os._exit(1)",
+        "                return",
+        "tests/test_lock.py -k lost_its_lock",
+    ),
+    TakenOut(
+        "lock: who is not silent keeps it",
+        "runtime/lock.py",
+        "            if self._read() != before:",
+        "            if False:",
+        "tests/test_lock.py -k not_silent",
+    ),
+    TakenOut(
         "lock: a file that was deleted locks nothing",
         "runtime/lock.py",
         "            if self._is_linked(file):",

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +19,12 @@ import pytest
 from runtime.checkpoint import verify
 
 TRIED = {"new": 36, "damaged": 8}  # calls of a run from its beginning; of one whose newest step is damaged
-SYSCALLS: list[str] = "rename renameat renameat2 unlink unlinkat rmdir mkdir mkdirat fsync fdatasync openat".split()
+SYSCALLS = "rename renameat renameat2 unlink unlinkat rmdir mkdir mkdirat fsync fdatasync openat".split()
 OPTIONS = ["--config.steps=6", "--config.checkpoint.every=2", "--config.checkpoint.keep=2", "--config.sample.tokens=0"]
 OPTIONS += ["--config.model.num_layers=1"]
 
 
-def strace(log: Path, syscalls: list[str], *options: str) -> list[str]:
+def strace(log: Path, syscalls: Sequence[str], *options: str) -> list[str]:
     known = ",".join(f"?{name}" for name in syscalls)  # not every machine has all of them
     return ["strace", "-f", "-y", "-o", str(log), "-e", f"trace={known}", *options]
 
