@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -160,9 +161,10 @@ def run_here(
 
     chosen = [f"--config={ROOT}/configs/{config}.py"] if config else []
     argv = ["train.py", *chosen, f"--workdir={workdir}", *options]
-    out, err = io.StringIO(), io.StringIO()
+    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = train.run(argv)
+    signal.signal(signal.SIGTERM, before)
     done = subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
     assert not check or code == 0, f"rc {code}\n{done.stdout}\n{done.stderr}"
     return done

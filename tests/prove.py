@@ -1,7 +1,7 @@
 """Every test there is, in pieces, for hours if need be. Stopped anywhere, it goes on from the piece it was at.
 
 python tests/prove.py                  what this commit has not passed yet, on this Python; then writes docs/proofs.md
-python tests/prove.py --only TEXT      the pieces whose name contains TEXT
+python tests/prove.py --only TEXT      the pieces whose name contains TEXT, and writes nothing
 python tests/prove.py --list           what there is, and how it went
 python tests/prove.py --write          docs/proofs.md from what is there
 
@@ -260,6 +260,8 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             print("stopped; the same command goes on with the piece that was under way", flush=True)
             return 130
+    if options.only and not options.write:
+        return int(failures > 0)
     pythons = sorted({path.name for path in (RESULTS / at).glob("*")})
     REPORT.write_text(report(at, [piece.name for piece in every], [Store(RESULTS, at, name) for name in pythons]))
     print(f"{f'{failures} pieces failed; ' if failures else ''}{REPORT.relative_to(ROOT)} is written")

@@ -1,8 +1,8 @@
 """One bad batch, of any sort, at any phase of a round: what it leaves behind, for every strategy, codec and optimizer.
 
 A cell is a strategy, a codec and an optimizer that the config allows together. Its programs are compiled once, for a
-model that can be written on a postcard, and run for each sort of bad batch and each phase of a round. `pytest -m "" -s
-tests/test_refusing.py` prints one line a cell.
+model that can be written on a postcard, and run for each sort of bad batch and each phase of a round. `make prove`
+counts them.
 """
 
 import dataclasses
@@ -163,9 +163,11 @@ def run(name: tuple[str, str, str], steps: int, bad_at: int | None, sort: str = 
 @pytest.mark.parametrize(
     "name", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CELLS], ids="-".join
 )
-def test_one_bad_batch_at_any_phase_of_a_round_leaves_no_lasting_trace(name):
+def test_one_bad_batch_at_any_phase_of_a_round_leaves_no_lasting_trace(name, record_property):
     if not allowed(*name):
-        return print("refused by the config:", *name)
+        record_property("cells refused by the config", 1)
+        return
+    record_property("cells", 1)
     start = 3 * WINDOW + 8
     steps = start + 8 + 2 * WINDOW * STRATEGIES[name[0]].get("interval", 1)
     steps -= steps % 4
@@ -188,7 +190,7 @@ def test_one_bad_batch_at_any_phase_of_a_round_leaves_no_lasting_trace(name):
                 "a row without a gradient",
             )
             count += 1
-    print(f"{' '.join(name)}: {count} events")
+    record_property("bad batches", count)
 
 
 def test_a_lump_that_residuals_hold_is_cut_off_and_does_not_come_back():

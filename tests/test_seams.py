@@ -1,6 +1,6 @@
 """Going on where strategy, mesh and number of replicas change at once: what is owed and in flight is conserved, what is
 another one is named, and memory stays that of one's own share. On the model of test_refusing.py, filled with random
-numbers: no step is made. `pytest -m "" -s tests/test_seams.py` prints one line a pair of strategies."""
+numbers: no step is made. `make prove` counts the changes."""
 
 from itertools import product
 
@@ -136,8 +136,8 @@ def test_what_is_owed_of_pieces_is_conserved(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_every_change_of_mesh_and_replicas(pair):
+def test_every_change_of_mesh_and_replicas(pair, record_property):
     """Codecs and outer optimizers by turns, so that each meets every mesh, every R and every pair."""
     for i, (mesh_before, mesh_after, *replicas) in enumerate(CHANGES):
         check(pair, CODECS[i % 3], ("nesterov", "adam")[i % 2], mesh_before, mesh_after, *replicas, seed=i)
-    print(f"{' '.join(pair)}: {len(CHANGES)} changes")
+    record_property("changes of mesh and replicas", len(CHANGES))
