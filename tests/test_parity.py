@@ -76,9 +76,8 @@ def test_micro_steps_add_up_to_the_same_update(mesh, accumulate, uneven):
 @pytest.mark.parametrize(
     ("replicas", "mesh"),
     [
-        (4, (1, 1, 1)),
         (8, (2, 2, 2)),
-        *(pytest.param(*case, marks=SLOW) for case in [(4, (2, 2, 1)), (8, (1, 1, 1)), (8, (4, 1, 1))]),
+        *(pytest.param(*case, marks=SLOW) for case in [(4, (1, 1, 1)), (4, (2, 2, 1)), (8, (1, 1, 1)), (8, (4, 1, 1))]),
     ],
 )
 def test_several_replicas_on_one_device_train_like_one_device(replicas, mesh, uneven):

@@ -47,7 +47,9 @@ def test_processes_train_like_one(tmp_path, one_process, processes, devices, mes
     assert all(abs(later[step] / one_process[step] - 1) < 5e-6 for step in (21, 22, 23, 24))
 
 
-@pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.slow)])
+# In the default run test_exchange.py::test_pairs_of_devices_carry_the_same_bits_and_bytes, within one process.
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [2, 4])
 def test_a_codec_gives_the_same_bits_between_processes(tmp_path, replicas):
     """Between processes gloo carries the messages, and all-reduces of pairs (parallel/pairwise.py)."""
     options = ["--config.steps=5", "--config.sample.tokens=0", "--config.sync.codec=int4"]
