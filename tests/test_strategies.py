@@ -291,7 +291,7 @@ def test_a_gradient_of_nan_leaves_no_trace(strategy, codec):
         before = jax.device_get((state.params, state.opt, state.codec))
         state, metrics = program(state, bad)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt, state.codec)), before)
-    assert int(metrics["skipped"][0]) == 1
+    assert int(metrics["skipped"][0]) == 1 + late, "each is counted when it is new"
     state, metrics = program(state, good[2])
     if late:
         state, metrics = program(state, good[1])
