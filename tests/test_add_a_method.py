@@ -145,6 +145,7 @@ def of(kind, parts, **fields):
     return dataclasses.replace(parts, strategy=strategy, state=state)
 
 
+@pytest.mark.slow  # in the default run: what the strategy equals, on the problem of test_strategies.py, below
 def test_the_strategy_trains_and_sends_the_bytes_that_the_page_says(page, registered):
     """With the page's codec: 5 exchanges at the start, then after steps 8 and 12, and after 14, the last."""
     config, steps = helpers.tiny(sync__codec="int6", optimizer__lr=4e-3), 14

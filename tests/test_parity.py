@@ -98,5 +98,6 @@ def test_a_mean_of_means_would_be_noticed():
     assert tokens.max() > 1.2 * tokens.min()
 
 
+@pytest.mark.slow  # in the default run: test_model.py, where layers are unrolled and recomputed for one gradient
 def test_unrolled_layers_and_remat_train_like_scanned_ones():
     check((2, 2, 2), False, compute__unroll=True, compute__remat="full")

@@ -61,12 +61,7 @@ def allowed(strategy: str, codec: str, optimizer: str) -> bool:
 
 
 CELLS = list(product(STRATEGIES, NAMES, OPTIMIZERS))
-QUICK = {
-    ("sync", "topk", "adamw"),
-    ("stale", "none", "signum"),
-    ("diloco", "int4", "adamw"),
-    ("eager", "int4", "adamw"),
-}
+QUICK = {("sync", "topk", "adamw"), ("stale", "none", "signum"), ("eager", "int4", "adamw")}
 
 
 def residual(params, batch, constrain):

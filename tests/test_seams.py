@@ -119,7 +119,7 @@ CHANGES = list(product(MESHES, MESHES, REPLICAS, REPLICAS))
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_a_few_changes_of_mesh_and_replicas(pair):
     number = PAIRS.index(pair)
-    for i, codec in enumerate(CODECS):
+    for i, codec in enumerate(CODECS[number % 2 :]):
         mesh_before, mesh_after, *replicas = CHANGES[(50 * i + 17 * number) % len(CHANGES)]
         check(pair, codec, ("nesterov", "adam")[i % 2], mesh_before, mesh_after, *replicas, seed=i)
 

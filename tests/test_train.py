@@ -121,6 +121,7 @@ sys.exit(train.run(sys.argv))
 """
 
 
+@pytest.mark.slow  # a race that needs a process of its own; Loader's own tests read through the same import
 def test_no_other_thread_imports_while_grain_replaces_pythons_import(tmp_path):
     """A thread that traced in that moment failed: No module named 'jax._src.hijax.HiType'."""
     _, *arguments = helpers.command(tmp_path / "run", "--config.steps=1")
