@@ -250,6 +250,7 @@ def test_verify_lists_damage(saved, tmp_path):
     assert Path(tmp_path / "checkpoints" / "2").is_dir()
 
 
+@pytest.mark.slow  # of a save that is not on the disk, in the default run: test_a_run_whose_last_step_has_vanished_…
 def test_a_full_disk_stops_training_and_leaves_the_previous_step_intact(tmp_path):
     """A file-size limit stands in for the full disk."""
     helpers.run_here(tmp_path, "--config.steps=4", "--config.checkpoint.every=4", "--config.sample.tokens=0")
