@@ -1,7 +1,5 @@
 """What the owners of chunks owe, in the shape of the weights it belongs to: chunks move with R and the mesh."""
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
@@ -55,15 +53,6 @@ def _unfold(x: jax.Array, own: list[Leaf]) -> dict[str, jax.Array]:
         owed[leaf.name] = _whole(part, leaf)
         start += local.size
     return owed
-
-
-def server_residuals(server: Mapping[str, jax.Array], leaves: list[Leaf]) -> dict[str, jax.Array]:
-    """{leaf: what its server owes} from the servers of one exchange, {unit: array}."""
-    named = {f"codec/server/{unit}": x for unit, x in server.items()}
-    found: dict[str, jax.Array] = {}
-    for name, own in owners(list(named), leaves).items():
-        found |= unfold(name, named[name], own)
-    return found
 
 
 def _whole(shards_FT: jax.Array, leaf: Leaf) -> jax.Array:

@@ -98,7 +98,7 @@ class _Plan:
         elif name.startswith(WORKER):
             pass  # with its server, in fold
         elif self.leaves_eager and name.startswith(f"{OWN}params/"):
-            self._make(name, name.removeprefix(OWN), _copy, FROM_SHARED)  # they were a part of their round ahead
+            self._make(name, name.removeprefix(OWN), _resize, FROM_SHARED)  # they were a part of their round ahead
         elif self._fits(name):
             self._keep(name)
         elif source := self._counterpart(name):
@@ -262,10 +262,6 @@ def _resize(x: jax.Array, wanted: Any) -> jax.Array:
     if x.ndim == len(wanted.shape) or x.shape[1:] == wanted.shape:
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
         x = jnp.mean(x.astype(jnp.float32), axis=0) if is_float else jnp.max(x, axis=0)
-    return jnp.broadcast_to(x, wanted.shape).astype(wanted.dtype)
-
-
-def _copy(x: jax.Array, wanted: Any) -> jax.Array:
     return jnp.broadcast_to(x, wanted.shape).astype(wanted.dtype)
 
 
