@@ -29,15 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import assemble
-import beside
-import comparison
 from data import corpus as corpora
 from data.loader import Loader, eval_batches
-from parallel import mesh as meshes
-from parallel import placement
-from parallel.cost import bytes_per_step
-from parallel.utilisation import Method
+from parallel.cost.bytes import bytes_per_step
+from parallel.cost.utilisation import Method
+from parallel.layout import mesh as meshes
+from parallel.layout import placement
+from recipes import build as assemble
+from recipes import programs as beside
+from recipes import table as comparison
 from runtime import config as configuration
 from runtime import exits, lock
 from runtime.config import RunError, UsageError, bad_input

@@ -27,14 +27,14 @@ from typing import Any
 import jax
 import numpy as np
 
-import assemble
-import beginning
-import beside
-import ending
 from data import corpus as corpora
 from data.loader import Loader, eval_batches, threads_beside_grain
-from parallel import mesh as meshes
-from parallel import placement
+from parallel.layout import mesh as meshes
+from parallel.layout import placement
+from recipes import begin as beginning
+from recipes import build as assemble
+from recipes import finish as ending
+from recipes import programs as beside
 from runtime import agree, exits, library_log, preemption
 from runtime import config as configuration
 from runtime.config import RunError, bad_input

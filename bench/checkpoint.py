@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from bench import common  # noqa: E402
-from parallel import mesh as meshes  # noqa: E402
+from parallel.layout import mesh as meshes  # noqa: E402
 from runtime.checkpoint import Checkpoints  # noqa: E402
 
 ARRAYS, COLUMNS = 15, 1024

@@ -6,7 +6,8 @@ python bench/codecs.py --tpu       memory only, compiled for a TPU v5p without o
 Time: encoding all parameters of the quickstart, packing included, and decoding them, two programs as on two hosts, in
 turn with its training step. Memory: the compiler's own figure for one exchange with error feedback over 4 devices, its
 temporaries in units of one array of 16 M elements, for one such array and for four. Allowed are two arrays, and what is
-in flight (parallel/cost.py): messages sent and received; of the codecs with rounds the arrays too, which wait for them.
+in flight (parallel/cost/bytes.py): messages sent and received; of the codecs with rounds the arrays too, which wait for
+them.
 """
 
 import argparse
@@ -22,15 +23,15 @@ import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-import assemble  # noqa: E402
 from bench import common  # noqa: E402
 from bench.step import Ours, load, random_batches  # noqa: E402
-from parallel import mesh as meshes  # noqa: E402
-from parallel import residuals  # noqa: E402
-from parallel.codecs import CODECS  # noqa: E402
-from parallel.cost import in_flight_bytes  # noqa: E402
-from parallel.exchange import Feedback, is_round  # noqa: E402
-from parallel.units import Leaf  # noqa: E402
+from parallel.cost.bytes import in_flight_bytes  # noqa: E402
+from parallel.exchange import residuals  # noqa: E402
+from parallel.exchange.codecs import CODECS  # noqa: E402
+from parallel.exchange.exchange import Feedback, is_round  # noqa: E402
+from parallel.exchange.units import Leaf  # noqa: E402
+from parallel.layout import mesh as meshes  # noqa: E402
+from recipes import build as assemble  # noqa: E402
 
 SHAPE = (4096, 4096)
 BLOCKS = [name for name, kind in CODECS.items() if not is_round(kind) and name != "none"]

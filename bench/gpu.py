@@ -6,7 +6,7 @@ python bench/gpu.py --models=gpt2_124m --lengths=1024 --torch=VENV/bin/python
 tokens/s counts whole steps with the read of their loss. Model FLOPs per token, training:
   full   6 · (weights of matrix products, the head once) + 12 · L · H · K · T
   causal the same with 6 · L · H · K · T: only the half of the T × T scores that is needed
-MFU is tokens/s times one of them, over the bf16 peak of parallel/cost.py. The batch is halved until it fits. bf16
+MFU is tokens/s times one of them, over the bf16 peak of parallel/cost/bytes.py. The batch is halved until it fits. bf16
 compute, float32 weights and AdamW, no accumulation.
 """
 
@@ -24,12 +24,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import jax  # noqa: E402
 
-import assemble  # noqa: E402
 from bench import common, step  # noqa: E402
 from bench.torch_gpt import OutOfMemory, TorchChild  # noqa: E402
 from configs import base  # noqa: E402
-from parallel import cost  # noqa: E402
-from parallel import mesh as meshes  # noqa: E402
+from parallel.cost import bytes as cost  # noqa: E402
+from parallel.layout import mesh as meshes  # noqa: E402
+from recipes import build as assemble  # noqa: E402
 
 TOKENS = 2**17  # of the largest batch that is tried
 

@@ -13,13 +13,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-import assemble  # noqa: E402
 from bench import common  # noqa: E402
 from configs import quickstart  # noqa: E402
 from data import corpus as corpora  # noqa: E402
 from data.loader import Loader  # noqa: E402
-from parallel import mesh as meshes  # noqa: E402
-from parallel import placement  # noqa: E402
+from parallel.layout import mesh as meshes  # noqa: E402
+from parallel.layout import placement  # noqa: E402
+from recipes import build as assemble  # noqa: E402
 
 FOR_EVER = 10**9
 

@@ -313,9 +313,9 @@ def predicted(row: Row, config: str, hosts: int) -> float:
     """Closed form of the bytes that a device sends per step over `replica`."""
     import jax
 
-    import assemble
-    from parallel import mesh as meshes
-    from parallel.cost import bytes_per_step
+    from parallel.cost.bytes import bytes_per_step
+    from parallel.layout import mesh as meshes
+    from recipes import build as assemble
     from runtime import config as configuration
 
     values, _ = configuration.parse(["train.py", *row.flags(config, hosts)], "")
@@ -378,7 +378,7 @@ def main() -> int:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(by_name)}")
     rows = [by_name[name] for name in names]
 
-    from parallel import mesh as meshes
+    from parallel.layout import mesh as meshes
 
     meshes.simulate(args.hosts)
     for number in (signal.SIGTERM, signal.SIGHUP):

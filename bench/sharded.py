@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from bench import common, handwritten, step  # noqa: E402
-from parallel import wire  # noqa: E402
+from parallel.cost import wire  # noqa: E402
 
 MESHES = ({"fsdp": 8}, {"fsdp": 4, "tensor": 2})
 

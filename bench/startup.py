@@ -83,8 +83,8 @@ def measure_start(report: common.Report, pairs: int) -> None:
 
 def compile_seconds(layers: int) -> float:
     """Tracing, lowering and compiling the step of bench/gpt12m.py with so many layers, without any cache."""
-    import assemble
-    from parallel import mesh as meshes
+    from parallel.layout import mesh as meshes
+    from recipes import build as assemble
 
     config = gpt12m.get_config()
     config.model.num_layers = layers

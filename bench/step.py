@@ -22,12 +22,12 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
-import assemble  # noqa: E402
 from bench import common, handwritten  # noqa: E402
 from bench.torch_gpt import TorchChild  # noqa: E402
-from parallel import mesh as meshes  # noqa: E402
-from parallel import placement  # noqa: E402
-from parallel.strategies import Sync, per_step, take  # noqa: E402
+from parallel.layout import mesh as meshes  # noqa: E402
+from parallel.layout import placement  # noqa: E402
+from parallel.strategies.base import Sync, per_step, take  # noqa: E402
+from recipes import build as assemble  # noqa: E402
 
 MODELS = {"quickstart": "configs.quickstart", "gpt12m": "bench.gpt12m"}
 NUM_BATCHES = 8

@@ -2,7 +2,8 @@
 
 Weights live outside the modules, in a plain nested dict (`params`), so that every other room sees arrays and names
 only. Layers are stacked: each weight of a block is one array with a leading layer dimension, whether the layers run
-as a scan or unrolled. No mesh axis is named here; logical axes are, and `constrain` maps them (parallel/rules.py).
+as a scan or unrolled. No mesh axis is named here; logical axes are, and `constrain` maps them
+(parallel/layout/rules.py).
 
 B batch, T sequence, D model, H query heads, G key/value heads, K head size, F feed-forward, V vocabulary, L layers.
 """

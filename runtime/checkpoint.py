@@ -147,8 +147,8 @@ class Checkpoints:
     ) -> tuple[Any, int]:
         """The newest intact step, verified, in the shardings of `abstract_state`; and its number.
 
-        adapt(saved arrays, wanted arrays) says how to make some of the wanted ones from others (parallel/resume.py);
-        None: they must be the same.
+        adapt(saved arrays, wanted arrays) says how to make some of the wanted ones from others
+        (parallel/strategies/resume.py); None: they must be the same.
 
         A damaged step is named, with its arrays, through `warn`, and the one before it is tried; once an intact one is
         found, those above it are set aside as N.damaged. Raises CheckpointError if none is intact, or if the arrays

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from parallel import mesh as meshes
+from parallel.layout import mesh as meshes
 from runtime import agree, exits, lock, preemption
 from runtime.checkpoint import Checkpoints
 from runtime.config import RunError, UsageError

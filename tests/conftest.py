@@ -20,7 +20,7 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its compiler runs in several p
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from parallel import mesh  # noqa: E402
+from parallel.layout import mesh  # noqa: E402
 
 mesh.simulate(8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import assemble
 from data import corpus as corpora
 from data.loader import Loader
-from parallel import mesh as meshes
-from parallel import placement
+from parallel.layout import mesh as meshes
+from parallel.layout import placement
+from recipes import build as assemble
 from runtime import config as configuration
 from runtime.progress import on_host
 

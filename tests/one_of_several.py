@@ -14,7 +14,7 @@ import helpers
 import jax
 import numpy as np
 
-from parallel import mesh as meshes
+from parallel.layout import mesh as meshes
 from runtime import agree
 
 parser = argparse.ArgumentParser()

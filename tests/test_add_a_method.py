@@ -18,10 +18,13 @@ import taken_out
 import test_exchange
 import test_strategies
 
-import assemble
-from parallel import local, roles, rules, strategies, wire
-from parallel.codecs import CODECS
-from parallel.cost import exchange_bytes
+from parallel.cost import wire
+from parallel.cost.bytes import exchange_bytes
+from parallel.exchange.codecs import CODECS
+from parallel.layout import roles, rules
+from parallel.strategies import base as strategies
+from parallel.strategies import local
+from recipes import build as assemble
 from runtime import config as configuration
 from runtime.progress import on_host
 
@@ -208,8 +211,12 @@ def test_a_replica_with_a_gradient_of_nan_leaves_out_its_step(page):
 
 EDITS = {
     "int6": [
-        ("parallel/codecs/__init__.py", "CODECS = {\n", "from parallel.codecs.int6 import Int6\n\nCODECS = {\n"),
-        ("parallel/codecs/__init__.py", "CODECS = {\n", 'CODECS = {\n    "int6": Int6,\n'),
+        (
+            "parallel/exchange/codecs/__init__.py",
+            "CODECS = {\n",
+            "from parallel.exchange.codecs.int6 import Int6\n\nCODECS = {\n",
+        ),
+        ("parallel/exchange/codecs/__init__.py", "CODECS = {\n", 'CODECS = {\n    "int6": Int6,\n'),
         ("runtime/config/keys.py", "\nCODECS = {\n", '\nCODECS = {\n    "int6": set(),\n'),
         ("tests/test_exchange.py", "ERROR = {", 'ERROR = {"int6": 0.05, '),
     ],

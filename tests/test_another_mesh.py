@@ -5,9 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-import assemble
-from parallel import fold, roles, units
-from parallel.codecs import rounds
+from parallel.exchange import fold, units
+from parallel.exchange.codecs import rounds
+from parallel.layout import roles
+from recipes import build as assemble
 from runtime.checkpoint import Checkpoints
 from runtime.digest import named_arrays
 

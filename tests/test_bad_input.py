@@ -17,9 +17,9 @@ import helpers
 import numpy as np
 import pytest
 
-import assemble
 import train
 from data.tokenizer import build
+from recipes import build as assemble
 from runtime import config as configuration
 from runtime.checkpoint import Checkpoints, read_record
 from runtime.console import Console

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import assemble
-import beginning
 import compare
 import train
+from recipes import begin as beginning
+from recipes import build as assemble
 from runtime import config as configuration
 from runtime import steps
 from runtime.checkpoint import CheckpointError, Checkpoints, load_params

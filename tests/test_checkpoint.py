@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import train
-from parallel import mesh as meshes
+from parallel.layout import mesh as meshes
 from runtime import checkpoint, steps
 from runtime import digest as digest_module
 from runtime.checkpoint import CheckpointError, Checkpoints
@@ -493,7 +493,7 @@ def test_params_digest_sees_names_shapes_dtypes_and_bits():
 
 
 def test_a_digest_gathers_nothing():
-    from parallel import wire
+    from parallel.cost import wire
 
     x = jax.ShapeDtypeStruct((1024, 1024), np.float32, sharding=NamedSharding(mesh(1, 4, 2), P("fsdp", "tensor")))
     hlo = jax.jit(digest).lower(x).compile().as_text()

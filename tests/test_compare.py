@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import compare
-import comparison
 import train
 from data.tokenizer import ByteTokenizer
+from recipes import table as comparison
 from runtime import lock
 from runtime.config import UsageError
 from runtime.metrics import write_json

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import assemble
 from model.transformer import Transformer
-from parallel.rules import Constrain
+from parallel.layout.rules import Constrain
+from recipes import build as assemble
 
 ALONE = Constrain(None)  # one device: nothing to constrain
 QUICKLY = {"xla_backend_optimization_level": "0"}

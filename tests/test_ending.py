@@ -10,8 +10,8 @@ import helpers
 import numpy as np
 import pytest
 
-import beside
 import train
+from recipes import programs as beside
 from runtime.metrics import MetricsLog
 
 SHORT = ("--config=configs/tiny.py", "--config.steps=2", "--config.eval_every=0", "--config.checkpoint.every=0",

@@ -12,13 +12,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from parallel import exchange as exchanges
-from parallel import mesh as meshes
-from parallel import pairwise, residuals, wire
-from parallel.codecs import CODECS, rounds
-from parallel.cost import exchange_bytes
-from parallel.exchange import Feedback, is_round
-from parallel.units import Leaf
+from parallel.cost import wire
+from parallel.cost.bytes import exchange_bytes
+from parallel.exchange import exchange as exchanges
+from parallel.exchange import pairwise, residuals
+from parallel.exchange.codecs import CODECS, rounds
+from parallel.exchange.exchange import Feedback, is_round
+from parallel.exchange.units import Leaf
+from parallel.layout import mesh as meshes
 
 # A shard larger than the bucket's limit, layers of matrices over both fast axes, and small arrays over none.
 LEAVES = {
@@ -326,7 +327,7 @@ def test_small_messages_travel_together_and_decode_as_if_each_by_itself(codec, f
     assert counted[0] == sent and counted[1] >= sent * messages
 
 
-# ── over gloo: parallel/pairwise.py ──────────────────────────────────────────────────────────────────────────────
+# ── over gloo: parallel/exchange/pairwise.py ─────────────────────────────────────────────────────────────────────
 
 
 @every_codec
@@ -394,9 +395,9 @@ def test_sixteen_devices_send_the_closed_form():
 
     code = """
 import sys; sys.path[:0] = ["tests", "."]
-from parallel import mesh, wire; mesh.simulate(16)
+from parallel.cost import wire; from parallel.layout import mesh; mesh.simulate(16)
 import helpers
-from parallel.cost import exchange_bytes
+from parallel.cost.bytes import exchange_bytes
 for codec in ("none", "int4", "topk", "powersgd"):
     parts = helpers.build(helpers.tiny(sync__codec=codec), (4, 2, 2))
     slow = [c for c in wire.collectives(helpers.compile_quickly(parts).as_text(), parts.mesh) if c.axis == "replica"]

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-import assemble
+from recipes import build as assemble
 from runtime.checkpoint import Checkpoints, load_params, read_record
 from runtime.digest import digest_all, named_arrays, to_hex
 from runtime.metrics import read

@@ -1,5 +1,5 @@
-"""What a chip's name says of it: which attention kernel fits (model/kernels.py), its speed (parallel/cost.py); and the
-look-up of embeddings in each device's own rows."""
+"""What a chip's name says of it: which attention kernel fits (model/kernels.py), its speed (parallel/cost/bytes.py);
+and the look-up of embeddings in each device's own rows."""
 
 import math
 
@@ -11,12 +11,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import assemble
 from model import attention, kernels
-from parallel import mesh as meshes
-from parallel import rules
-from parallel.cost import peak_flops
-from parallel.rules import Constrain
+from parallel.cost.bytes import peak_flops
+from parallel.layout import mesh as meshes
+from parallel.layout import rules
+from parallel.layout.rules import Constrain
+from recipes import build as assemble
 from runtime.config import UsageError
 
 H100, A100, V100, V5E = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "Tesla V100-SXM2-16GB", "TPU v5 lite"

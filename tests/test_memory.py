@@ -7,10 +7,10 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-import beside
 from bench.codecs import temporaries
-from parallel.codecs import CODECS
-from parallel.exchange import is_round
+from parallel.exchange.codecs import CODECS
+from parallel.exchange.exchange import is_round
+from recipes import programs as beside
 
 FORMS = [
     pytest.param(

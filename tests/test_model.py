@@ -19,7 +19,7 @@ from model import attention, transformer
 from model.layers import Weights, normal
 from model.loss import cross_entropy
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
-from parallel.rules import Constrain
+from parallel.layout.rules import Constrain
 
 ALONE = Constrain(None)  # one device: nothing to constrain
 B, T, V = 2, 24, 61

@@ -1,4 +1,4 @@
-"""model/optimizer.py against NumPy float64 (tests/oracle.py): optimizers, schedules and the guard."""
+"""optim/optimizer.py against NumPy float64 (tests/oracle.py): optimizers, schedules and the guard."""
 
 import math
 
@@ -9,9 +9,9 @@ import optax
 import oracle
 import pytest
 
-from model import guard as guards
-from model import optimizer
-from parallel.rules import Constrain
+from optim import guard as guards
+from optim import optimizer
+from parallel.layout.rules import Constrain
 
 ALONE = Constrain(None)  # one device: nothing to constrain
 QUICKLY = {"xla_backend_optimization_level": "0"}

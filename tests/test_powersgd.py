@@ -17,11 +17,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from parallel import mesh as meshes
-from parallel import residuals
-from parallel.codecs import PowerSGD
-from parallel.exchange import Exchange, Feedback
-from parallel.units import Leaf
+from parallel.exchange import residuals
+from parallel.exchange.codecs import PowerSGD
+from parallel.exchange.exchange import Exchange, Feedback
+from parallel.exchange.units import Leaf
+from parallel.layout import mesh as meshes
 
 # PyTorch's layout [out, in]: rows first. Two of the weights are the layers of one array of ours.
 LEAVES = {

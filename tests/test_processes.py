@@ -51,7 +51,7 @@ def test_processes_train_like_one(tmp_path, one_process, processes, devices, mes
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_a_codec_gives_the_same_bits_between_processes(tmp_path, replicas):
-    """Between processes gloo carries the messages, and all-reduces of pairs (parallel/pairwise.py)."""
+    """Between processes gloo carries the messages, and all-reduces of pairs (parallel/exchange/pairwise.py)."""
     options = ["--config.steps=5", "--config.sample.tokens=0", "--config.sync.codec=int4"]
     options += [f"--config.mesh.replica={replicas}", f"--config.mesh.fsdp={8 // replicas}"]
     digests, sent = set(), set()

@@ -16,14 +16,16 @@ import numpy as np
 import optax
 import pytest
 
-from model import guard as guards
-from model.momentum_messages import OneBitAdam, Signum
-from model.optimizer import Optimizer
-from parallel import eager, local, residuals, stale, strategies, streaming, units
-from parallel import mesh as meshes
-from parallel.codecs import CODECS
-from parallel.exchange import Feedback
-from parallel.warmed import Warmed
+from optim import guard as guards
+from optim.messages import OneBitAdam, Signum
+from optim.optimizer import Optimizer
+from parallel.exchange import residuals, units
+from parallel.exchange.codecs import CODECS
+from parallel.exchange.exchange import Feedback
+from parallel.layout import mesh as meshes
+from parallel.strategies import base as strategies
+from parallel.strategies import eager, local, stale, streaming
+from parallel.strategies.warmed import Warmed
 from runtime import config as configuration
 from runtime.digest import named_arrays
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from test_refusing import make
 
-from parallel import fold, resume, roles, rules, units
-from parallel.codecs import rounds
+from parallel.exchange import fold, units
+from parallel.exchange.codecs import rounds
+from parallel.layout import roles, rules
+from parallel.strategies import resume
 from runtime.digest import named_arrays
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2)]  # fsdp, tensor

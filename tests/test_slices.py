@@ -11,12 +11,14 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import assemble
-from parallel import local, overlap, residuals, stale, units, wire
-from parallel import mesh as meshes
-from parallel.codecs import CODECS, rounds
-from parallel.cost import exchange_bytes
-from parallel.exchange import Feedback, is_round
+from parallel.cost import wire
+from parallel.cost.bytes import exchange_bytes
+from parallel.exchange import residuals, units
+from parallel.exchange.codecs import CODECS, rounds
+from parallel.exchange.exchange import Feedback, is_round
+from parallel.layout import mesh as meshes
+from parallel.strategies import local, overlap, stale
+from recipes import build as assemble
 
 pytest.importorskip(
     "libtpu", reason="libtpu is not installed: pip install -r requirements-prove.txt on Python 3.12 or newer"

@@ -11,16 +11,19 @@ import numpy as np
 import optax
 import pytest
 
-import assemble
-from model import guard as guards
-from model import optimizer as optimizers
-from model.momentum_messages import OneBitAdam, Signum
-from parallel import eager, local, residuals, stale, strategies, streaming, units, wire
-from parallel import mesh as meshes
-from parallel.codecs import CODECS
-from parallel.cost import exchange_bytes
-from parallel.norms import norms
-from parallel.warmed import Warmed
+from optim import guard as guards
+from optim import optimizer as optimizers
+from optim.messages import OneBitAdam, Signum
+from parallel.cost import wire
+from parallel.cost.bytes import exchange_bytes
+from parallel.exchange import residuals, units
+from parallel.exchange.codecs import CODECS
+from parallel.layout import mesh as meshes
+from parallel.layout.norms import norms
+from parallel.strategies import base as strategies
+from parallel.strategies import eager, local, stale, streaming
+from parallel.strategies.warmed import Warmed
+from recipes import build as assemble
 from runtime import config as configuration
 
 SLOW = pytest.mark.slow
@@ -324,7 +327,7 @@ def test_a_replica_with_a_gradient_of_nan_skips_its_step(strategy):
 
 def test_without_feedback_scaled_signs_stand_still_and_with_it_they_arrive():
     """methods.md 1.0: f(x) = ½|x1 + x2| + |x1 − x2| from (1, 1.001), four copies side by side to fill a byte."""
-    from parallel.exchange import Feedback
+    from parallel.exchange.exchange import Feedback
 
     def arrive(feedback) -> float:
         mesh = meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])

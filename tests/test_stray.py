@@ -1,4 +1,5 @@
-"""parallel/stray.py and beside.py: whatever crosses the slow axis unasked is found before it runs, and nothing does."""
+"""Whatever crosses the slow axis unasked is found before it runs (parallel/cost/stray.py), and nothing does, in the
+step or in the programs beside it (recipes/programs.py)."""
 
 from types import SimpleNamespace
 
@@ -11,11 +12,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-import assemble
-import beside
-from parallel import mesh as meshes
-from parallel import stray
-from parallel.cost import exchange_bytes
+from parallel.cost import stray
+from parallel.cost.bytes import exchange_bytes
+from parallel.layout import mesh as meshes
+from recipes import build as assemble
+from recipes import programs as beside
 from runtime.config import UsageError
 
 SAMPLE = ConfigDict({"tokens": 3, "temperature": 0.8})

@@ -5,11 +5,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-import assemble
-import beside
-from parallel import mesh as meshes
-from parallel import wire
-from parallel.cost import exchange_bytes
+from parallel.cost import wire
+from parallel.cost.bytes import exchange_bytes
+from parallel.layout import mesh as meshes
+from recipes import build as assemble
+from recipes import programs as beside
 
 pytest.importorskip(
     "libtpu", reason="libtpu is not installed: pip install -r requirements-prove.txt on Python 3.12 or newer"

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import assemble
 from data.tokenizer import from_text
+from recipes import build as assemble
 from runtime.checkpoint import read_record
 from runtime.metrics import read
 

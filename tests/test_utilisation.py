@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from parallel.utilisation import GRID, TARGETS, WORKLOADS, Method, Workload, bandwidth_for, utilisation
+from parallel.cost.utilisation import GRID, TARGETS, WORKLOADS, Method, Workload, bandwidth_for, utilisation
 
 # Streaming DiLoCo (arXiv 2501.18512), Table 4: Gbit/s needed for each of TARGETS; H=100, fragments of 3 layers.
 TABLE_4 = {
@@ -78,7 +78,7 @@ def test_streaming_diloco_table_4():
     assert sum(abs(step) <= 1 for step in steps.values()) >= 70
     assert {cell: step for cell, step in steps.items() if abs(step) > 1} == MISMATCHES, (
         "The simulator now disagrees with the paper in other cells. If that was intended, say so in the docstring of "
-        "parallel/utilisation.py and update MISMATCHES, EQUAL and ONE_ABOVE here."
+        "parallel/cost/utilisation.py and update MISMATCHES, EQUAL and ONE_ABOVE here."
     )
     counts = [sum(step == wanted for step in steps.values()) for wanted in (0, 1)]
     assert counts == [EQUAL, ONE_ABOVE]

@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from parallel import mesh as meshes
-from parallel import wire
+from parallel.cost import wire
+from parallel.layout import mesh as meshes
 
 
 @pytest.fixture(scope="module")

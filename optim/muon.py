@@ -1,0 +1,49 @@
+"""Muon, put together from optax's parts."""
+
+import math
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from optim.optimizer import is_vector
+
+
+def muon(
+    schedule: Any, axes: Any, momentum: float, weight_decay: float, eps: float, adamw: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks, `adamw` for embedding, head, biases and norms (Jordan et al. 2024).
+
+    Updates have the root mean square 0.2, about AdamW's, so its learning rate fits (Liu et al. 2025, §2.2). Put
+    together from optax's parts: its own `muon` decays biases, and turns the AdamW half into NAdam.
+    """
+
+    def is_matrix(path) -> bool:
+        return path[0].key == "blocks" and not is_vector(path)
+
+    def to_rms(update: jax.Array, dims: Any) -> jax.Array:
+        """An orthogonal [m, n] matrix has the root mean square 1 / sqrt(max(m, n))."""
+        sizes = [math.prod(update.shape[i] for i in side) for side in dims]
+        return update * (0.2 * math.sqrt(max(sizes)))
+
+    def dimensions(path, names) -> Any:
+        if not is_matrix(path):
+            return optax.MaskedNode()
+        model = names.index("embed")
+        others = tuple(i for i, name in enumerate(names) if name not in ("embed", "layers"))
+        rows, columns = (others, (model,)) if model == len(names) - 1 else ((model,), others)
+        return contrib.MuonDimensionNumbers(reduction_axis=rows, output_axis=columns)
+
+    is_axes = lambda x: isinstance(x, tuple)
+    numbers = jax.tree_util.tree_map_with_path(dimensions, axes, is_leaf=is_axes)
+    orthogonal = optax.chain(
+        contrib.scale_by_muon(beta=momentum, eps=eps, weight_dimension_numbers=lambda _: numbers),
+        optax.stateless(lambda updates, _: jax.tree.map(to_rms, updates, numbers)),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if is_matrix(path) else "adamw", axes, is_leaf=is_axes
+    )
+    return optax.partition({"muon": orthogonal, "adamw": adamw}, labels)

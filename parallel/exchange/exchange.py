@@ -1,0 +1,332 @@
+"""The exchange: the mean over replicas of a tree of arrays, through a codec, with error feedback.
+
+It is a shard_map that is manual over all mesh axes: every device encodes the shard it already holds, bytes move over
+`replica` only, every device decodes. Nothing is gathered over a fast axis, whatever the model parallelism.
+
+R replicas on D devices of the `replica` axis, k = R/D of them on each. N elements of one device's shard of what is
+encoded together (a Unit), C = N/R of one chunk. Sums are float32 in the order of the replicas whatever the layout, so
+that R replicas give the same bits on any number of devices.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from parallel.exchange.codecs.plain import HOP_DIMS, Identity, in_turn, is_round, pick
+from parallel.exchange.codecs.rounds import in_lockstep
+from parallel.exchange.units import Unit
+
+AXIS = "replica"
+ALGORITHMS = ("auto", "gather", "two_stage", "psum")
+FLOAT32 = Identity()
+TOGETHER = 2**22  # bytes: larger messages travel by themselves
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What a replica could not send is added to what it sends next (Seide et al. 2014): p = x + decay · residual."""
+
+    decay: float = 1.0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Net:
+    """The wire, for one flat vector per replica. Inside a shard_map only.
+
+    gather: every device gets all messages and adds them up. R−k messages sent, one quantisation, one hop.
+    two_stage: each device adds up one R-th of the vector and sends the sum on: all_to_all, sum, all_gather. About two
+    messages sent whatever R, two quantisations, two hops.
+    psum: XLA's all-reduce, without a codec: for comparison.
+    auto: gather for 2 replicas (the same bytes in one hop), else two_stage. Sparse messages are gathered always.
+    """
+
+    algorithm: str
+    replicas: int
+    devices: int
+    all_gather: Callable = lax.all_gather  # or as in parallel/exchange/pairwise.py
+    all_to_all: Callable = lax.all_to_all
+
+    def form(self, codec: Any) -> str:
+        if codec.sparse:
+            return "gather"
+        return self.algorithm if self.algorithm != "auto" else "gather" if self.replicas <= 2 else "two_stage"
+
+    def encode(self, x_kN: jax.Array, codec: Any, key: jax.Array | None) -> tuple[Any, jax.Array, jax.Array]:
+        """(message of the first hop; decoded, [k, N]: what this device's replicas send with it, and still owe)."""
+        k, n = x_kN.shape
+        if (form := self.form(codec)) == "psum":
+            return jnp.sum(x_kN, axis=0), x_kN, jnp.zeros_like(x_kN)
+        x_kN = jnp.pad(x_kN, ((0, 0), (0, self.padded(n, codec) - n)))
+        keys_k = None if key is None else self._keys(key, 1)
+        if form == "gather":
+            message, sent_k = jax.vmap(functools.partial(round_trip, codec))(x_kN, keys_k)
+        else:
+            x_kRC = x_kN.reshape(k, self.replicas, -1)  # chunk c is owned by the device of replica c
+            keys_kR = None if keys_k is None else jax.vmap(lambda key: jax.random.split(key, self.replicas))(keys_k)
+            message, sent_k = jax.vmap(jax.vmap(functools.partial(round_trip, codec)))(x_kRC, keys_kR)
+        sent_kN = sent_k.reshape(x_kN.shape)
+        owed_kN = jax.vmap(codec.subtract)(x_kN, message) if codec.sparse else x_kN - sent_kN
+        if self.devices == 1:  # nothing crosses a wire, so nothing need be packed for it
+            message = {"values": sent_k}
+        return message, sent_kN[:, :n], owed_kN[:, :n]
+
+    def first_hop(self, messages: dict[str, Any], codec: Any) -> dict[str, Any]:
+        """Of every replica, R of each: the messages (gather), or of the k chunks that this device owns, [R, k, …]."""
+        if (form := self.form(codec)) == "psum":
+            return _together(lambda x: lax.psum(x, AXIS), messages, 0)
+        if form == "gather" or self.devices == 1:
+            return self.second_hop(messages)
+        return _together(lambda m: self.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True), messages, 2)
+
+    def round_sum(self, received: Any, n: int, codec: Any, key: Any, server_kC: Any, decay: float) -> tuple[Any, Any]:
+        """Two-stage only: (message of the second hop, the mean of the chunks that this device owns; server residual).
+
+        server_kC: what the owners of the chunks still owe from rounding the sum; None without error feedback.
+        """
+        mean_kC = jax.vmap(lambda m: self._sum_in_order(m, codec), in_axes=1)(received) / self.replicas
+        if server_kC is not None:
+            mean_kC = mean_kC + decay * server_kC.astype(jnp.float32)
+        keys_k = None if key is None else self._keys(key, 2)
+        message, sent_kC = jax.vmap(functools.partial(round_trip, codec))(mean_kC, keys_k)
+        if server_kC is not None:
+            k, C = mean_kC.shape
+            place_kC = (lax.axis_index(AXIS) * k + jnp.arange(k))[:, None] * C + jnp.arange(C)
+            owed_kC = jnp.where(place_kC < n, mean_kC - sent_kC, 0.0)  # padding owes nothing
+            server_kC = owed_kC.astype(server_kC.dtype)
+        return {"values": sent_kC} if self.devices == 1 else message, server_kC
+
+    def second_hop(self, messages: dict[str, Any]) -> dict[str, Any]:
+        """[k, …] of each device -> [R, …]."""
+        if self.devices == 1:
+            return messages
+        return _together(lambda m: self.all_gather(m, AXIS, tiled=True), messages, 1)
+
+    def decode(self, received: Any, n: int, codec: Any) -> jax.Array:
+        """The mean [N] out of what the last hop brought."""
+        if (form := self.form(codec)) == "two_stage":
+            return jax.vmap((FLOAT32 if self.devices == 1 else codec).decode)(received).reshape(-1)[:n]
+        total_N = received if form == "psum" else self._sum_in_order(received, codec)
+        return (total_N / self.replicas)[:n]
+
+    def _sum_in_order(self, message_R: Any, codec: Any) -> jax.Array:
+        """Decodes and adds replica 0, 1, …, R−1. The barriers keep XLA from reassociating or fusing the chain: a
+        plain mean differs in the last bit between layouts in a third of the outputs."""
+        codec = FLOAT32 if self.devices == 1 else codec
+        total, *others = [jax.tree.map(lambda m, r=r: m[r], message_R) for r in range(self.replicas)]
+        total = lax.optimization_barrier(codec.decode(total))
+        for message in others:
+            if codec.sparse:
+                total = lax.optimization_barrier(codec.add(total, message))
+            else:
+                total = lax.optimization_barrier(total + lax.optimization_barrier(codec.decode(message)))
+        return total
+
+    def _keys(self, key: jax.Array, hop: int) -> jax.Array:
+        """One key for each replica of this device."""
+        k = self.replicas // self.devices
+        replicas_k = lax.axis_index(AXIS) * k + jnp.arange(k)
+        return jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, hop), r))(replicas_k)
+
+    def padded(self, n: int, codec: Any) -> int:
+        """n rounded up so that each of the R chunks (two-stage) or the vector (gather) is a whole number of blocks."""
+        unit = codec.block * (self.replicas if self.form(codec) == "two_stage" else 1)
+        return -(-n // unit) * unit
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Mean over replicas of a tree of arrays [R, …], whose leaves are sharded as P("replica", *spec).
+
+    leaves: the tree of units.Leaf. units: which of them travel together, and how. declared: the roles of the residuals
+    and the codec's own state (residuals.py), state_specs: their places. feedback: None, or how residuals are kept.
+    seed: of the codecs that draw.
+    """
+
+    net: Net
+    mesh: Mesh
+    leaves: Any
+    units: tuple[Unit, ...]
+    declared: Any
+    state_specs: Any
+    feedback: Feedback | None = None
+    seed: int = 0
+
+    @property
+    def replicas(self) -> int:
+        return self.net.replicas
+
+    def mean(self, tree_R: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
+        """(leaves [R, …] float32 -> […], replicated over `replica`, sharded over the fast axes as before; state)."""
+        if self.replicas == 1:
+            return jax.tree.map(lambda x: x[0], tree_R), state  # there is nobody to exchange with
+        body = lambda tree, state, step: self._finish(*self._start(tree, state, step), step)
+        return self._on_devices(body, self._sharded(AXIS), self._sharded())(tree_R, state, step)
+
+    def start(self, tree_R: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
+        """The first hop of `mean` by itself: (what is in flight, state). `finish` is the rest."""
+
+        def body(tree, state, step):
+            flight, state = self._start(tree, state, step)
+            return jax.tree.map(lambda x: x[(None,) * len(self.mesh.axis_names)], flight), state
+
+        return self._on_devices(body, self._sharded(AXIS), P(*self.mesh.axis_names))(tree_R, state, step)
+
+    def finish(self, flight: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
+        def body(flight, state, step):
+            return self._finish(jax.tree.map(lambda x: x[(0,) * len(self.mesh.axis_names)], flight), state, step)
+
+        return self._on_devices(body, P(*self.mesh.axis_names), self._sharded())(flight, state, step)
+
+    def scalars(self, x_RM: jax.Array, name: str) -> jax.Array:
+        """Sum over replicas of a few float32 scalars [R, M] -> [M], named in the compiled program."""
+
+        body = lambda x_kM: lax.psum(jnp.sum(x_kM, axis=0), AXIS)
+        with jax.named_scope(f"scalars_{name}"):
+            return jax.shard_map(body, mesh=self.mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False)(x_RM)
+
+    def _sharded(self, *leading: str) -> Any:
+        return jax.tree.map(lambda leaf: P(*leading, *leaf.spec), self.leaves)
+
+    def _on_devices(self, body: Any, in_spec: Any, out_spec: Any) -> Any:
+        def named(*args):
+            with jax.named_scope("exchange"):
+                return body(*args)
+
+        specs = {"in_specs": (in_spec, self.state_specs, P()), "out_specs": (out_spec, self.state_specs)}
+        return jax.shard_map(named, mesh=self.mesh, check_vma=False, **specs)
+
+    # ── on one device ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, tree_k: Any, state: Any, step: jax.Array) -> tuple[dict[str, Any], Any]:
+        """({unit: what is in flight}, state with the workers' new residuals)."""
+        leaves, (worker, treedef) = jax.tree.leaves(tree_k), jax.tree.flatten(state["worker"])
+        rounds, messages, codec = {}, {}, FLOAT32
+        for unit in self.units:
+            x_kP, owed_kP = _join(unit, leaves), _join(unit, worker) if self.feedback else None
+            if is_round(unit.codec):
+                rounds[unit.name] = self._with_owed(x_kP, owed_kP)
+                continue
+            codec = unit.codec  # one for all that are not exchanged in rounds
+            encode = functools.partial(self._encode, unit, x_kP, step)
+            owed_kP, messages[unit.name] = in_turn(unit.pieces, encode, owed_kP, HOP_DIMS[self.net.form(codec)])
+            if self.feedback:
+                _part(unit, owed_kP, worker, 1)
+        return rounds | self.net.first_hop(messages, codec), state | {"worker": treedef.unflatten(worker)}
+
+    def _finish(self, flights: dict[str, Any], state: Any, step: jax.Array) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(self.leaves)
+        means: list[Any] = [None] * len(leaves)
+        worker, worker_treedef = jax.tree.flatten(state["worker"])
+        server, rounds, messages = dict(state["server"]), dict(state["rounds"]), {}
+        runs: dict[str, Any] = {}
+        for unit in self.units:
+            flight = flights[unit.name]
+            if is_round(unit.codec):
+                own = jax.tree.map(lambda x: x[0, 0], rounds[unit.name])
+                runs[unit.name] = unit.codec.mean(flight, own, self._key(unit, step, 0), unit.local, self.net)
+            elif self.net.form(unit.codec) == "two_stage":
+                owed_kPC = server[unit.name][:, 0, 0] if unit.name in server else None
+                add_up = functools.partial(self._add_up, unit, flight, step)
+                owed_kPC, messages[unit.name] = in_turn(unit.pieces, add_up, owed_kPC, 1)
+                if unit.name in server:
+                    server[unit.name] = owed_kPC[:, None, None]
+        flights = flights | self.net.second_hop(messages)
+        returned = in_lockstep(runs) if runs else {}
+        for unit in self.units:
+            if is_round(unit.codec):
+                mean, owed_kN, own = returned[unit.name]
+                rounds[unit.name] = jax.tree.map(lambda x: x[None, None], own)
+                if self.feedback:
+                    _part(unit, owed_kN.astype(self.feedback.dtype), worker, 1)
+            else:
+                _, mean = in_turn(unit.pieces, functools.partial(self._decode, unit, flights[unit.name]), None, 0)
+            _part(unit, mean, means, 0)
+        state = {"worker": worker_treedef.unflatten(worker), "server": server, "rounds": rounds}
+        return treedef.unflatten(means), state
+
+    # Of piece i of a unit: (what is owed now, what is sent or found). Owed is None without error feedback.
+
+    def _encode(self, unit: Unit, x_kP: jax.Array, step: jax.Array, i: Any, owed_k: Any) -> tuple[Any, Any]:
+        p_kN = self._with_owed(pick(x_kP, i, 1), owed_k)
+        message, _, owed_kN = self.net.encode(p_kN, unit.codec, self._key(unit, step, i))
+        return owed_kN.astype(owed_k.dtype).reshape(owed_k.shape) if self.feedback else None, message
+
+    def _add_up(self, unit: Unit, received: Any, step: jax.Array, i: Any, owed_kC: Any) -> tuple[Any, Any]:
+        n, key, decay = unit.size // unit.pieces, self._key(unit, step, i), getattr(self.feedback, "decay", 1.0)
+        message, owed_kC = self.net.round_sum(pick(received, i, 2), n, unit.codec, key, owed_kC, decay)
+        return owed_kC, message
+
+    def _decode(self, unit: Unit, received: Any, i: Any, _: None) -> tuple[None, jax.Array]:
+        received = pick(received, i, min(1, HOP_DIMS[self.net.form(unit.codec)]))
+        return None, self.net.decode(received, unit.size // unit.pieces, unit.codec).reshape(unit.piece)
+
+    def _with_owed(self, x_k: jax.Array, owed_k: Any) -> jax.Array:
+        x_kN = x_k.reshape(x_k.shape[0], -1)
+        return x_kN + self.feedback.decay * owed_k.reshape(x_kN.shape).astype(jnp.float32) if self.feedback else x_kN
+
+    def _key(self, unit: Unit, step: jax.Array, i: Any) -> jax.Array | None:
+        """One key a step, piece and shard. No axis is folded in over which the unit is not sharded: the copies of a
+        replicated array would silently become different. Replicas are told apart by Net."""
+        if not is_round(unit.codec) and not unit.codec.uses_key:
+            return None
+        places = [lax.axis_index(axis) for axis in unit.axes]
+        return functools.reduce(jax.random.fold_in, [unit.salt, step, i, *places], jax.random.key(self.seed))
+
+
+def round_trip(codec: Any, x_N: jax.Array, key: jax.Array | None) -> tuple[Any, jax.Array]:
+    """(message, what it decodes to). A codec may know a way that unpacks nothing: XLA:CPU would fuse packing and
+    unpacking into one loop that takes ten times as long as the two."""
+    if hasattr(codec, "round_trip"):
+        return codec.round_trip(x_N, key)
+    message = codec.encode(x_N, key)
+    return message, codec.decode(message)
+
+
+def _together(across: Any, messages: dict[str, Any], lead: int) -> dict[str, Any]:
+    """Sends messages of one codec, small ones in one array: a collective costs a round trip of the link, and TPUs widen
+    short ones. lead: how many of their leading dimensions count messages."""
+    arrays, treedef = jax.tree.flatten(messages)
+    views, bits = arrays, lambda x: jnp.dtype(f"uint{8 * x.itemsize}")
+    if len(arrays) > len(messages):  # a message has several: they travel as bytes, of wider words all lower ones first
+        words = [lax.bitcast_convert_type(x, bits(x)) for x in arrays]
+        views = [jnp.stack([x >> 8 * b for b in range(x.itemsize)], lead).astype(jnp.uint8) for x in words]
+    groups: list[list[jax.Array]] = []
+    for x in views:
+        if not groups or sum(y.nbytes for y in groups[-1]) + x.nbytes > TOGETHER:
+            groups.append([])
+        groups[-1].append(x)
+    parts = []
+    for group in groups:
+        flat = [x.reshape(*x.shape[:lead], -1) for x in group] if len(group) > 1 else group
+        parts += jnp.split(across(jnp.concatenate(flat, -1)), np.cumsum([x.shape[-1] for x in flat])[:-1], -1)
+    own = [part.reshape(*part.shape[:lead], *x.shape[lead:]) for part, x in zip(parts, views, strict=True)]
+    if views is not arrays:
+        word = lambda bytes_, x: sum(pick(bytes_, b, lead).astype(bits(x)) << 8 * b for b in range(x.itemsize))
+        own = [lax.bitcast_convert_type(word(y, x), x.dtype) for y, x in zip(own, arrays, strict=True)]
+    return treedef.unflatten(own)
+
+
+def _join(unit: Unit, leaves: Sequence[jax.Array]) -> jax.Array:
+    """[k, P, …], the pieces of a unit, out of all leaves [k, …]."""
+    own = [leaves[i] for i in unit.leaves]
+    k = own[0].shape[0]
+    joined = own[0] if len(own) == 1 else jnp.concatenate([x.reshape(k, -1) for x in own], axis=1)
+    return joined.reshape(k, unit.pieces, *unit.piece)
+
+
+def _part(unit: Unit, x: jax.Array, leaves: list, dims: int) -> None:
+    """[dims…, …] of a unit into its places among all leaves."""
+    sizes = [math.prod(shape) for shape in unit.shapes]
+    parts = jnp.split(x.reshape(*x.shape[:dims], -1), np.cumsum(sizes)[:-1], -1)
+    for i, part, shape in zip(unit.leaves, parts, unit.shapes, strict=True):
+        leaves[i] = part.reshape(*x.shape[:dims], *shape)

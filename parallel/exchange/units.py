@@ -1,0 +1,126 @@
+"""What the exchange knows of a tree of arrays: their shards, their matrices, and which of them travel together."""
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from parallel.exchange.codecs import rounds
+from parallel.exchange.codecs.plain import Identity, is_round
+from parallel.layout.rules import path_name, spec
+
+SMALL = 2**14  # shards of fewer elements share one unit: a collective costs about as much as 64 KiB more to send
+SMALL_UNIT = "small"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Arrays that are encoded together, or one that is encoded in pieces, one after another, and sent as a whole."""
+
+    name: str
+    leaves: tuple[int, ...]  # their places in the flattened tree
+    shapes: tuple[tuple[int, ...], ...]  # of one device's shard of each
+    axes: tuple[str, ...]  # the fast mesh axes they are sharded over: one unit never mixes
+    size: int  # of one device's shard of the unit
+    local: Any  # that shard as a Leaf, for the codecs that want matrices
+    codec: Any
+    salt: int  # of its random keys
+    pieces: int  # that follow each other in the array
+    piece: tuple[int, ...]  # the shape of each
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array. batch_dims: how many leading dimensions only count matrices (layers). rows: how many of the next ones
+    are their rows, the rest being the columns; 0: the array holds vectors."""
+
+    name: str
+    shape: tuple[int, ...]
+    spec: P
+    batch_dims: int = 0
+    rows: int = 0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int, int] | None:
+        """(how many matrices, rows, columns), None for vectors."""
+        if not self.rows:
+            return None
+        first, second = self.batch_dims, self.batch_dims + self.rows
+        return math.prod(self.shape[:first]), math.prod(self.shape[first:second]), math.prod(self.shape[second:])
+
+    def shard(self, sizes: Mapping[str, int]) -> "Leaf":
+        """One device's shard, on a mesh of these sizes."""
+        axes = (*self.spec, *[None] * (len(self.shape) - len(self.spec)))
+        shape = tuple(n // sizes[axis] if axis else n for n, axis in zip(self.shape, axes, strict=True))
+        return Leaf(self.name, shape, self.spec, self.batch_dims, self.rows)
+
+    def with_layers(self, layers: int) -> "Leaf":
+        """The same array with so many layers."""
+        return Leaf(self.name, (layers, *self.shape[1:]), self.spec, self.batch_dims, self.rows)
+
+
+def leaves(shapes_tree: Any, axes_tree: Any) -> Any:
+    """A tree of Leaf. An array is a matrix if it has the model dimension and another one besides layers."""
+
+    def leaf(path, x, axes) -> Leaf:
+        batch_dims = int(axes[0] == "layers")
+        rest = axes[batch_dims:]
+        is_matrix = "embed" in rest and len(rest) > 1
+        rows = (len(rest) - 1 if rest[-1] == "embed" else 1) if is_matrix else 0
+        return Leaf(path_name(path), tuple(x.shape), spec(axes), batch_dims, rows)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes_tree, axes_tree)
+
+
+def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
+    """Large arrays, and matrices that a codec wants whole, each by itself: memory is bounded by the largest. The small
+    ones together, by the mesh axes they are sharded over: a block that mixed sharded and replicated values would
+    decode to different copies of the replicated ones."""
+    units, buckets = [], {}
+    for i, leaf in enumerate(jax.tree.leaves(leaves_tree)):
+        local = leaf.shard(mesh.shape)
+        axes = tuple(axis for axis in mesh.axis_names if axis in leaf.spec)
+        own: Any = codec if not is_round(codec) or codec.takes(local) else Identity()
+        if local.size >= SMALL or (is_round(own) and own.per_matrix and local.matrix is not None):
+            pieces = 1 if is_round(own) else rounds.pieces(local.shape)
+            cut = pieces, _piece(local.shape, pieces)
+            units.append(Unit(leaf.name, (i,), (local.shape,), axes, local.size, local, own, _salt(leaf.name), *cut))
+        else:
+            buckets.setdefault((axes, own), []).append((i, local))
+    for (axes, own), found in buckets.items():
+        name = " ".join([SMALL_UNIT, *axes] if own == codec else [SMALL_UNIT, "exact", *axes])
+        numbers, locals_ = zip(*found, strict=True)
+        whole = Leaf(name, (sum(local.size for local in locals_),), P(None))
+        shapes = tuple(local.shape for local in locals_)
+        units.append(Unit(name, numbers, shapes, axes, whole.size, whole, own, _salt(name), 1, whole.shape))
+    return tuple(units)
+
+
+def members(unit: str, units: set[str], leaves: list[Leaf]) -> list[Leaf]:
+    """The leaves of a unit, by its name: one array, or all over the same axes that are no unit by themselves."""
+    if unit.split(" ")[0] != SMALL_UNIT:
+        return [leaf for leaf in leaves if leaf.name == unit]
+    axes = lambda leaf: [axis for axis in leaf.spec if axis]
+    return [leaf for leaf in leaves if leaf.name not in units and sorted(axes(leaf)) == sorted(unit.split(" ")[1:])]
+
+
+def _piece(shape: tuple[int, ...], pieces: int) -> tuple[int, ...]:
+    """The shape of each: single layers, rows, …, or several of them."""
+    sizes = []
+    for n in shape:
+        sizes.append(n // min(n, pieces))
+        pieces //= min(n, pieces)
+    return tuple(sizes)
+
+
+def _salt(name: str) -> int:
+    return zlib.crc32(name.encode())

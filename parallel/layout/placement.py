@@ -1,0 +1,92 @@
+"""From rows on a host to global arrays on the mesh: each process builds its own devices' rows and no others."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from parallel.layout.rules import Constrain
+
+Rows = Callable[[Any], dict[str, np.ndarray]]  # row numbers -> {name: [rows, T]}
+TRAIN = P(None, "replica", "fsdp")  # [K, R, B, T]
+EVAL = P("replica", "fsdp")  # [D, B, T]
+
+
+def place_train(mesh: Mesh, replicas: int, batch_size: int, rows: Sequence[Rows]) -> dict[str, jax.Array]:
+    """One call's batch [K, R, B, T] from the rows of its K steps."""
+    return _place(mesh, replicas, batch_size, rows, TRAIN)
+
+
+def place_eval(mesh: Mesh, groups: int, batch_size: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch [D·B, T] that every process holds, as [D, B, T]."""
+    return _place(mesh, groups, batch_size, [lambda ids: {name: x[ids] for name, x in batch.items()}], EVAL)
+
+
+def _place(mesh: Mesh, groups: int, batch_size: int, rows: Sequence[Rows], spec: P) -> dict[str, jax.Array]:
+    """The batch as [K, groups, batch_size / groups, T] (or without the leading K), sharded by `spec`.
+
+    Row number = group · rows per group + place in the group: which rows a step has does not depend on the mesh.
+    """
+    per_group = batch_size // groups
+    sharding = NamedSharding(mesh, spec)
+    leading = len(spec) - 2
+    built: dict[tuple[int, int, int, int], dict[str, np.ndarray]] = {}
+
+    def block(index) -> dict[str, np.ndarray]:
+        g0, g1, _ = index[leading].indices(groups)
+        b0, b1, _ = index[leading + 1].indices(per_group)
+        if (g0, g1, b0, b1) not in built:  # devices along `tensor` share their rows
+            numbers = np.arange(g0, g1)[:, None] * per_group + np.arange(b0, b1)[None, :]
+            steps = [of_step(numbers.reshape(-1)) for of_step in rows]
+            built[g0, g1, b0, b1] = {
+                name: np.stack([step[name] for step in steps]).reshape(
+                    (len(rows),) * leading + (g1 - g0, b1 - b0) + x.shape[1:]
+                )
+                for name, x in steps[0].items()
+            }
+        return built[g0, g1, b0, b1]
+
+    shape = (len(rows),) * leading + (groups, per_group)
+    indices = sharding.addressable_devices_indices_map(shape)
+    first = block(next(iter(indices.values())))
+    return {
+        name: jax.make_array_from_callback(
+            (*shape, *x.shape[leading + 2 :]), sharding, lambda index, name=name: block(index)[name]
+        )
+        for name, x in first.items()
+    }
+
+
+def abstract_batch(
+    mesh: Mesh, leading: tuple, groups: int, batch_size: int, seq_len: int, spec: P, masked: bool
+) -> dict:
+    """Shapes and shardings of what these return. leading: (K,) for TRAIN, () for EVAL; masked: with segments."""
+    shape = (*leading, groups, batch_size // groups, seq_len)
+    dtypes = {"tokens": np.int32, "targets": np.int32, "mask": np.float32}
+    if masked:
+        dtypes["segments"] = np.int32
+    sharding = NamedSharding(mesh, spec)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def evaluation(loss_fn: Callable, mesh: Mesh) -> Callable:
+    """evaluate(params, batch[D, B, T]) -> (summed loss, tokens), D the size of the `replica` axis."""
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("replica"), out_specs=P(), check_vma=False)
+    def add_up(x_1M: jax.Array) -> jax.Array:
+        with jax.named_scope("scalars_evaluation"):
+            return lax.psum(x_1M[0], "replica")
+
+    def evaluate(params: Any, batch_DBT: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        one = lambda params, batch_BT: loss_fn(params, batch_BT, Constrain(mesh))
+        loss_D, tokens_D = jax.vmap(one, in_axes=(None, 0), spmd_axis_name="replica")(params, batch_DBT)
+        loss, tokens = add_up(jnp.stack([loss_D, tokens_D.astype(loss_D.dtype)], axis=1))
+        return loss, tokens
+
+    return evaluate

@@ -1,0 +1,241 @@
+"""Strategies: when the replicas exchange what, and how the result is applied. This is the synchronous one.
+
+A strategy has `init(params) -> state`, `declare(state)`, what each of its arrays is, and one or more programs, pure
+functions `(state, batch[K, R, B, T]) -> (state, metrics[K])`, each compiled once; the host's step counter says which is
+next. The per-replica computation is vmapped over the leading axis R with `spmd_axis_name="replica"`, so the loss never
+learns that replicas exist; what crosses `replica` is what the exchange sends, and a few named scalars.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+
+from parallel.exchange import residuals
+from parallel.exchange.exchange import AXIS, Exchange
+from parallel.layout import roles
+from parallel.layout.norms import norms
+from parallel.layout.rules import Constrain
+
+Batch = dict[str, jax.Array]
+TINY = 1e-30  # instead of a rate of 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class State:
+    """Everything that influences training, and nothing else: what is saved is what is needed to go on."""
+
+    step: jax.Array  # updates, refused ones included: int32
+    params: Any  # what is evaluated, saved and exported
+    opt: Any
+    strategy: Any  # the strategy's own: local parameters, pending messages
+    guard: Any  # counters of refused updates, and the windows it judges by
+    codec: Any  # residuals, and the codec's own state (parallel/exchange/residuals.py)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What all strategies share.
+
+    loss_fn(params, batch, constrain) -> (sum over tokens, number of tokens). optimizer: message and apply
+    (optim/optimizer.py). specs: of the params. accumulate: micro-steps per update. guard: what is applied
+    (optim/guard.py).
+    """
+
+    loss_fn: Callable
+    optimizer: Any
+    exchange: Exchange
+    mesh: Mesh
+    specs: Any
+    accumulate: int
+    guard: Any
+
+    @property
+    def steps_per_call(self) -> int:
+        """K."""
+        return 1
+
+    def init(self, params: Any) -> State:
+        raise NotImplementedError
+
+    def declare(self, state: State) -> Any:
+        """The Role of every array of the (abstract) state: of what all strategies have, and nothing of their own."""
+        return State(
+            step=roles.each(roles.SHARED, state.step),
+            params=roles.like(roles.SHARED, self.specs),
+            opt=roles.of_optimizer(self.optimizer, state.opt, self.specs, AXIS),
+            strategy={},
+            guard=roles.of_guard(state.guard),
+            codec=self.exchange.declared,
+        )
+
+    def programs(self) -> dict[str, Callable]:
+        raise NotImplementedError
+
+    def program_at(self, step: int, last: int) -> str:
+        """Which program makes the updates after `step`; the run ends at `last`."""
+        raise NotImplementedError
+
+    def check_begin(self, step: int, last: int) -> None:
+        """Raises ValueError where this strategy cannot go from here to there in whole calls: a part of one would be
+        dropped, and no evaluation or checkpoint would fall on the end of one."""
+        K = self.steps_per_call
+        if step % K or last % K:
+            fits = ", ".join(str(n) for n in range(1, step + 1) if step % n == 0 and last % n == 0)
+            raise ValueError(
+                f"sync.interval: this run goes on from step {step} to {last}, and {K} steps are made at a time, so it "
+                f"would not end there. A number of steps that fits is one of {fits or K}"
+            )
+
+    def exchanges(self) -> dict[str, tuple[Exchange, ...]]:
+        """What each program exchanges, in full."""
+        return dict.fromkeys(self.programs(), (self.exchange,))
+
+    def loss_and_gradient(self, params: Any, batch_BT: Batch) -> tuple[tuple, Any]:
+        """One replica's (summed loss, tokens) and the gradient of the sum, over all its micro-steps."""
+        return self.add_micro_steps(params, self.micro_batches(batch_BT), None)
+
+    def micro_batches(self, batch_BT: Batch) -> Batch:
+        """[B, T] -> [A, B/A, T]. Row b goes to micro-step b mod A: with contiguous cuts, rows would have to cross the
+        mesh."""
+        constrain = Constrain(self.mesh)
+
+        def split(x_BT: jax.Array) -> jax.Array:
+            x_BAT = x_BT.reshape(-1, self.accumulate, *x_BT.shape[1:])
+            return constrain(x_BAT.swapaxes(0, 1), (None, "batch", None))
+
+        return jax.tree.map(split if self.accumulate > 1 else lambda x: x[None], batch_BT)
+
+    def add_micro_steps(self, params: Any, batch_ABT: Batch, total: Any) -> tuple[tuple, Any]:
+        """total (None: zeros) plus the loss, tokens and gradient of these micro-steps."""
+        constrain = Constrain(self.mesh)
+
+        def micro_step(batch_BT: Batch) -> tuple[tuple, Any]:
+            loss = lambda params: self.loss_fn(params, batch_BT, constrain)
+            (value, tokens), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return (value, tokens), self.constrain_to_specs(grads)
+
+        add = lambda total, batch_BT: (jax.tree.map(jnp.add, total, micro_step(batch_BT)), None)
+        first = take(batch_ABT, 0)
+        if total is None and length(batch_ABT) == 1:
+            return micro_step(first)
+        if total is None:
+            total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, first))
+        return lax.scan(add, total, batch_ABT)[0]
+
+    def constrain_to_specs(self, tree: Any) -> Any:
+        put = lambda x, spec: lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return jax.tree.map(put, tree, self.specs)
+
+    def agree(self, sums_R: tuple, tree_R: Any, name: str = "step") -> tuple[jax.Array, ...]:
+        """Over all replicas: these sums [R], and the root mean square of the replicas' norms, before anything is
+        encoded. One message of a few scalars: nothing else crosses `replica` but the exchange, and every device decides
+        by the same bits."""
+        R = self.exchange.replicas
+        squares_R = jax.vmap(lambda tree: optax.tree.norm(tree, squared=True), spmd_axis_name=AXIS)(tree_R)
+        scalars_RM = jnp.stack([*sums_R, squares_R], axis=1)
+        *sums, squares = scalars_RM[0] if R == 1 else self.exchange.scalars(scalars_RM, name)
+        return *sums, jnp.sqrt(squares / R)
+
+    def settle(
+        self, counters: Any, apply: Callable, specs: Any, mean: Any, before: tuple, ready: Any, rate: Any, judged: bool
+    ) -> tuple[tuple, jax.Array, Any, Any]:
+        """What an exchanged mean does to `before`, (params, an optimizer's state), as far as the guard allows.
+
+        apply(mean, before, norm) -> (params, state). ready: whether the mean may be used at all. rate: the learning
+        rate, by which the size of an update is measured. judged: whether sizes differ. What residuals have no part in
+        was judged when it was new.
+
+        Returns ((params, state), the norm of the mean, the verdict on whether it may be used, that on its update)."""
+        norm = norms(self.mesh, (specs, mean))[0]
+        usable = used = self.guard.judge(counters, None, norm, ready)
+        if self.exchange.feedback and judged:
+            # Worked out here for its size alone, and again where it is kept: from here it would be one more copy.
+            moved = jax.tree.map(jnp.subtract, apply(mean, before, norm)[0], before[0])
+            size, whole = norms(self.mesh, (specs, moved), (specs, before[0]))
+            ratio = size / (whole * jnp.maximum(rate, TINY))
+            used = self.guard.judge(counters, counters.ratios_W, ratio, usable.applied)
+
+        def after() -> tuple[Any, Any]:
+            params, state = apply(mean, before, norm)
+            part = lambda x, y: jnp.where(used.scale < 1, x + used.scale * (y - x), y)
+            return jax.tree.map(part, before[0], params), state
+
+        return self.guard.commit(used, after, before), norm, usable, used
+
+
+@dataclass(frozen=True)
+class Sync(Strategy):
+    """Synchronous data parallelism: every step applies the mean gradient over all tokens of all replicas."""
+
+    def init(self, params: Any) -> State:
+        opt = self.optimizer.init(params, self.exchange.replicas)
+        return State(jnp.int32(0), params, opt, {}, self.guard.init(), residuals.init(self.exchange))
+
+    def programs(self) -> dict[str, Callable]:
+        return {"step": self.step}
+
+    def program_at(self, step: int, last: int) -> str:
+        return "step"
+
+    def step(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
+        messages_R, opt, new, metrics = self.messages(state, take(batch_KRBT, 0))
+        mean, codec = self.exchange.mean(messages_R, state.codec, state.step)
+        state, used, more = self.update(replace(state, opt=opt), mean, codec, new.applied)
+        state.guard = self.guard.count(state.guard, new, used)
+        return state, per_step(metrics | more | self.guard.report(state.guard, new, used))
+
+    def messages(self, state: State, batch_RBT: Batch) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        """(messages [R, …], opt, the verdict on the gradient, metrics)."""
+        per_replica = jax.vmap(self.loss_and_gradient, in_axes=(None, 0), spmd_axis_name=AXIS)
+        return self.judged(state, *per_replica(state.params, batch_RBT))
+
+    def judged(self, state: State, sums_R: tuple, grads_R: Any) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        """What is sent, and what it leaves in the optimizer's state, by the verdict on the gradient that makes both:
+        of a refused one, zeros, and nothing."""
+        loss, tokens, size = self.agree(sums_R, grads_R)
+        # Weighted by n_i / mean(n) before a codec sees it, so that the mean over replicas is the mean over tokens.
+        weight = self.exchange.replicas / jnp.maximum(tokens, 1)
+        sound = (tokens > 0) & jnp.isfinite(loss)
+        new = self.guard.judge(state.guard, state.guard.norms_W, weight * size, sound)
+        grads_R = jax.tree.map(lambda g: g * (weight * new.scale), grads_R)
+        messages_R, opt = self.optimizer.message(grads_R, state.opt)
+        messages_R = jax.tree.map(lambda m: jnp.where(new.applied, m, 0), messages_R)
+        loss = loss / jnp.maximum(tokens, 1)
+        return messages_R, self.guard.commit(new, opt, state.opt), new, {"loss": loss, "tokens": tokens}
+
+    def update(self, state: State, mean: Any, codec: Any, ready: Any) -> tuple[State, Any, dict[str, jax.Array]]:
+        """(state, the verdict on the mean, metrics). If it is not ready, or not finite, residuals and the codec's state
+        stay as they were. If it is only too large it is cut off, and they follow the exchange: nothing comes back."""
+        lr = jnp.asarray(self.optimizer.schedule(state.guard.applied), jnp.float32)
+        apply = lambda mean, before, norm: self.optimizer.apply(mean, before[1], before[0], norm)
+        (params, opt), norm, usable, used = self.settle(
+            *(state.guard, apply, self.specs, mean, (state.params, state.opt), ready, lr),
+            judged=not self.optimizer.constant_size,
+        )
+        codec = self.guard.commit(usable, codec, state.codec)
+        metrics = {"grad_norm": norm, "param_norm": norms(self.mesh, (self.specs, params))[0], "lr": lr}
+        return replace(state, step=state.step + 1, params=params, opt=opt, codec=codec), used, metrics
+
+
+def take(batch: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], batch)
+
+
+def part(batch: Any, first: int, last: int) -> Any:
+    return jax.tree.map(lambda x: x[first:last], batch)
+
+
+def length(batch: Any) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def per_step(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of one step, [1]."""
+    return jax.tree.map(lambda x: x[None], metrics)

@@ -1,0 +1,228 @@
+"""Local strategies: replicas train by themselves and exchange the way they have gone, not the gradient of each step.
+
+DiLoCo (Douillard et al. 2023, algorithm 1), and what it shares with streaming.py and eager.py. Replicas count equally,
+whatever their numbers of tokens. `params` are the global parameters: they are what is evaluated
+(2.67 against 2.77 for a replica's own, in the Streaming paper), and they only change where something is exchanged.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from parallel.exchange import residuals
+from parallel.exchange.exchange import AXIS, Exchange
+from parallel.layout import roles
+from parallel.layout.norms import norms
+from parallel.strategies import overlap
+from parallel.strategies.base import TINY, Batch, State, Strategy, length, part, per_step, take
+
+
+@dataclass(frozen=True)
+class Outer:
+    """What is done with the mean pseudo-gradient: nesterov, sgd (without momentum), adam. As an optimizer of
+    optim/optimizer.py: `init`, and `apply`, which needs no norm."""
+
+    optimizer: str
+    lr: float
+    momentum: float
+    b2: ClassVar[float] = 0.95
+    eps: ClassVar[float] = 1e-8
+
+    def init(self, params: Any) -> dict[str, Any]:
+        slots = {"nesterov": ("momentum",), "adam": ("first", "second")}.get(self.optimizer, ())
+        beside = jax.tree.map(lambda x: {slot: jnp.zeros_like(x) for slot in slots}, params) if slots else {}
+        return beside | ({"count": jnp.zeros((), jnp.int32)} if self.optimizer == "adam" else {})
+
+    def apply(self, mean: Any, before: tuple, norm: Any = None) -> tuple[Any, dict[str, Any]]:
+        """(params, state) after one step from `before`."""
+        params, state = before
+        if self.optimizer == "sgd":
+            return jax.tree.map(lambda x, d: x - self.lr * d, params, mean), state
+        beside = {name: own for name, own in state.items() if name != "count"}
+        slot = lambda name: jax.tree.map(lambda _, own: own[name], params, beside)
+        if self.optimizer == "nesterov":
+            m = jax.tree.map(lambda d, m: d + self.momentum * m, mean, slot("momentum"))
+            after = jax.tree.map(lambda x, d, m: x - self.lr * (d + self.momentum * m), params, mean, m)
+            return after, jax.tree.map(lambda m: {"momentum": m}, m)
+        count = state["count"] + 1
+        mix = lambda b: lambda old, new: (1 - b) * new + b * old
+        first = jax.tree.map(mix(self.momentum), slot("first"), mean)
+        second = jax.tree.map(mix(self.b2), slot("second"), jax.tree.map(jnp.square, mean))
+        unbiased = lambda x, b: x / (1 - b ** count.astype(jnp.float32))
+        step = lambda m, v: unbiased(m, self.momentum) / (jnp.sqrt(unbiased(v, self.b2)) + self.eps)
+        after = jax.tree.map(lambda x, m, v: x - self.lr * step(m, v), params, first, second)
+        return after, jax.tree.map(lambda m, v: {"first": m, "second": v}, first, second) | {"count": count}
+
+
+@dataclass(frozen=True)
+class Local(Strategy):
+    """interval: H inner steps from exchange to exchange. outer: of the pseudo-gradients."""
+
+    interval: int = 30
+    outer: Any = None
+
+    def init(self, params: Any) -> State:
+        inner = {"params": params, "opt": self.optimizer.init(params), "guard": self.guard.init()}
+        outer = {"shared": self.outer.init(params)}
+        strategy = {"replicas": self.copies(inner), "outer": outer, "rounds": self.guard.init()}
+        return State(jnp.int32(0), params, {}, strategy, {}, residuals.init(self.exchange))
+
+    def declare(self, state: State) -> Any:
+        own = state.strategy["replicas"]
+        replicas = {
+            "params": roles.like(roles.REPLICA, self.specs, AXIS),
+            "opt": roles.of_optimizer(self.optimizer, own["opt"], self.specs, AXIS, own=True),
+            "guard": roles.of_guard(own["guard"], AXIS),
+        }
+        outer = {"shared": roles.of_optimizer(self.outer, state.strategy["outer"]["shared"], self.specs, AXIS)}
+        rounds = roles.of_guard(state.strategy["rounds"])
+        strategy = {"replicas": replicas, "outer": outer, "rounds": rounds}
+        return replace(super().declare(state), opt={}, strategy=strategy, guard={})
+
+    def copies(self, tree: Any) -> Any:
+        """One for each replica."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.exchange.replicas, *x.shape)), tree)
+
+    def inner_step(self, inner_R: Any, batch_RBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        """One step of every replica by itself: nothing crosses `replica`, not even the loss."""
+        gradient = lambda params, batch_BT, _: (*self.loss_and_gradient(params, batch_BT), None)
+        return self._inner_step(gradient, inner_R, batch_RBT, None)[:2]
+
+    def _inner_step(self, gradient: Callable, inner_R: Any, batch_RBT: Batch, between: Any) -> tuple[Any, Any, Any]:
+        """The same, and `between`. gradient(params, batch, between) -> (sums, gradient, between), of one replica."""
+
+        def one(inner: Any, batch_BT: Batch, between: Any) -> tuple[Any, Any, Any]:
+            (loss, tokens), grads, between = gradient(inner["params"], batch_BT, between)
+            weight = 1 / jnp.maximum(tokens, 1)
+            counters, norm = inner["guard"], weight * optax.tree.norm(grads)
+            sound = (tokens > 0) & jnp.isfinite(loss)
+            verdict = self.guard.judge(counters, counters.norms_W, norm, sound)
+            grads = jax.tree.map(lambda g: g * (weight * verdict.scale), grads)
+            params, opt = self.optimizer.apply(grads, inner["opt"], inner["params"], norm * verdict.scale)
+            before = {"params": inner["params"], "opt": inner["opt"]}
+            after = self.guard.commit(verdict, {"params": params, "opt": opt}, before)
+            guard = self.guard.count(counters, verdict)
+            metrics = {"loss": weight * loss, "grad_norm": norm, "tokens": tokens} | self.guard.report(guard, verdict)
+            return after | {"guard": guard}, metrics, between
+
+        per_replica = jax.vmap(one, in_axes=(0, 0, None), out_axes=(0, 0, None), spmd_axis_name=AXIS)
+        return per_replica(inner_R, batch_RBT, between)
+
+    def inner_steps(self, inner_R: Any, batch_KRBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        if length(batch_KRBT) == 1:
+            inner_R, metrics = self.inner_step(inner_R, take(batch_KRBT, 0))
+            return inner_R, per_step(metrics)
+        return lax.scan(self.inner_step, inner_R, batch_KRBT)
+
+    def exchange_meanwhile(self, step: jax.Array, exchanges: Any, codec: Any, inner_R: Any, batch_KRBT: Batch) -> tuple:
+        """Exchanges {name: (exchange, tree)} during these inner steps: the first hop during the first half, the second
+        during the rest; of a single step, of its halves. Without the barriers a compiler may wait for the first hop
+        before it computes anything.
+
+        Returns ({name: (mean, codec state)}, inner_R, metrics or None without steps)."""
+        K = length(batch_KRBT)
+        if not K or self.exchange.replicas == 1:
+            done = {name: exchange.mean(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
+            return done, *((inner_R, None) if not K else self.inner_steps(inner_R, batch_KRBT))
+        half = -(-K // 2)
+        flights: Any = {name: exchange.start(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
+        if K == 1:
+            gradient = functools.partial(overlap.loss_and_gradient, self)
+            inner_R, metrics, flights = self._inner_step(gradient, inner_R, take(batch_KRBT, 0), flights)
+            metrics = per_step(metrics)
+        else:
+            inner_R, metrics = self.inner_steps(inner_R, part(batch_KRBT, 0, half))
+            flights, inner_R = lax.optimization_barrier((flights, inner_R))
+        done = {name: exchanges[name][0].finish(flight, own, step) for name, (flight, own) in flights.items()}
+        if half < K:
+            inner_R, more = self.inner_steps(inner_R, part(batch_KRBT, half, K))
+            metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), metrics, more)
+        done, inner_R = lax.optimization_barrier((done, inner_R))
+        return done, inner_R, metrics
+
+    def judge_round(self, counters: Any, delta_R: Any, rate: jax.Array) -> tuple[Any, Any]:
+        """(pseudo-gradients as they may be encoded, the verdict on them), agreed by all replicas before anything is.
+        Their size is measured by the learning rate that made them. Of refused ones zeros are sent."""
+        (size,) = self.agree((), delta_R, "round")
+        verdict = self.guard.judge(counters, counters.norms_W, size / jnp.maximum(rate, TINY))
+        sent = lambda x: jnp.where(verdict.applied, jnp.where(verdict.scale < 1, verdict.scale * x, x), 0)
+        return jax.tree.map(sent, delta_R), verdict
+
+    def rate(self, step: jax.Array) -> jax.Array:
+        """The mean learning rate of the round that ends before `step`."""
+        steps = jnp.maximum(step - 1 - jnp.arange(self.interval), 0)
+        return jnp.mean(jnp.asarray(jax.vmap(self.optimizer.schedule)(steps), jnp.float32))
+
+    def report(self, state: State, K: int, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """[K, R] of each replica, and [K] of what all share, of the K steps that led to this state."""
+        rounds = state.strategy["rounds"]
+        lr = jax.vmap(self.optimizer.schedule)(state.step - K + jnp.arange(K))
+        shared = {
+            "param_norm": norms(self.mesh, (self.specs, state.params))[0],
+            "lr": jnp.asarray(lr, jnp.float32),
+            "rounds_skipped": jnp.sum(rounds.skipped),
+            "rounds_clipped": jnp.sum(rounds.clipped),
+        }
+        worst = jnp.maximum(metrics["skipped_in_a_row"], jnp.max(rounds.in_a_row))
+        shared = {name: jnp.broadcast_to(x, (K,)) for name, x in shared.items()}
+        return metrics | shared | {"skipped_in_a_row": worst}
+
+    def spread(self, tree: Any, specs: Any) -> Any:
+        """One copy for each replica, laid where the replica is."""
+        put = lambda x_R, spec: lax.with_sharding_constraint(x_R, NamedSharding(self.mesh, P(AXIS, *spec)))
+        return jax.tree.map(put, self.copies(tree), specs)
+
+
+@dataclass(frozen=True)
+class DiLoCo(Local):
+    """H inner steps; Δ = mean over replicas of θ_global − θ_i; θ_global ← outer(θ_global, Δ); θ_i ← θ_global.
+
+    Inner optimizer states stay with their replicas. A last round of fewer steps is exchanged like the others. With
+    H = 1, SGD inside and outside (rate 1, no momentum) it is synchronous SGD. A round that is refused is left out: the
+    replicas begin the next one where they began it.
+    """
+
+    def programs(self) -> dict[str, Callable]:
+        inner = {"inner": self.inner} if self.interval > 1 else {}
+        return inner | {"inner+exchange": self.inner_and_exchange}
+
+    def exchanges(self) -> dict[str, tuple[Exchange, ...]]:
+        return {"inner": (), "inner+exchange": (self.exchange,)}
+
+    def program_at(self, step: int, last: int) -> str:
+        return "inner+exchange" if (step + 1) % self.interval == 0 or step + 1 == last else "inner"
+
+    def inner(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
+        state, metrics = self._inner(state, batch_KRBT)
+        return state, self.report(state, 1, metrics)
+
+    def _inner(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
+        inner_R, metrics = self.inner_steps(state.strategy["replicas"], batch_KRBT)
+        return replace(state, step=state.step + 1, strategy=state.strategy | {"replicas": inner_R}), metrics
+
+    def inner_and_exchange(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
+        state, metrics = self._inner(state, batch_KRBT)
+        own, rate = state.strategy, self.rate(state.step)
+        delta_R = jax.tree.map(lambda ours, theirs_R: ours - theirs_R, state.params, own["replicas"]["params"])
+        delta_R, new = self.judge_round(own["rounds"], delta_R, rate)
+        mean, codec = self.exchange.mean(delta_R, state.codec, state.step)
+        before = (state.params, own["outer"]["shared"])
+        (params, outer), _, usable, used = self.settle(
+            own["rounds"], self.outer.apply, self.specs, mean, before, new.applied, rate, judged=True
+        )
+        strategy = {
+            "replicas": own["replicas"] | {"params": self.spread(params, self.specs)},
+            "outer": {"shared": outer},
+            "rounds": self.guard.count(own["rounds"], new, used),
+        }
+        codec = self.guard.commit(usable, codec, state.codec)
+        state = replace(state, params=params, strategy=strategy, codec=codec)
+        return state, self.report(state, 1, metrics)

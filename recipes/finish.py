@@ -1,0 +1,109 @@
+"""The end of a run: what it leaves behind for people to look at. What is trained has been saved before."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from data import corpus as corpora
+from recipes import build as assemble
+from recipes import programs as beside
+from runtime.config import UsageError
+from runtime.digest import params_digest
+from runtime.metrics import read
+from runtime.plot import plot_loss
+
+
+def try_prompt(sample: Any, tokenizer: Any, seq_len: int) -> np.ndarray | None:
+    """The sample's prompt as ids [P], None without a sample. Tried before training: at the end it would be too late.
+
+    Raises UsageError for a prompt that the tokenizer cannot encode, or ids that it cannot decode.
+    """
+    if not sample.tokens:
+        return None
+    try:
+        prompt_P = corpora.encode_prompt(tokenizer, sample.prompt)[-max(1, seq_len - 1) :]
+        tokenizer.decode(prompt_P)
+    except Exception as error:  # of whatever type the tokenizer raises
+        raise UsageError(
+            f"sample.prompt={sample.prompt!r} cannot be encoded and decoded by data.tokenizer ({error}), so the run "
+            "could not end with a sample: give another sample.prompt, or sample.tokens=0"
+        ) from error
+    return prompt_P
+
+
+def finish(run: Any, params: Any, evaluated: beside.Evaluation, prompt_P: np.ndarray | None) -> int:
+    """summary.json, then samples.txt, then plots/loss.png: a later one that fails costs only itself.
+
+    Called by every process: the parameters stay in their shards. Returns the exit code, 1 if something failed.
+    """
+    console, folder, failed = run.console, run.workdir.path, [*run.recorder.failed_writers()]
+
+    def attempt(what: str, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except Exception as error:  # of whatever type: the model is trained and saved, and the rest is still to come
+            failed.append(what)
+            console.warn(f"no {what}: {type(error).__name__}: {error}")
+
+    console.doing("digesting the weights and writing a sample")
+    digest = params_digest(params)
+    if run.workdir.leader:
+        baselines = attempt("baselines", lambda: corpora.ngram_bits_per_byte(run.corpus)) or (None, None)
+        summarise(run, digest, evaluated, *baselines)
+    if prompt_P is not None:
+        text = attempt("sample", lambda: sample(run, params, prompt_P))
+        if text and run.workdir.leader:
+            attempt("samples.txt", lambda: (folder / "samples.txt").write_text(text + "\n", encoding="utf-8"))
+            console.say(f"a sample:\n{text}")
+    if run.workdir.leader:
+        attempt("plots/loss.png", lambda: plot(run, evaluated, *baselines))
+        console.doing("")
+        console.say(
+            f"complete after {run.config.steps} steps; "
+            + held_out(evaluated, *baselines)
+            + f"; see {folder}/plots/loss.png and summary.json"
+        )
+    if failed:
+        console.warn(f"training is complete and saved in {folder}, but not all of its end: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def summarise(run: Any, digest: str, evaluated: beside.Evaluation, unigram: Any, bigram: Any) -> None:
+    last = [row for row in read(run.workdir.path / "metrics.jsonl") if "loss" in row][-1]
+    run.phases.mark("training and end")
+    run.workdir.update_summary(
+        parameters=assemble.num_parameters(run.parts),
+        mesh=dict(run.parts.mesh.shape),
+        step=last["step"],
+        skipped=last.get("skipped", 0),
+        tokens=last["tokens"],
+        final_loss=last["loss"],
+        final_eval_loss=evaluated.loss,
+        final_eval_bits_per_byte=evaluated.bits_per_byte,
+        unigram_bits_per_byte=unigram,
+        bigram_bits_per_byte=bigram,
+        params_digest=digest,
+        wire_bytes_per_step=last["wire_bytes"],
+        compiles=len(run.parts.strategy.programs()),  # ahead of time: the executables cannot compile again
+        phases=run.phases.seconds,
+        goodput=round(last["train_seconds"] / run.workdir.seconds_since_first_start(), 4),
+    )
+
+
+def sample(run: Any, params: Any, prompt_P: np.ndarray) -> str:
+    seq_len, seed, tokenizer = run.config.data.seq_len, run.config.seed, run.corpus.tokenizer
+    return beside.sample_text(run.beside["sample"], params, prompt_P, seq_len, seed, tokenizer)
+
+
+def plot(run: Any, evaluated: beside.Evaluation, unigram: Any, bigram: Any) -> None:
+    folder = run.workdir.path / "plots"
+    folder.mkdir(exist_ok=True)
+    baselines = {"unigram": unigram, "bigram": bigram} if unigram is not None else {}
+    baselines = {name: bits * evaluated.nats_of_a_bit for name, bits in baselines.items()}
+    plot_loss(read(run.workdir.path / "metrics.jsonl"), folder / "loss.png", run.workdir.path.name, baselines)
+
+
+def held_out(evaluated: beside.Evaluation, unigram: Any, bigram: Any) -> str:
+    beaten = "" if unigram is None else f" (unigram {unigram:.2f}, bigram {bigram:.2f})"
+    return f"held-out text: {evaluated.bits_per_byte:.3f} bits per byte{beaten}"

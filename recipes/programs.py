@@ -1,0 +1,155 @@
+"""Programs beside the step: evaluation, the sample, digests. None needs more memory than the step, none but a few named
+scalars crosses `replica`, and all are compiled before they are needed."""
+
+import functools
+import math
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from model import decode
+from model.transformer import Transformer
+from parallel.cost import stray
+from parallel.layout import placement
+from parallel.layout.rules import Constrain
+from recipes.build import Parts, memory, said_bytes
+from runtime.digest import digest_all, named_arrays
+
+DIGEST = 16  # bytes of an array: four sums, which every device may tell every other
+
+
+def compile_all(parts: Parts, sample: Any, options: Any = None) -> dict[str, Any]:
+    """{evaluation, sample, digest (of the whole state)}. sample: the config's group; without tokens, none. options:
+    XLA's."""
+    programs = {"evaluation": compile_evaluation(parts, options)}
+    if sample.tokens:
+        programs["sample"] = compile_sample(parts, sample.tokens, sample.temperature, options)
+    programs["digest"] = digest_all.lower(named_arrays(parts.state)).compile(compiler_options=options)
+    return programs
+
+
+class Later:
+    """The programs beside the step by name, compiled on another thread once training runs. The first one that is asked
+    for waits for all, and `tell` hears of them then: before the first evaluation."""
+
+    def __init__(self, parts: Parts, sample: Any, threads: Executor, tell: Callable[[dict[str, Any]], None]):
+        self._compile = functools.cache(lambda: threads.submit(compile_all, parts, sample))
+        self._tell, self._programs = tell, None
+
+    def start(self) -> None:
+        """Call when the first step is done: earlier, it would be delayed."""
+        self._compile()
+
+    def __getitem__(self, name: str) -> Any:
+        if self._programs is None:
+            programs = self._compile().result()
+            self._tell(programs)
+            self._programs = programs
+        return self._programs[name]
+
+
+def traffic(parts: Parts, programs: dict[str, Any]) -> dict[str, stray.Traffic]:
+    """What each of these programs sends: over `replica` nothing, but a digest's sums."""
+    sums = DIGEST * len(jax.tree.leaves(parts.state)) * (parts.mesh.size - 1)
+    bound = lambda name: sums if name == "digest" else 0
+    return {name: stray.traffic(program, parts.mesh, bound(name)) for name, program in programs.items()}
+
+
+def describe(programs: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of a table: what each of these programs needs."""
+    return [(name, f"{said_bytes(memory(program)[1])} temporary per device") for name, program in programs.items()]
+
+
+# ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compile_evaluation(parts: Parts, options: Any = None) -> Any:
+    """(params, batch[D, B, T] of a micro-step's size) -> (summed loss, tokens)."""
+    model = Transformer(parts.model.config, parts.model.compute)  # plain cross-entropy: no z-loss
+    evaluate = jax.jit(placement.evaluation(model.loss, parts.mesh))
+    return evaluate.lower(parts.state.params, parts.eval_batch).compile(compiler_options=options)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of held-out text. NaN: of no token, or no byte."""
+
+    loss: float  # nats per token
+    bits_per_byte: float
+    nats_of_a_bit: float  # nats per token where a byte has one bit: from bits per byte to the loss's unit
+
+
+NOT_EVALUATED = Evaluation(math.nan, math.nan, math.nan)
+
+
+class Evaluator:
+    """params -> Evaluation of held-out text, the same batches each time."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        host_batches: list[dict[str, np.ndarray]],
+        token_bytes: np.ndarray,
+        program: Callable[[], Any],
+    ):
+        """token_bytes [V]: the bytes of text that each token stands for. program: gives the compiled evaluation; asked
+        at the first evaluation, so that nobody waits for it before."""
+        groups, rows, _ = parts.eval_batch["tokens"].shape
+        size = groups * rows
+        self._program = program
+        self._bytes = sum(float(np.sum(token_bytes[b["targets"]] * b["mask"])) for b in host_batches)
+        self._tokens = sum(float(np.sum(b["mask"])) for b in host_batches)
+        micro = [
+            {name: x[first : first + size] for name, x in batch.items()}
+            for batch in host_batches
+            for first in range(0, len(batch["tokens"]), size)
+        ]
+        self._batches = [placement.place_eval(parts.mesh, groups, size, b) for b in micro]
+
+    def __call__(self, params: Any) -> Evaluation:
+        sums = jax.device_get([self._program()(params, batch) for batch in self._batches])
+        loss = float(np.array(sums, np.float64).sum(axis=0)[0])
+        bits = math.log(2) * self._bytes
+        return Evaluation(_ratio(loss, self._tokens), _ratio(loss, bits), _ratio(bits, self._tokens))
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan
+
+
+# ── the sample ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compile_sample(parts: Parts, num_tokens: int, temperature: float, options: Any = None) -> Any:
+    """(params, window [T], length, seed) -> ids [D, B, N], the same text from each shard of the batch in each of D
+    replica groups: no device waits for another group's, and nothing need be sent to tell it."""
+    model = Transformer(parts.model.config, parts.model.compute)
+    one = decode.generator(model, Constrain(parts.mesh), num_tokens, temperature)
+    groups, _, seq_len = parts.eval_batch["tokens"].shape
+    by_group = NamedSharding(parts.mesh, P("replica"))
+
+    def generate(params: Any, window_T: jax.Array, length: jax.Array, seed: jax.Array) -> jax.Array:
+        window_DT = jax.lax.with_sharding_constraint(jnp.broadcast_to(window_T, (groups, seq_len)), by_group)
+        return jax.vmap(one, in_axes=(None, 0, None, None), spmd_axis_name="replica")(params, window_DT, length, seed)
+
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
+    arguments = jax.ShapeDtypeStruct((seq_len,), np.int32), scalar(np.int32), scalar(np.uint32)
+    own = NamedSharding(parts.mesh, P("replica", "fsdp"))
+    lowered = jax.jit(generate, out_shardings=own).lower(parts.state.params, *arguments)
+    return lowered.compile(compiler_options=options)
+
+
+def sample_text(program: Any, params: Any, prompt_P: np.ndarray, seq_len: int, seed: int, tokenizer: Any) -> str:
+    """A sample from the trained model. Called by every process: the parameters stay in their shards."""
+    window_T = np.zeros((seq_len,), np.int32)
+    window_T[: len(prompt_P)] = prompt_P
+    ids_DBN = program(params, window_T, np.int32(len(prompt_P)), np.uint32(seed))
+    new_N = np.asarray(ids_DBN.addressable_shards[0].data)[0, 0]
+    return tokenizer.decode(np.concatenate([prompt_P, new_N]))
