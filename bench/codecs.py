@@ -28,7 +28,8 @@ from bench.step import Ours, load, random_batches  # noqa: E402
 from parallel.cost.bytes import in_flight_bytes  # noqa: E402
 from parallel.exchange import residuals  # noqa: E402
 from parallel.exchange.codecs import CODECS  # noqa: E402
-from parallel.exchange.exchange import Feedback, is_round  # noqa: E402
+from parallel.exchange.codecs.plain import is_round  # noqa: E402
+from parallel.exchange.exchange import Feedback  # noqa: E402
 from parallel.exchange.units import Leaf  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from recipes import build as assemble  # noqa: E402

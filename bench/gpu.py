@@ -27,7 +27,7 @@ import jax  # noqa: E402
 from bench import common, step  # noqa: E402
 from bench.torch_gpt import OutOfMemory, TorchChild  # noqa: E402
 from configs import base  # noqa: E402
-from parallel.cost import bytes as cost  # noqa: E402
+from parallel.cost.hardware import peak_flops  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from recipes import build as assemble  # noqa: E402
 
@@ -157,7 +157,7 @@ def main() -> None:
     platform, kind = common.run_json([sys.executable, "-c", probe])
     if platform == "cpu":
         raise SystemExit("bench/gpu.py needs a GPU or a TPU, and JAX sees only CPUs on this machine")
-    report, torch, peak = common.Report("gpu"), torch_python(args.torch), cost.peak_flops(kind)
+    report, torch, peak = common.Report("gpu"), torch_python(args.torch), peak_flops(kind)
     report.details["device"], report.details["bf16 peak"] = kind, peak
     print(f"{kind}, beside {'torch.compile' if torch else 'nothing: no interpreter with torch and a GPU was found'}")
     for name, length in itertools.product(models, lengths):

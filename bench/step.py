@@ -26,7 +26,8 @@ from bench import common, handwritten  # noqa: E402
 from bench.torch_gpt import TorchChild  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from parallel.layout import placement  # noqa: E402
-from parallel.strategies.base import Sync, per_step, take  # noqa: E402
+from parallel.strategies.base import per_step, take  # noqa: E402
+from parallel.strategies.sync import Sync  # noqa: E402
 from recipes import build as assemble  # noqa: E402
 
 MODELS = {"quickstart": "configs.quickstart", "gpt12m": "bench.gpt12m"}

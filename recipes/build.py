@@ -18,13 +18,16 @@ from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
 from optim import guard, optimizer
 from optim.messages import OneBitAdam, Signum
 from parallel.cost import stray
-from parallel.cost.bytes import exchange_bytes, peak_flops
+from parallel.cost.bytes import exchange_bytes
+from parallel.cost.hardware import peak_flops
 from parallel.exchange import codecs, residuals, units
-from parallel.exchange.exchange import Feedback, is_round
+from parallel.exchange.codecs.plain import is_round
+from parallel.exchange.exchange import Feedback
 from parallel.layout import mesh as meshes
 from parallel.layout import placement, roles, rules
-from parallel.strategies import base as strategies
 from parallel.strategies import eager, local, resume, stale, streaming
+from parallel.strategies.base import Strategy
+from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
 from runtime import config as configuration
 from runtime.config import UsageError, check_batch, nearest_multiples
@@ -40,7 +43,7 @@ class Parts:
     attention: str  # the kernel, and why that one
     mesh: Mesh
     replicas: int
-    strategy: strategies.Strategy
+    strategy: Strategy
     param_shapes: Any
     state: Any  # abstract: shapes, dtypes, shardings
     batch: Any  # abstract
@@ -127,7 +130,7 @@ def draws(s: Any) -> bool:
     return is_round(codec) or codec.uses_key
 
 
-def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any) -> strategies.Strategy:
+def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any) -> Strategy:
     """The strategy of config group `sync`, with its exchange. Raises ValueError, with the config's keys."""
     s = c.sync
     if replicas == 1 and (s.strategy, s.codec, s.algorithm) != ("sync", "none", "auto"):
@@ -153,12 +156,10 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
     }
     if c.optimizer.name == "onebit_adam":
         exact = residuals.build(codecs.Identity(), s.algorithm, mesh, replicas, leaves)
-        warm = strategies.Sync(
-            exchange=exact, **shared | {"optimizer": dataclasses.replace(shared["optimizer"], frozen=False)}
-        )
+        warm = Sync(exchange=exact, **shared | {"optimizer": dataclasses.replace(shared["optimizer"], frozen=False)})
         return Warmed(exchange=exchange(leaves), warm=warm, warm_steps=c.optimizer.freeze_steps, **shared)
     if s.strategy == "sync":
-        return strategies.Sync(exchange=exchange(leaves), **shared)
+        return Sync(exchange=exchange(leaves), **shared)
     if s.strategy == "stale":
         late = {"staleness": s.staleness, "compensation": s.compensation}
         return stale.Stale(exchange=exchange(leaves), **late, **shared)

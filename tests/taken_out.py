@@ -38,14 +38,14 @@ CASES = [
     ),
     TakenOut(
         "refusing: what is new is judged before residuals are added to it",
-        "parallel/strategies/base.py",
+        "parallel/strategies/sync.py",
         "messages_R = jax.tree.map(lambda m: jnp.where(new.applied, m, 0), messages_R)",
         "",
         "tests/test_strategies.py::test_a_gradient_of_nan_leaves_no_trace",
     ),
     TakenOut(
         "refusing: state is stored by the verdict on the gradient that made it",
-        "parallel/strategies/base.py",
+        "parallel/strategies/sync.py",
         "return messages_R, self.guard.commit(new, opt, state.opt), new,",
         "return messages_R, opt, new,",
         "tests/test_refusing.py::test_one_bad_batch_at_any_phase_of_a_round_leaves_no_lasting_trace[stale-none-signum]",
@@ -60,14 +60,14 @@ CASES = [
     ),
     TakenOut(
         "refusing: a batch without target tokens makes no update",
-        "parallel/strategies/base.py",
+        "parallel/strategies/sync.py",
         "sound = (tokens > 0) & jnp.isfinite(loss)",
         "sound = jnp.isfinite(loss)",
         "tests/test_strategies.py::test_a_batch_without_target_tokens_is_no_update",
     ),
     TakenOut(
         "refusing: residuals follow an exchange that is cut off",
-        "parallel/strategies/base.py",
+        "parallel/strategies/sync.py",
         "codec = self.guard.commit(usable, codec, state.codec)",
         "codec = self.guard.commit(used, codec, state.codec)",
         "tests/test_refusing.py::test_a_lump_that_residuals_hold_is_cut_off_and_does_not_come_back",
@@ -182,7 +182,7 @@ CASES = [
     ),
     TakenOut(
         "mfu: a chip is known by whole words",
-        "parallel/cost/bytes.py",
+        "parallel/cost/hardware.py",
         'rf"(?<!\\w){name}(?!\\w)"',
         'rf"{name}"',
         "tests/test_kernels.py::test_a_chip_is_known_by_whole_words_of_its_name",

@@ -22,8 +22,9 @@ from parallel.cost import wire
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange.codecs import CODECS
 from parallel.layout import roles, rules
-from parallel.strategies import base as strategies
 from parallel.strategies import local
+from parallel.strategies.base import Strategy
+from parallel.strategies.sync import Sync
 from recipes import build as assemble
 from runtime import config as configuration
 from runtime.progress import on_host
@@ -140,7 +141,7 @@ def test_the_exchange_sends_the_bytes_of_the_closed_form(registered, algorithm):
 
 def of(kind, parts, **fields):
     """These parts with another strategy, that shares what all strategies share."""
-    shared = {field.name: getattr(parts.strategy, field.name) for field in dataclasses.fields(strategies.Strategy)}
+    shared = {field.name: getattr(parts.strategy, field.name) for field in dataclasses.fields(Strategy)}
     strategy = kind(**fields, **shared)
     state = jax.eval_shape(lambda: strategy.init(parts.model.init(jax.random.key(0))))
     shardings = rules.shardings(parts.mesh, roles.specs_of(strategy.declare(state)))
@@ -191,7 +192,7 @@ def test_without_a_start_together_it_is_diloco_that_takes_the_mean(page):
 
 
 def test_with_an_exchange_after_every_step_it_is_synchronous_sgd(page):
-    same(toy(page[1], 10, interval=4, together=10), toy(strategies.Sync, 10))
+    same(toy(page[1], 10, interval=4, together=10), toy(Sync, 10))
 
 
 def test_a_replica_with_a_gradient_of_nan_leaves_out_its_step(page):

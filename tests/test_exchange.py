@@ -17,7 +17,8 @@ from parallel.cost.bytes import exchange_bytes
 from parallel.exchange import exchange as exchanges
 from parallel.exchange import pairwise, residuals
 from parallel.exchange.codecs import CODECS, rounds
-from parallel.exchange.exchange import Feedback, is_round
+from parallel.exchange.codecs.plain import is_round
+from parallel.exchange.exchange import Feedback
 from parallel.exchange.units import Leaf
 from parallel.layout import mesh as meshes
 

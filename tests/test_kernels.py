@@ -1,4 +1,4 @@
-"""What a chip's name says of it: which attention kernel fits (model/kernels.py), its speed (parallel/cost/bytes.py);
+"""What a chip's name says of it: which attention kernel fits (model/kernels.py), its speed (parallel/cost/hardware.py);
 and the look-up of embeddings in each device's own rows."""
 
 import math
@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model import attention, kernels
-from parallel.cost.bytes import peak_flops
+from parallel.cost.hardware import peak_flops
 from parallel.layout import mesh as meshes
 from parallel.layout import rules
 from parallel.layout.rules import Constrain

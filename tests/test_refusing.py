@@ -23,8 +23,8 @@ from parallel.exchange import residuals, units
 from parallel.exchange.codecs import CODECS
 from parallel.exchange.exchange import Feedback
 from parallel.layout import mesh as meshes
-from parallel.strategies import base as strategies
 from parallel.strategies import eager, local, stale, streaming
+from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
 from runtime import config as configuration
 from runtime.digest import named_arrays
@@ -106,14 +106,14 @@ def make(strategy: str, codec: str, optimizer: str, mesh=MESH, replicas: int = R
     by = {"outer": local.Outer(outer, {"nesterov": 0.7, "adam": 0.02}[outer], 0.5)}
     if optimizer == "onebit_adam":
         exact = {"optimizer": dataclasses.replace(shared["optimizer"], frozen=False)}
-        warm = strategies.Sync(exchange=build(leaves, CODECS["none"](), None), **shared | exact)
+        warm = Sync(exchange=build(leaves, CODECS["none"](), None), **shared | exact)
         return Warmed(exchange=build(leaves), warm=warm, warm_steps=2 * WINDOW, **shared), params, leaves
     if strategy == "streaming":
         rest = build({name: leaf for name, leaf in leaves.items() if name != "blocks"})
         layers = build({"blocks": jax.tree.map(lambda leaf: leaf.with_layers(1), leaves["blocks"])})
         fragments = streaming.Streaming(exchange=layers, rest=rest, **STRATEGIES[strategy], **by, **shared)
         return fragments, params, leaves
-    kinds = {"sync": strategies.Sync, "stale": stale.Stale, "diloco": local.DiLoCo, "eager": eager.Eager}
+    kinds = {"sync": Sync, "stale": stale.Stale, "diloco": local.DiLoCo, "eager": eager.Eager}
     by = by if strategy in ("diloco", "eager") else {}
     return kinds[strategy](exchange=build(leaves), **STRATEGIES[strategy], **by, **shared), params, leaves
 

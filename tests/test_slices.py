@@ -15,7 +15,8 @@ from parallel.cost import wire
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange import residuals, units
 from parallel.exchange.codecs import CODECS, rounds
-from parallel.exchange.exchange import Feedback, is_round
+from parallel.exchange.codecs.plain import is_round
+from parallel.exchange.exchange import Feedback
 from parallel.layout import mesh as meshes
 from parallel.strategies import local, overlap, stale
 from recipes import build as assemble

@@ -20,8 +20,9 @@ from parallel.exchange import residuals, units
 from parallel.exchange.codecs import CODECS
 from parallel.layout import mesh as meshes
 from parallel.layout.norms import norms
-from parallel.strategies import base as strategies
 from parallel.strategies import eager, local, stale, streaming
+from parallel.strategies.base import Strategy
+from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
 from recipes import build as assemble
 from runtime import config as configuration
@@ -49,8 +50,8 @@ def trained(strategy: str, mesh: tuple[int, int, int], steps: int = 8, **more):
 
 
 def test_the_tables_of_the_config_are_the_fields_of_the_classes():
-    shared = {field.name for field in dataclasses.fields(strategies.Strategy)} | {"outer", "rest"}
-    classes = {"sync": strategies.Sync, "stale": stale.Stale, "diloco": local.DiLoCo}
+    shared = {field.name for field in dataclasses.fields(Strategy)} | {"outer", "rest"}
+    classes = {"sync": Sync, "stale": stale.Stale, "diloco": local.DiLoCo}
     classes |= {"eager": eager.Eager, "streaming": streaming.Streaming}
     assert set(classes) == set(configuration.STRATEGIES) == set(OPTIONS)
     for name, kind in classes.items():
@@ -367,7 +368,7 @@ def test_stochastic_rounding_is_unbiased(codec):
 
 
 def with_optimizer(optimizer, replicas: int, codec=None, feedback=None):
-    strategy, params = toy(strategies.Sync, replicas)
+    strategy, params = toy(Sync, replicas)
     exchange = residuals.build(
         codec or CODECS["none"](), "auto", strategy.mesh, replicas, strategy.exchange.leaves, feedback
     )
@@ -407,7 +408,7 @@ def test_onebit_adam_freezes_the_variance_and_goes_on_with_momentum():
     make = lambda frozen: OneBitAdam(lambda step: lr, b1=b1, b2=b2, eps=eps, frozen=frozen)
     warm, params = with_optimizer(make(False), R)
     cold, _ = with_optimizer(make(True), R)
-    shared = {field.name: getattr(cold, field.name) for field in dataclasses.fields(strategies.Strategy)}
+    shared = {field.name: getattr(cold, field.name) for field in dataclasses.fields(Strategy)}
     x, y = toy_batches(R, 8)
     found = run_toy(Warmed(**shared, warm=warm, warm_steps=4), params, x, y)
     theta = {"a": np.linspace(0.5, 1.5, FEATURES), "w": np.linspace(-1.0, 1.0, FEATURES)}
@@ -512,7 +513,7 @@ def toy_batch(x, y, n: int, K: int) -> dict:
 
 
 TOYS = {
-    "sync": (strategies.Sync, {}),
+    "sync": (Sync, {}),
     "stale": (stale.Stale, {"staleness": 2}),
     "diloco": (local.DiLoCo, {"interval": 4, "outer": local.Outer("sgd", 1.0, 0.0)}),
     "eager": (eager.Eager, {"interval": 4, "outer": local.Outer("sgd", 1.0, 0.0)}),
@@ -574,7 +575,7 @@ def test_an_eager_run_that_is_extended_goes_on_like_one_that_was_not_ended():
 
 
 def test_a_batch_without_target_tokens_is_no_update():
-    strategy, params = toy(strategies.Sync, 2)
+    strategy, params = toy(Sync, 2)
     x, y = toy_batches(2, 1)
     before = strategy.init(params)
     state, metrics = jax.jit(strategy.step)(

@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from parallel.cost import wire
-from parallel.exchange.exchange import AXIS
+from parallel.exchange.net import AXIS
 
 SCALARS = 4096  # bytes that a few scalars take at most; a TPU widens them to its lanes
 TILE = 8192  # bytes by which a TPU widens a short message at most

@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from parallel.exchange import pairwise, units
 from parallel.exchange.codecs import Identity
-from parallel.exchange.exchange import ALGORITHMS, AXIS, Exchange, Feedback, Net, is_round
+from parallel.exchange.codecs.plain import is_round
+from parallel.exchange.exchange import Exchange, Feedback
+from parallel.exchange.net import ALGORITHMS, AXIS, Net
 from parallel.layout import roles
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from parallel.exchange.exchange import AXIS, Exchange
+from parallel.exchange.exchange import Exchange
+from parallel.exchange.net import AXIS
 from parallel.layout import roles
 from parallel.strategies.base import Batch, State
 from parallel.strategies.local import Local

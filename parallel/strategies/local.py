@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallel.exchange import residuals
-from parallel.exchange.exchange import AXIS, Exchange
+from parallel.exchange.exchange import Exchange
+from parallel.exchange.net import AXIS
 from parallel.layout import roles
 from parallel.layout.norms import norms
 from parallel.strategies import overlap

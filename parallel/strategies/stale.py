@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from parallel.exchange.exchange import AXIS
+from parallel.exchange.net import AXIS
 from parallel.layout import roles
 from parallel.strategies import overlap
-from parallel.strategies.base import Batch, State, Sync, per_step, take
+from parallel.strategies.base import Batch, State, per_step, take
+from parallel.strategies.sync import Sync
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from parallel.exchange.exchange import Exchange
-from parallel.strategies.base import Batch, State, Sync
+from parallel.strategies.base import Batch, State
+from parallel.strategies.sync import Sync
 
 
 @dataclass(frozen=True)

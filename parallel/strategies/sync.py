@@ -1,0 +1,67 @@
+"""The synchronous strategy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from parallel.exchange import residuals
+from parallel.exchange.net import AXIS
+from parallel.layout.norms import norms
+from parallel.strategies.base import Batch, State, Strategy, per_step, take
+
+
+@dataclass(frozen=True)
+class Sync(Strategy):
+    """Synchronous data parallelism: every step applies the mean gradient over all tokens of all replicas."""
+
+    def init(self, params: Any) -> State:
+        opt = self.optimizer.init(params, self.exchange.replicas)
+        return State(jnp.int32(0), params, opt, {}, self.guard.init(), residuals.init(self.exchange))
+
+    def programs(self) -> dict[str, Callable]:
+        return {"step": self.step}
+
+    def program_at(self, step: int, last: int) -> str:
+        return "step"
+
+    def step(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
+        messages_R, opt, new, metrics = self.messages(state, take(batch_KRBT, 0))
+        mean, codec = self.exchange.mean(messages_R, state.codec, state.step)
+        state, used, more = self.update(replace(state, opt=opt), mean, codec, new.applied)
+        state.guard = self.guard.count(state.guard, new, used)
+        return state, per_step(metrics | more | self.guard.report(state.guard, new, used))
+
+    def messages(self, state: State, batch_RBT: Batch) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        """(messages [R, …], opt, the verdict on the gradient, metrics)."""
+        per_replica = jax.vmap(self.loss_and_gradient, in_axes=(None, 0), spmd_axis_name=AXIS)
+        return self.judged(state, *per_replica(state.params, batch_RBT))
+
+    def judged(self, state: State, sums_R: tuple, grads_R: Any) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        """What is sent, and what it leaves in the optimizer's state, by the verdict on the gradient that makes both:
+        of a refused one, zeros, and nothing."""
+        loss, tokens, size = self.agree(sums_R, grads_R)
+        # Weighted by n_i / mean(n) before a codec sees it, so that the mean over replicas is the mean over tokens.
+        weight = self.exchange.replicas / jnp.maximum(tokens, 1)
+        sound = (tokens > 0) & jnp.isfinite(loss)
+        new = self.guard.judge(state.guard, state.guard.norms_W, weight * size, sound)
+        grads_R = jax.tree.map(lambda g: g * (weight * new.scale), grads_R)
+        messages_R, opt = self.optimizer.message(grads_R, state.opt)
+        messages_R = jax.tree.map(lambda m: jnp.where(new.applied, m, 0), messages_R)
+        loss = loss / jnp.maximum(tokens, 1)
+        return messages_R, self.guard.commit(new, opt, state.opt), new, {"loss": loss, "tokens": tokens}
+
+    def update(self, state: State, mean: Any, codec: Any, ready: Any) -> tuple[State, Any, dict[str, jax.Array]]:
+        """(state, the verdict on the mean, metrics). If it is not ready, or not finite, residuals and the codec's state
+        stay as they were. If it is only too large it is cut off, and they follow the exchange: nothing comes back."""
+        lr = jnp.asarray(self.optimizer.schedule(state.guard.applied), jnp.float32)
+        apply = lambda mean, before, norm: self.optimizer.apply(mean, before[1], before[0], norm)
+        (params, opt), norm, usable, used = self.settle(
+            *(state.guard, apply, self.specs, mean, (state.params, state.opt), ready, lr),
+            judged=not self.optimizer.constant_size,
+        )
+        codec = self.guard.commit(usable, codec, state.codec)
+        metrics = {"grad_norm": norm, "param_norm": norms(self.mesh, (self.specs, params))[0], "lr": lr}
+        return replace(state, step=state.step + 1, params=params, opt=opt, codec=codec), used, metrics
