@@ -70,11 +70,8 @@ def fingerprint(arrays: Mapping[str, Any], digests: Mapping[str, str]) -> str:
 
 def named_arrays(state: Any) -> dict[str, Any]:
     """The leaves of a state by path ("params/blocks/attention/q"), in the order of the tree."""
-
-    def part(key: Any) -> str:
-        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-
-    return {"/".join(map(part, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def params_digest(params: Any) -> str:
