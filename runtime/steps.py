@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def to_start_from(directory: Path) -> list[int]:
     return steps
 
 
-def rotate(directory: Path, keep: int, keep_every: int, eval_loss: Callable[[Path], float | None]) -> None:
+def rotate(directory: Path, keep: int, keep_every: int) -> None:
     """Deletes all steps but the newest `keep`, the best by eval loss, and every `keep_every` (0: none). They are
     renamed first: what a kill leaves of one is no step any more."""
     steps = committed(directory)
@@ -70,6 +69,17 @@ def rotate(directory: Path, keep: int, keep_every: int, eval_loss: Callable[[Pat
         if step not in kept and not (keep_every and step % keep_every == 0):
             doomed = folder.rename(folder.with_name(f"{step}{DELETED}"))
             shutil.rmtree(doomed)
+
+
+def eval_loss(folder: Path) -> float | None:
+    """Of a step; None where it has none."""
+    record = read_record(folder) or {}
+    if "eval_loss" in record:
+        return record["eval_loss"]
+    try:  # a run that was begun before records had it
+        return json.loads((folder / "metrics" / "metrics").read_bytes())["eval_loss"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def set_aside(path: Path, suffix: str) -> str:

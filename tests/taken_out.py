@@ -683,14 +683,14 @@ CASES = [
     ),
     TakenOut(
         "messages: damage below all arrays names its file",
-        "runtime/checkpoint.py",
+        "runtime/stored.py",
         "_damaged_metadata(step_directory) or _first_cause(error)",
         "str(error)[:160]",
         "tests/test_checkpoint.py -k one_damaged_file",
     ),
     TakenOut(
         "messages: what is wrong with all arrays is said once",
-        "runtime/checkpoint.py",
+        "runtime/stored.py",
         're.sub(r"\\d+", "", cause)',
         "name",
         "tests/test_checkpoint.py -k one_damaged_file",
@@ -783,7 +783,7 @@ CASES = [
     ),
     TakenOut(
         "saves: where one cannot read, none restores",
-        "runtime/checkpoint.py",
+        "runtime/stored.py",
         'if not any(agree.everyone("arrays loaded", error)):',
         "if not error:",
         "tests/test_agree.py::test_all_take_the_same_way_where_one_cannot_read",
@@ -933,8 +933,8 @@ CASES = [
     TakenOut(
         "beginning: a damaged newest step",
         "runtime/checkpoint.py",
-        "arrays, problems = _read(folder, record, dict(wanted))\n",
-        "arrays, problems = _read(folder, record, dict(wanted))[0], []\n",
+        "arrays, problems = read_arrays(folder, record, dict(wanted))\n",
+        "arrays, problems = read_arrays(folder, record, dict(wanted))[0], []\n",
         "tests/test_beginning.py -k damaged_newest_step",
     ),
     TakenOut(

@@ -21,10 +21,11 @@ import train
 from data.tokenizer import build
 from recipes import build as assemble
 from runtime import config as configuration
-from runtime.checkpoint import Checkpoints, read_record
+from runtime.checkpoint import Checkpoints
 from runtime.console import Console
 from runtime.launch import free_port
 from runtime.metrics import read
+from runtime.steps import read_record
 from runtime.workdir import Workdir
 
 TINY = f"--config={helpers.ROOT}/configs/tiny.py"

@@ -17,10 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 import train
 from parallel.layout import mesh as meshes
-from runtime import checkpoint, steps
 from runtime import digest as digest_module
+from runtime import steps, stored
 from runtime.checkpoint import CheckpointError, Checkpoints
 from runtime.digest import digest, digest_all, named_arrays, params_digest, to_hex
+from runtime.stored import Record
+from runtime.verify import verify
 
 SPECS = {"step": P(), "params": {"w": P("fsdp", "tensor"), "b": P(), "half": P(None, "fsdp")}, "count": P()}
 
@@ -148,7 +150,7 @@ def test_every_flip_and_cut_that_changes_a_value_is_detected_and_the_array_named
 
 def test_without_the_digests_flips_would_load_silently(saved, tmp_path, monkeypatch):
     """The test above tests our digests: Orbax alone lets flipped array bits through."""
-    monkeypatch.setattr(checkpoint, "compare", lambda record, arrays: [])
+    monkeypatch.setattr(stored, "wrong_digests", lambda recorded, arrays: [])
     wrong = 0
     for trial in range(8):
         directory = tmp_path / str(trial)
@@ -175,9 +177,9 @@ def test_if_no_step_is_intact_training_stops(saved, tmp_path):
 def test_a_record_damaged_in_one_copy_does_no_harm(saved, tmp_path):
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
-    (directory / "2" / "record" / checkpoint.COPIES[0]).write_text("{")
+    (directory / "2" / "record" / steps.COPIES[0]).write_text("{")
     assert restore(directory)[1] == 2
-    (directory / "2" / "record" / checkpoint.COPIES[1]).unlink()
+    (directory / "2" / "record" / steps.COPIES[1]).unlink()
     _, step, warnings = restore(directory)
     assert step == 1 and "record of digests" in warnings[0]
 
@@ -234,17 +236,17 @@ def test_places_that_share_a_hash_are_what_the_pages_say():
 
 def test_verify_lists_damage(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "checkpoints")
-    verify = lambda: subprocess.run(
+    run = lambda: subprocess.run(
         [sys.executable, "-m", "runtime.checkpoint", "verify", tmp_path],
         cwd=helpers.ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    done = verify()
+    done = run()
     assert (done.returncode, done.stdout) == (0, "step 1: intact\nstep 2: intact\n"), done.stderr
     data = max(files_of(tmp_path / "checkpoints" / "1" / "state"), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
-    done = verify()
+    done = run()
     assert done.returncode == 1 and "step 1 is corrupt: array params/w" in done.stdout
     assert "step 2: intact" in done.stdout
     assert Path(tmp_path / "checkpoints" / "2").is_dir()
@@ -271,7 +273,7 @@ def test_a_full_disk_stops_training_and_leaves_the_previous_step_intact(tmp_path
     assert done.returncode == 1, done.stdout + done.stderr
     assert "saving a checkpoint" in done.stderr and "step 4" in done.stderr and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 500
-    rows = dict(checkpoint.verify(tmp_path))
+    rows = dict(verify(tmp_path))
     assert rows[4] == [] and 8 not in rows
 
 
@@ -286,7 +288,7 @@ def flip_largest(step: Path) -> None:
 
 
 def lose_the_record(step: Path) -> None:
-    for copy in checkpoint.COPIES:
+    for copy in steps.COPIES:
         (step / "record" / copy).unlink()
 
 
@@ -376,7 +378,7 @@ def test_a_step_that_is_being_deleted_is_none(tmp_path, monkeypatch, part):
 
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        steps.rotate(tmp_path, 1, 0, lambda folder: None)
+        steps.rotate(tmp_path, 1, 0)
     assert list(steps.committed(tmp_path)) == [2]
 
 
@@ -404,11 +406,11 @@ def test_the_best_step_of_a_run_begun_before_records_had_losses_stays(saved, tmp
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     for step, loss in ((1, 1.0), (2, 2.0)):
-        record = checkpoint.read_record(directory / str(step))
+        record = steps.read_record(directory / str(step))
         assert record
         del record["eval_loss"], record["facts"]
-        for copy in checkpoint.COPIES:
-            (directory / str(step) / "record" / copy).write_text(checkpoint._Record(record).text)
+        for copy in steps.COPIES:
+            (directory / str(step) / "record" / copy).write_text(Record(record).text)
         (directory / str(step) / "metrics").mkdir()
         (directory / str(step) / "metrics" / "metrics").write_text(json.dumps({"eval_loss": loss}))
     checkpoints = Checkpoints(directory, keep=1)
@@ -423,7 +425,7 @@ def test_facts_are_read_without_a_restore(saved, tmp_path):
     checkpoints.save(3, place(values(3), mesh(1, 1, 1)), eval_loss=None, facts={"data": "0f", "tokens": 2**70})
     checkpoints.finish()
     assert Checkpoints(directory).facts() == {"data": "0f", "tokens": 2**70}
-    (directory / "3" / "record" / checkpoint.COPIES[0]).write_text("{")
+    (directory / "3" / "record" / steps.COPIES[0]).write_text("{")
     assert Checkpoints(directory).facts()["data"] == "0f"
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from recipes import build as assemble
-from runtime.checkpoint import Checkpoints, load_params, read_record
+from runtime.checkpoint import Checkpoints, load_params
 from runtime.digest import digest_all, named_arrays, to_hex
 from runtime.metrics import read
+from runtime.steps import read_record
 
 KEPT = Path(__file__).parent / "data" / "format1.tar.xz"
 LAST_RELEASE = "bd6bba4"  # that wrote format 1

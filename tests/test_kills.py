@@ -16,7 +16,7 @@ from typing import NamedTuple
 import helpers
 import pytest
 
-from runtime.checkpoint import verify
+from runtime.verify import verify
 
 TRIED = {"new": 36, "damaged": 8}  # calls of a run from its beginning; of one whose newest step is damaged
 SYSCALLS = "rename renameat renameat2 unlink unlinkat rmdir mkdir mkdirat fsync fdatasync openat".split()

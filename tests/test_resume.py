@@ -14,8 +14,8 @@ import helpers
 import pytest
 
 from runtime import config as configuration
-from runtime.checkpoint import verify
 from runtime.metrics import read
+from runtime.verify import verify
 
 # Saves overlap the steps that follow: a kill hits before, in and after commits.
 OPTIONS = ["--config.steps=120", "--config.checkpoint.every=3", "--config.log_every=4", "--config.sample.tokens=0"]

@@ -13,8 +13,8 @@ import pytest
 
 from data.tokenizer import from_text
 from recipes import build as assemble
-from runtime.checkpoint import read_record
 from runtime.metrics import read
+from runtime.steps import read_record
 
 
 @pytest.fixture(scope="module")
