@@ -58,6 +58,16 @@ class TorchChild:
         self.process.wait()
 
 
+def rotate(torch: Any, x: Any, theta: float) -> Any:
+    """Rotary positions of heads [B, H, T, K]."""
+    T, K = x.shape[2:]
+    freq = theta ** (-torch.arange(0, K, 2, device=x.device) / K)
+    angle = torch.arange(T, device=x.device)[:, None] * freq
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 def build_model(torch: Any, c: dict[str, Any]) -> Any:
     """The network of config c."""
     nn, F = torch.nn, torch.nn.functional
@@ -66,14 +76,6 @@ def build_model(torch: Any, c: dict[str, Any]) -> Any:
 
     def norm() -> Any:
         return nn.LayerNorm(D, eps=c["norm_eps"]) if c["norm"] == "layer" else nn.RMSNorm(D, eps=c["norm_eps"])
-
-    def rotate(x: Any) -> Any:
-        T = x.shape[2]
-        freq = c["rope_theta"] ** (-torch.arange(0, K, 2, device=x.device) / K)
-        angle = torch.arange(T, device=x.device)[:, None] * freq
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -89,7 +91,7 @@ def build_model(torch: Any, c: dict[str, Any]) -> Any:
             heads = self.qkv(self.norm1(x)).view(B, T, H + 2 * G, K).transpose(1, 2)
             q, k, v = heads.split([H, G, G], 1)
             if c["position"] == "rope":
-                q, k = rotate(q), rotate(k)
+                q, k = (rotate(torch, x, c["rope_theta"]) for x in (q, k))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G != H)
             x = x + self.out(y.transpose(1, 2).reshape(B, T, H * K))
             h = self.up(self.norm2(x))

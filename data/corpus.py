@@ -127,11 +127,7 @@ def load(
     if seq_len < 1:
         raise ValueError(f"data.seq_len is {seq_len}; it must be 1 or more.")
     opened = list(_open(corpus, path, suffixes, text_key, eval_fraction, say))
-    facts = {
-        "data.eval_fraction": eval_fraction,
-        "data.text_key": text_key,
-        "sources": [record.source(one.name, one.weight, one.files) for one in opened],
-    }
+    facts = _facts(opened, eval_fraction, text_key)
     kept = record.read(workdir, tokenizer) if workdir else None
     if workdir and kept:
         _compare(kept, facts, changed)
@@ -144,20 +140,8 @@ def load(
     parts = tuple(one.part(encoder, cache_dir) for one in opened)
     for one, part in zip(opened, parts, strict=True):
         _check_lengths(one.name, part, seq_len, eval_fraction)
-    lone = len(parts) == 1
-    weights = tuple(part.weight for part in parts)
-    splits = (tuple(getattr(part.tokens, name) for part in parts) for name in ("train_N", "eval_N"))
-    train_N, eval_N = (arrays[0] if lone else Mixture(arrays, weights) for arrays in splits)
-    digest = digest_of("mixture", *(f"{part.digest} {part.weight}" for part in parts))
-    return Corpus(
-        train_N,
-        eval_N,
-        encoder,
-        parts[0].digest if lone else digest,
-        " + ".join(one.name for one in opened),
-        parts,
-        facts | {"tokenizer": record.entry(encoder, tokenizer)},
-    )
+    name = " + ".join(one.name for one in opened)
+    return _joined(parts, encoder, name, facts | {"tokenizer": record.entry(encoder, tokenizer)})
 
 
 def _open(
@@ -173,6 +157,15 @@ def _open(
             yield Ids(name, label, weight, eval_fraction)
         else:
             yield Texts(sources.find("", name, suffixes, text_key), label, weight, eval_fraction, say)
+
+
+def _facts(opened: list[Texts | Ids], eval_fraction: float, text_key: str) -> record.Record:
+    """What a run keeps of its text, to be compared when it goes on."""
+    return {
+        "data.eval_fraction": eval_fraction,
+        "data.text_key": text_key,
+        "sources": [record.source(one.name, one.weight, one.files) for one in opened],
+    }
 
 
 def _build(
@@ -219,6 +212,16 @@ def _compare(kept: record.Record, facts: record.Record, changed: str) -> None:
         )
     for line in lines:
         warnings.warn(f"{line}; accepted", stacklevel=3)
+
+
+def _joined(parts: tuple[Part, ...], tokenizer: Tokenizer, name: str, facts: record.Record) -> Corpus:
+    """One part as it is, several as a mixture."""
+    lone = len(parts) == 1
+    weights = tuple(part.weight for part in parts)
+    splits = (tuple(getattr(part.tokens, split) for part in parts) for split in ("train_N", "eval_N"))
+    train_N, eval_N = (arrays[0] if lone else Mixture(arrays, weights) for arrays in splits)
+    digest = parts[0].digest if lone else digest_of("mixture", *(f"{part.digest} {part.weight}" for part in parts))
+    return Corpus(train_N, eval_N, tokenizer, digest, name, parts, facts)
 
 
 def _check_lengths(name: str, part: Part, seq_len: int, eval_fraction: float) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from bench import link
+from bench import link, link_row, namespaces
 
 BENCH = [sys.executable, "bench/link.py", "--config=configs/tiny.py", "--only=sync none"]
 needs_namespaces = pytest.mark.skipif(
@@ -33,10 +33,10 @@ def test_without_root_it_says_what_it_needs(monkeypatch, capsys):
 def test_without_iproute2_it_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "tc" else f"/sbin/{name}")
-    message = link.missing()
+    message = namespaces.missing()
     assert "programs tc (" in message and "iproute2" in message and "root" not in message
     monkeypatch.setattr(shutil, "which", lambda name: f"/sbin/{name}")
-    assert link.missing() == ""
+    assert namespaces.missing() == ""
 
 
 NET_DEV = """Inter-|   Receive  |  Transmit
@@ -47,19 +47,19 @@ NET_DEV = """Inter-|   Receive  |  Transmit
 
 
 def test_headers_are_taken_off_what_an_interface_has_sent():
-    before = link.parse_sent(NET_DEV.format(bytes=1000, packets=10))
-    after = link.parse_sent(NET_DEV.format(bytes=1000 + 3 * 1514 + 2 * 66, packets=15))
+    before = link_row.parse_sent(NET_DEV.format(bytes=1000, packets=10))
+    after = link_row.parse_sent(NET_DEV.format(bytes=1000 + 3 * 1514 + 2 * 66, packets=15))
     sent = after - before
-    assert sent == link.Sent(3 * 1514 + 2 * 66, 5)
+    assert sent == link_row.Sent(3 * 1514 + 2 * 66, 5)
     assert sent.payload == 3 * 1448, "three full segments; acknowledgements carry nothing"
     with pytest.raises(ValueError, match="eth7"):
-        link.parse_sent(NET_DEV, "eth7")
+        link_row.parse_sent(NET_DEV, "eth7")
 
 
 def test_losses_are_compared_within_equal_time():
     losses, took = [5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 4.0, 4.0, 1.0, 1.0]
-    assert link.loss_within(10, losses, took) == {"loss": 2.5, "loss_steps": 4}, "those that end at 9 and 10 s"
-    assert link.loss_within(3, losses, took) == {"loss": None, "loss_steps": 1}
+    assert link_row.loss_within(10, losses, took) == {"loss": 2.5, "loss_steps": 4}, "those that end at 9 and 10 s"
+    assert link_row.loss_within(3, losses, took) == {"loss": None, "loss_steps": 1}
 
 
 @pytest.mark.parametrize("row", [row for row in link.ROWS if row.limited], ids=lambda row: row.name)
@@ -106,20 +106,20 @@ def test_nothing_is_left_when_it_is_killed(number):
         process.wait()
 
 
-def namespaces(pid: int) -> list[str]:
+def namespaces_of(pid: int) -> list[str]:
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     return [line.split()[0] for line in listed.splitlines() if line.startswith(f"slackline-{pid}-")]
 
 
 def processes_in_namespaces(pid: int) -> list[int]:
-    found = [subprocess.run(["ip", "netns", "pids", n], capture_output=True, text=True) for n in namespaces(pid)]
+    found = [subprocess.run(["ip", "netns", "pids", n], capture_output=True, text=True) for n in namespaces_of(pid)]
     return [int(word) for done in found for word in done.stdout.split()]
 
 
 def leftovers(pid: int) -> list[str]:
     """What a bench of this process id has made and not removed."""
     folders = [*Path("/etc/netns").glob(f"slackline-{pid}-*"), *Path(tempfile.gettempdir()).glob(f"slackline-{pid}-*")]
-    return namespaces(pid) + [str(path) for path in folders]
+    return namespaces_of(pid) + [str(path) for path in folders]
 
 
 def is_running(pid: int) -> bool:
