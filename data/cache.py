@@ -154,8 +154,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def file_digest(file: BinaryIO, offset: int = 0, whole_bytes: int = WHOLE_FILE_BYTES) -> str:
     """sha256 of a file from `offset`: of all of it up to `whole_bytes`, else of its length and 16 blocks of it.
 
-    The sampled form exists so that 100 GB start at once. It cannot see a change of equal length between the blocks;
-    callers that need more add the modification time.
+    The sampled form exists so that a file of any size starts at once. It cannot see a change of equal length between
+    the blocks; callers that need more add the modification time.
     """
     size = file.seek(0, os.SEEK_END) - offset
     digest = hashlib.sha256(f"{size}:".encode())

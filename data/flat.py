@@ -1,4 +1,4 @@
-"""A flat .bin of tokens, memory-mapped: 100 GB start as fast as 100 kB, after one pass that checks the ids.
+"""A flat .bin of tokens, memory-mapped: however large, it starts at once, after one pass that checks the ids.
 
 Shapes: N tokens.
 """

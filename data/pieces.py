@@ -15,7 +15,7 @@ Span = tuple[str, int, int]  # a text, and from which to which character
 Piece = tuple[np.ndarray, bool]  # ids, and whether a span ends with them
 
 PIECE_CHARS = 2**15
-BATCH_CHARS = 2**18  # encoded at once: the library takes up to 160 bytes of memory for a token until a batch is done
+BATCH_CHARS = 2**18  # encoded at once: until a batch is done, the library remembers much more of a token than its id
 # A run without a place to cut is cut all the same when it is longer than this: no text has such words.
 WORD_CHARS = 2**18
 

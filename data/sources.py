@@ -103,7 +103,7 @@ def existing(path: str) -> Path:
 
 
 def _stdlib() -> Source:
-    """The Python standard library's own source, about 12 MB: on every machine that runs this, with no download."""
+    """The Python standard library's own source: on every machine that runs this, with no download."""
     root = Path(sysconfig.get_path("stdlib"))
     digest, documents, files = hashlib.sha256(), [], []
     for file in _python_files(root):

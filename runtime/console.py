@@ -180,7 +180,7 @@ def plain_table(title: str, rows: list[tuple[str, str]]) -> str:
 
 def boxed_table(title: str, rows: list[tuple[str, str]]) -> str:
     """The table drawn by rich for a terminal."""
-    import rich.box  # a tenth of a second, needed once and only on a terminal
+    import rich.box  # slow to import, needed once and only on a terminal
     from rich.console import Console as RichConsole
     from rich.table import Table
     from rich.text import Text

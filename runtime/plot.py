@@ -15,7 +15,7 @@ def plot_loss(rows: list[dict], path: Path, title: str, baselines: dict[str, flo
     A row may have loss, lr, eval_loss and skipped (updates skipped so far, so a red tick stands where it grows).
     Values that are missing or null are gaps.
     """
-    # Here and not above: importing matplotlib takes a second, and only the end of a run needs it. Figure with the Agg
+    # Here and not above: matplotlib is slow to import, and only the end of a run needs it. Figure with the Agg
     # canvas instead of pyplot: no display, no window, no global list of figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
