@@ -13,40 +13,20 @@ if __name__ == "__main__":
     early.end_at_ctrl_c()
 
 import argparse
-import functools
-import hashlib
-import json
-import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from data import corpus as corpora
-from data.loader import Loader, eval_batches
-from parallel.cost.bytes import bytes_per_step
-from parallel.cost.utilisation import Method
+from data.corpus import cache_directory
 from parallel.layout import mesh as meshes
-from parallel.layout import placement
-from recipes import build as assemble
-from recipes import programs as beside
-from recipes import table as comparison
+from recipes import table
+from recipes.compare import Plan, Runner
+from recipes.programs import use_compilation_cache
 from runtime import config as configuration
 from runtime import exits, lock
-from runtime.config import RunError, UsageError, bad_input
-from runtime.console import Console, human_seconds
-from runtime.metrics import write_json
-from runtime.progress import Recorder
-
-PER_SEED = ("skipped", "clipped", "ended")  # of the runs of a row
-PERTURBATION = 1e-6  # of the weights, relative: the noise floor of a comparison
+from runtime.config import bad_input
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +34,7 @@ def main(argv: list[str]) -> int:
     if args.simulate:
         meshes.simulate(args.simulate)
     meshes.keep_freed_memory()
-    assemble.use_compilation_cache(corpora.cache_directory())
+    use_compilation_cache(cache_directory())
     plan = Plan.read(configuration.expand_home(args.config), args.only)
     with bad_input():
         workdir = Path(configuration.local_path("--workdir", args.workdir or f"runs/compare-{Path(args.config).stem}"))
@@ -64,9 +44,9 @@ def main(argv: list[str]) -> int:
         best = runner.tune(row)
         for seed in plan.seeds:
             runner.result(row, best, seed, plan.steps)
-        table = comparison.tabulate([runner.summary(r) for r in plan.rows if runner.finished(r)], plan.about())
-        comparison.write(table, workdir)
-    print(f"\n{comparison.markdown(table)}\nin {workdir}: table.md, table.csv, table.json, plots/")
+        found = table.tabulate([runner.summary(r) for r in plan.rows if runner.finished(r)], plan.about())
+        table.write(found, workdir)
+    print(f"\n{table.markdown(found)}\nin {workdir}: table.md, table.csv, table.json, plots/")
     return 0
 
 
@@ -78,256 +58,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="rows whose name contains this; the baseline always runs")
     parser.add_argument("--version", action="version", version=configuration.version())
     return parser.parse_args(argv)
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    changes: dict[str, Any]
-    tune: tuple[str, tuple[float, ...]] | None
-    perturbed: bool = False
-
-    @property
-    def candidates(self) -> tuple:
-        return self.tune[1] if self.tune else (None,)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the config file says."""
-
-    base: Any
-    rows: list[Row]
-    seeds: tuple[int, ...]
-
-    @property
-    def steps(self) -> int:
-        return self.base.steps
-
-    @property
-    def third(self) -> int:
-        """A third of the steps, in whole intervals between evaluations."""
-        every = self.base.eval_every
-        return max(1, round(self.steps / 3 / every)) * every
-
-    @classmethod
-    def read(cls, file: str, only: str) -> "Plan":
-        """Raises UsageError for a file, a row or a number of seeds that cannot be compared; checks every row."""
-        base, found = configuration.execute(file)
-        if missing := {"ROWS", "SEEDS"} - found.keys():
-            raise UsageError(f"--config={file} has no {', '.join(sorted(missing))}: see configs/compare/quickstart.py")
-        seeds = tuple(found["SEEDS"])
-        if len(set(seeds)) < max(3, len(seeds)):
-            raise UsageError(f"--config={file}: SEEDS={seeds}; an interval needs 3 seeds or more, all different")
-        plan = cls(base, [Row(**row) for row in found["ROWS"]], seeds)
-        for row in plan.rows:
-            if row.tune and len(row.tune[1]) > 3:
-                raise UsageError(f"row {row.name!r}: {len(row.tune[1])} candidates; every row has at most 3")
-            for value in row.candidates:
-                for steps in {plan.steps, plan.third} if row.tune else {plan.steps}:
-                    config = plan.config(row, value, steps)
-                    configuration.validate(config)
-                    if config.init.workdir:
-                        raise UsageError(f"row {row.name!r} sets init.workdir: a comparison draws its weights by seed")
-        rows = plan.rows
-        floor = Row(f"{rows[0].name}, weights moved by {PERTURBATION:g}", rows[0].changes, rows[0].tune, True)
-        kept = [row for row in [rows[0], floor, *rows[1:]] if only in row.name or row is rows[0]]
-        return cls(plan.base, kept, plan.seeds)
-
-    def config(self, row: Row, value: Any, steps: int) -> Any:
-        """The training run of a row, with this value of what it tunes."""
-        config = self.base.copy_and_resolve_references()
-        changes = row.changes | ({row.tune[0]: value} if row.tune else {}) | {"steps": steps}
-        config.update_from_flattened_dict(configuration.converted(changes, f"row {row.name!r} sets"))
-        return config
-
-    def about(self) -> dict[str, Any]:
-        tokens = self.steps * self.base.data.batch_size * self.base.data.seq_len
-        return {"seeds": len(self.seeds), "steps": self.steps, "tokens": tokens, "replicas": self.base.sync.replicas}
-
-
-@dataclass
-class Runner:
-    """Runs what is not in the workdir yet. One file per run, named by what was run: another config, another file."""
-
-    plan: Plan
-    workdir: Path
-    started: float = field(default_factory=time.time)
-    steps_done: int = 0
-    _built: dict[str, Any] = field(default_factory=dict)
-
-    def tune(self, row: Row) -> Any:
-        """The best candidate by eval loss after a third of the length, with the first seed."""
-        if row.tune is None:
-            return None
-        steps = self.plan.third
-        losses = {v: self.result(row, v, self.plan.seeds[0], steps)["eval_loss"][-1] for v in row.tune[1]}
-        return min(losses, key=lambda value: losses[value] if np.isfinite(losses[value]) else np.inf)
-
-    def finished(self, row: Row) -> bool:
-        runs = lambda value: all(self._file(row, value, seed, self.plan.steps).exists() for seed in self.plan.seeds)
-        return any(runs(value) for value in row.candidates)
-
-    def summary(self, row: Row) -> dict[str, Any]:
-        value = self.tune(row)
-        runs = [self.result(row, value, seed, self.plan.steps) for seed in self.plan.seeds]
-        keys = ("wire_bytes_per_step", "wire_bytes_from", "method", "parameters")
-        return {
-            "name": row.name,
-            "tuned": f"{row.tune[0]}={value:g} of {', '.join(f'{v:g}' for v in row.tune[1])}" if row.tune else "",
-            "steps": runs[0]["steps"],
-            "eval_losses": [run["eval_loss"] for run in runs],
-            **{key: [run[key] for run in runs] for key in PER_SEED},
-            **{key: runs[0][key] for key in keys},
-        }
-
-    def result(self, row: Row, value: Any, seed: int, steps: int) -> dict[str, Any]:
-        file = self._file(row, value, seed, steps)
-        if file.exists():
-            return _read_result(file)
-        config = self.plan.config(row, value, steps)
-        started = time.time()
-        found = self._train(row, config, seed)
-        self.steps_done += steps
-        write_json(file, found | {"row": row.name, "seed": seed, "seconds": round(time.time() - started, 1)})
-        remaining = sum(n for *_, n in self._to_do())
-        eta = (time.time() - self.started) / self.steps_done * remaining
-        early = f" | {found['ended']}" if found["ended"] else ""
-        print(
-            f"{row.name} | {row.tune[0] if row.tune else ''}={value} seed {seed} | {steps} steps in "
-            f"{time.time() - started:.0f} s | eval loss {found['eval_loss'][-1]:.4f} | skipped {found['skipped']} | "
-            f"clipped {found['clipped']} | ETA {human_seconds(eta)}{early}",
-            flush=True,
-        )
-        return _read_result(file)
-
-    def _to_do(self) -> Iterator[tuple[Row, Any, int, int]]:
-        """Runs that are still missing. Which candidate will win is not known before: any stands for it."""
-        for row in self.plan.rows:
-            for value in row.candidates if row.tune else ():
-                if not self._file(row, value, self.plan.seeds[0], self.plan.third).exists():
-                    yield row, value, self.plan.seeds[0], self.plan.third
-            for seed in self.plan.seeds:
-                if not any(self._file(row, v, seed, self.plan.steps).exists() for v in row.candidates):
-                    yield row, row.candidates[0], seed, self.plan.steps
-
-    def _file(self, row: Row, value: Any, seed: int, steps: int) -> Path:
-        described = [self.plan.config(row, value, steps).to_json(sort_keys=True), seed, row.perturbed]
-        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-        return self.workdir / "results" / f"{digest}.json"
-
-    def _train(self, row: Row, config: Any, seed: int) -> dict[str, Any]:
-        if assemble.draws(config.sync):
-            config.seed = seed  # what a codec draws varies with the seed, as the weights and the order of the data do
-        parts, programs, init, evaluate, corpus = self._build(config)
-        strategy = parts.strategy
-        loader = Loader(corpus.train_N, seed=seed, **_shape(config, corpus))
-        state = init(np.uint32(seed))
-        if row.perturbed:
-            state.params = jax.jit(_perturb, out_shardings=assemble.shardings_of(parts.state.params))(state.params)
-        place = lambda rows: placement.place_train(parts.mesh, parts.replicas, loader.batch_size, rows)
-        recorder = _recorder(config)
-        losses: dict[int, float] = {}
-        done, ended = 0, ""
-        try:
-            for batch in loader.batches(0, config.steps, place, strategy.steps_per_call):
-                state, metrics = programs[strategy.program_at(done, config.steps)](state, batch)
-                done += strategy.steps_per_call
-                recorder.step(done, metrics, batch["tokens"].size)
-                if done % config.eval_every == 0 or done == config.steps:
-                    losses[done] = evaluate(state.params).loss
-            recorder.flush()
-        except RunError as error:  # its row says so; the others go on
-            ended = str(error)
-        ends = range(strategy.steps_per_call, config.steps + 1, strategy.steps_per_call)
-        steps = [n for n in ends if n % config.eval_every == 0 or n == config.steps]
-        size, source = _wire_bytes(parts, programs, config)
-        return {
-            "steps": steps,
-            "eval_loss": [losses.get(n, math.nan) for n in steps],
-            **{name: recorder.last.get(name, 0) for name in ("skipped", "clipped")},
-            "ended": ended,
-            "wire_bytes_per_step": size,
-            "wire_bytes_from": source,
-            "parameters": assemble.num_parameters(parts),
-            "method": _method(parts, config.steps),
-        }
-
-    def _build(self, config: Any) -> tuple:
-        """Compiled programs are shared by the seeds of a candidate, unless they draw; only the last ones are kept."""
-        key = config.to_json(sort_keys=True)
-        if key not in self._built:
-            R, D = config.sync.replicas, len(jax.devices())
-            if R % D:
-                raise UsageError(f"sync.replicas={R} replicas cannot be laid over {D} devices: use --simulate={R}")
-            parts = assemble.build(config, meshes.build({"replica": D, "fsdp": 1, "tensor": 1}))
-            data = {key: config.data[key] for key in corpora.KEYS}
-            corpus = corpora.load(cache_dir=corpora.cache_directory(), **data)
-            batches = eval_batches(corpus.eval_N, num_batches=config.eval_batches, **_shape(config, corpus))
-            program = functools.cache(functools.partial(beside.compile_evaluation, parts))
-            evaluate = beside.Evaluator(parts, batches, corpus.token_bytes(), program)
-            built = (parts, assemble.compile_steps(parts), assemble.compile_init(parts), evaluate, corpus)
-            self._built = {key: built}
-        return self._built[key]
-
-
-def _read_result(file: Path) -> dict[str, Any]:
-    """JSON has no NaN: a loss that is not a number is null there."""
-    found = json.loads(file.read_text())
-    return found | {"eval_loss": [math.nan if loss is None else loss for loss in found["eval_loss"]]}
-
-
-def _recorder(config: Any) -> Recorder:
-    """Reads the metrics as in train.py, where nothing is to be shown or logged: refused updates are counted, and too
-    many in a row end the run."""
-    return Recorder(
-        None,
-        Console(config.steps, config.steps, quiet=True),
-        log_every=config.steps,
-        abort_after=config.guard.abort_after,
-        tokens=0,
-        flops_per_second_at_full_speed=None,
-        flops_per_token=0,
-        wire_bytes={},
-        train_seconds=0,
-    )
-
-
-def _shape(config: Any, corpus: Any) -> dict[str, Any]:
-    """Of a batch, and where its documents end."""
-    names = ("seq_len", "batch_size", "document_mask")
-    return {name: config.data[name] for name in names} | {"eos": corpus.tokenizer.eos}
-
-
-def _perturb(params: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x * (1 + PERTURBATION * jax.random.normal(key, x.shape)) for key, x in zip(keys, leaves, strict=True)]
-    return treedef.unflatten([jnp.asarray(x) for x in moved])
-
-
-def _wire_bytes(parts: assemble.Parts, programs: dict[str, Any], config: Any) -> tuple[float, str]:
-    """Bytes per step that a replica sends: counted in the program where every replica has a device of its own."""
-    if parts.mesh.shape["replica"] == parts.replicas:
-        counted = assemble.wire_bytes(parts, assemble.traffic(parts, programs), config.steps)
-        if counted:
-            return counted["replica"], "compiled program"
-    return bytes_per_step(parts.strategy, config.steps, a_device_per_replica=True), "closed form"
-
-
-def _method(parts: assemble.Parts, steps: int) -> dict[str, Any]:
-    """The row as the utilisation simulator takes it."""
-    strategy = parts.strategy
-    interval = getattr(strategy, "interval", 1)
-    whole = bytes_per_step(strategy, steps, a_device_per_replica=True) * interval
-    overlap = {"Stale": "staleness", "Streaming": "overlap", "Eager": "interval"}.get(type(strategy).__name__)
-    method = Method(
-        bytes_per_parameter=whole / assemble.num_parameters(parts),
-        interval=interval,
-        fragments=getattr(strategy, "fragments", 1),
-        overlap=getattr(strategy, overlap) if overlap else 0,
-    )
-    return vars(method)
 
 
 def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:

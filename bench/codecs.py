@@ -32,7 +32,7 @@ from parallel.exchange.codecs.plain import is_round  # noqa: E402
 from parallel.exchange.exchange import Feedback  # noqa: E402
 from parallel.exchange.units import Leaf  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
-from recipes import build as assemble  # noqa: E402
+from recipes import build  # noqa: E402
 
 SHAPE = (4096, 4096)
 BLOCKS = [name for name, kind in CODECS.items() if not is_round(kind) and name != "none"]
@@ -41,9 +41,9 @@ TIMED = {"int8": 0.15, "int4": 0.15}  # codec: share of a step that it may take
 
 def time_beside_a_step(report: common.Report, pairs: int) -> None:
     config = load("quickstart")
-    parts = assemble.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    parts = build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
     ours = Ours(parts, random_batches(config))
-    n = assemble.num_parameters(parts)
+    n = build.num_parameters(parts)
     for name in BLOCKS:
         codec = CODECS[name]()
         x = jnp.asarray(np.random.default_rng(0).standard_normal(-(-n // codec.block) * codec.block), jnp.float32)

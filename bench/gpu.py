@@ -29,7 +29,7 @@ from bench.torch_gpt import OutOfMemory, TorchChild  # noqa: E402
 from configs import base  # noqa: E402
 from parallel.cost.hardware import peak_flops  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
-from recipes import build as assemble  # noqa: E402
+from recipes import build  # noqa: E402
 
 TOKENS = 2**17  # of the largest batch that is tried
 
@@ -78,7 +78,7 @@ def ask_ours(config: Any, name: str, steps: int) -> dict[str, Any]:
 
 
 def time_ours(config: Any, steps: int) -> dict[str, Any]:
-    parts = assemble.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    parts = build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
     try:
         start, ours = common.clock(step.Ours, parts, step.random_batches(config))
         for _ in range(3):
@@ -92,7 +92,7 @@ def time_ours(config: Any, steps: int) -> dict[str, Any]:
     return {
         "seconds": common.spread(seconds),
         "start": start,
-        "parameters": assemble.num_parameters(parts),
+        "parameters": build.num_parameters(parts),
         "attention": parts.model.compute.attention,
         "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "flops per token": {

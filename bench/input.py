@@ -15,11 +15,10 @@ import numpy as np  # noqa: E402
 
 from bench import common  # noqa: E402
 from configs import quickstart  # noqa: E402
-from data import corpus as corpora  # noqa: E402
 from data.loader import Loader  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from parallel.layout import placement  # noqa: E402
-from recipes import build as assemble  # noqa: E402
+from recipes import begin, build, programs  # noqa: E402
 
 FOR_EVER = 10**9
 
@@ -31,15 +30,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="in each timing of the train step")
     args = parser.parse_args()
     report, config = common.Report("input"), quickstart.get_config()
-    data = {key: config.data[key] for key in corpora.KEYS}
-    corpus = corpora.load(cache_dir=corpora.cache_directory(), **data)
-    parts = assemble.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}))
+    corpus = begin.read_corpus(config.data)
+    parts = build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}))
     loader = Loader(corpus.train_N, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.seed)
 
     place = functools.partial(placement.place_train, parts.mesh, parts.replicas, loader.batch_size)
 
     batches = loader.batches(0, FOR_EVER, place)
-    step, state = assemble.compile_steps(parts)["step"], assemble.compile_init(parts)(np.uint32(config.seed))
+    step, state = programs.compile_steps(parts)["step"], programs.compile_init(parts)(np.uint32(config.seed))
     batch = next(batches)
 
     def read() -> float:

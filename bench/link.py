@@ -62,12 +62,12 @@ def predicted(row: Row, config: str, hosts: int) -> float:
 
     from parallel.cost.bytes import bytes_per_step
     from parallel.layout import mesh as meshes
-    from recipes import build as assemble
+    from recipes import build
     from runtime import config as configuration
 
     values, _ = configuration.parse(["train.py", *row.flags(config, hosts)], "")
     mesh = meshes.build(meshes.fill_sizes(values.mesh, hosts), jax.devices()[:hosts])
-    return bytes_per_step(assemble.build(values, mesh).strategy, values.steps)
+    return bytes_per_step(build.build(values, mesh).strategy, values.steps)
 
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -28,11 +28,11 @@ CONFIG = "bench/gpt12m.py"
 
 def warm_tokens() -> Path:
     """Makes the tokens in the user's cache, if they are not there yet. Returns its folder."""
-    from data import corpus as corpora
+    from data.corpus import cache_directory
+    from recipes.begin import read_corpus
 
-    data = gpt12m.get_config().data
-    corpora.load(cache_dir=corpora.cache_directory(), **{key: data[key] for key in corpora.KEYS})
-    return corpora.cache_directory()
+    read_corpus(gpt12m.get_config().data)
+    return cache_directory()
 
 
 def run_train(cache: Path, workdir: Path) -> dict[str, float]:
@@ -84,12 +84,12 @@ def measure_start(report: common.Report, pairs: int) -> None:
 def compile_seconds(layers: int) -> float:
     """Tracing, lowering and compiling the step of bench/gpt12m.py with so many layers, without any cache."""
     from parallel.layout import mesh as meshes
-    from recipes import build as assemble
+    from recipes import build, programs
 
     config = gpt12m.get_config()
     config.model.num_layers = layers
-    parts = assemble.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}))
-    return common.clock(assemble.compile_steps, parts)[0]
+    parts = build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}))
+    return common.clock(programs.compile_steps, parts)[0]
 
 
 def measure_compilation(report: common.Report, pairs: int) -> None:

@@ -22,13 +22,15 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
+import recipes.build  # noqa: E402
 from bench import common, handwritten  # noqa: E402
 from bench.torch_gpt import TorchChild  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from parallel.layout import placement  # noqa: E402
 from parallel.strategies.base import per_step, take  # noqa: E402
 from parallel.strategies.sync import Sync  # noqa: E402
-from recipes import build as assemble  # noqa: E402
+from recipes import programs  # noqa: E402
+from recipes.build import Parts  # noqa: E402
 
 MODELS = {"quickstart": "configs.quickstart", "gpt12m": "bench.gpt12m"}
 NUM_BATCHES = 8
@@ -51,9 +53,9 @@ class NoReplicas(Sync):
 class Ours:
     """Our compiled step, with its state and batches. Calling it makes a step and returns the loss."""
 
-    def __init__(self, parts: assemble.Parts, batches: np.ndarray, seed: int = 0):
-        self.compiled = assemble.compile_steps(parts)["step"]
-        self.state = assemble.compile_init(parts)(np.uint32(seed))
+    def __init__(self, parts: Parts, batches: np.ndarray, seed: int = 0):
+        self.compiled = programs.compile_steps(parts)["step"]
+        self.state = programs.compile_init(parts)(np.uint32(seed))
         self.batches = [place(parts, batch) for batch in batches]
         self.count = 0
 
@@ -83,7 +85,7 @@ class Hand:
         return float(metrics["loss"])
 
 
-def place(parts: assemble.Parts, batch: np.ndarray) -> dict[str, jax.Array]:
+def place(parts: Parts, batch: np.ndarray) -> dict[str, jax.Array]:
     """[B, T + 1] tokens as the batch of our step."""
 
     def rows(ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -113,8 +115,8 @@ def random_batches(config: Any) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.data.vocab_size, shape, np.int32)
 
 
-def build(config: Any, **sizes: int) -> assemble.Parts:
-    return assemble.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1} | sizes))
+def build(config: Any, **sizes: int) -> Parts:
+    return recipes.build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1} | sizes))
 
 
 def check_same_losses(name: str, a: Any, b: Any, num: int = 5) -> float:

@@ -1,14 +1,48 @@
-"""The beginning of a run that has no checkpoint yet: from weights that are drawn, or from another run's parameters."""
+"""The beginning of a run: its text is read, and its state is restored, or made from weights that are drawn or those of
+another run."""
 
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from recipes.build import Parts
-from runtime import agree, steps
+from data import corpus as corpora
+from parallel.cost.hardware import peak_flops
+from parallel.exchange import units
+from parallel.strategies import resume
+from recipes.build import Parts, build_schedule
+from recipes.finish import try_prompt
+from recipes.programs import compile_init
+from runtime import agree, library_log, steps
+from runtime import config as configuration
+from runtime.config import bad_input
 from runtime.console import Console
-from runtime.workdir import Workdir
+from runtime.digest import named_arrays
+from runtime.metrics import MetricsLog, optional_writers, read
+from runtime.progress import Recorder
+from runtime.workdir import Workdir, choose
+
+
+def make_console(config: Any, flags: Any, leader: bool, warning: str | None) -> Console:
+    console = Console(config.steps, config.log_every, quiet=not leader)
+    if flags.simulate:
+        console.say(f"simulating {flags.simulate} devices on the CPU: right results, no speed-up")
+    for note in flags.notes:
+        console.say(note)
+    if warning:
+        console.warn(warning)
+    return console
+
+
+def open_workdir(config: Any, flags: Any, console: Console) -> Workdir:
+    """The workdir that the flags name, or a new one; it is this run's from here on."""
+    workdir = Workdir(*choose(flags.workdir, flags.config_name, config), agree.leader())
+    for change in workdir.open(config, flags.resume):
+        console.say(f"config changed since this run began: {change}")
+    return workdir
 
 
 def origin(config: Any, workdir: Workdir) -> Path | None:
@@ -24,8 +58,99 @@ def origin(config: Any, workdir: Workdir) -> Path | None:
     return path
 
 
+# ── the data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_corpus(data: Any, **how: Any) -> corpora.Corpus:
+    """The text of the config's group `data`, by way of the user's cache. how: as in `corpora.load`."""
+    keys = {key: data[key] for key in corpora.KEYS}
+    return corpora.load(cache_dir=corpora.cache_directory(), **keys, **how)
+
+
+def load_data(
+    config: Any, workdir: Workdir, console: Console, facts: dict[str, Any], origin: Path | None
+) -> tuple[corpora.Corpus, np.ndarray | None]:
+    """The corpus, the same in every process, and the ids of the prompt. What the data is joins the facts."""
+    with agree.together("data"):
+        corpus = load_corpus(config, workdir, console, origin)
+        prompt_P = try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
+    found = {"data": corpus.digest, "data.tokenizer": corpus.tokenizer.digest}
+    agree.same("data", found)
+    facts.update(found)
+    return corpus, prompt_P
+
+
+def load_corpus(config: Any, workdir: Workdir, console: Console, origin: Path | None) -> corpora.Corpus:
+    """The text of config.data; of a run that goes on, with its own tokenizer, and compared with what it was. origin: of
+    a run that begins with another's parameters, that one's workdir, whose tokenizer is taken."""
+    folders = {"workdir": workdir.path} if workdir.resuming else {"origin": origin}
+    console.doing("reading the data")
+    with bad_input(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        corpus = read_corpus(config.data, say=console.say, **folders)
+    for warning in caught:
+        console.warn(str(warning.message))
+    return corpus
+
+
+# ── the state ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def open_checkpoints(config: Any, parts: Parts, workdir: Workdir, console: Console) -> Any:
+    """Raises UsageError where the run has made more steps than it is now to make."""
+    from runtime.checkpoint import Checkpoints  # slow to import
+
+    kept = (config.checkpoint.keep, config.checkpoint.keep_every)
+    checkpoints = Checkpoints(workdir.checkpoints, *kept, console.warn, kinds(parts))
+    configuration.check_goal(config.steps, checkpoints.newest())
+    return checkpoints
+
+
+def kinds(parts: Parts) -> dict[str, str]:
+    """What each array of the state is (parallel/layout/roles.py), by name."""
+    return {name: role.kind for name, role in named_arrays(parts.strategy.declare(parts.state)).items()}
+
+
+def adapter(parts: Parts, seed: int) -> Any:
+    """What makes this run's state out of one with another codec, strategy, mesh or number of replicas."""
+    leaves = units.leaves(parts.param_shapes, parts.model.axes)
+
+    def fresh(names: Iterable[str]) -> dict[str, Any]:
+        begun = named_arrays(compile_init(parts)(np.uint32(seed)))
+        return {name: begun[name] for name in names}
+
+    return lambda saved, wanted: resume.adapt(saved, wanted, kinds(parts), leaves, fresh, parts.mesh)
+
+
+def restore(
+    config: Any, parts: Parts, workdir: Workdir, checkpoints: Any, console: Console, facts: dict[str, Any]
+) -> tuple[Any, int]:
+    """(the state of the newest checkpoint that is whole, its step). facts: of code, versions and data, today's."""
+    state, start = checkpoints.restore(parts.state, console.warn, adapter(parts, config.seed))
+    with bad_input():
+        parts.strategy.check_begin(start, config.steps)
+    say_resumed(config, workdir, start, console, agree.changed(checkpoints.facts(), facts))
+    return state, start
+
+
+def say_resumed(config: Any, workdir: Workdir, start: int, console: Console, changed: str = "") -> None:
+    """changed: of `agree.changed`."""
+    if not workdir.leader:
+        return
+    console.say(f"resuming {workdir.path} from step {start}; every array has the digest it was saved with")
+    if changed:
+        console.say(changed)
+    before = configuration.read_json(workdir.path)
+    if start == config.steps:
+        console.say(f"this run is complete: it has made its {start} steps, and is evaluated again")
+    elif start and configuration.changes_schedule(before, config):
+        was, now = (float(build_schedule(c)(step)) for c, step in ((before, start - 1), (config, start)))
+        if was != now:
+            console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
+
+
 def first_state(parts: Parts, seed: int, origin: Path | None, init: Any, workdir: Workdir, console: Console) -> tuple:
-    """(the state, what summary.json says of where its parameters come from). init: of assemble.compile_init.
+    """(the state, what summary.json says of where its parameters come from). init: of `compile_init`.
 
     The strategy makes everything else from the parameters: copies of the replicas, and an optimizer that begins anew.
     """
@@ -39,3 +164,55 @@ def first_state(parts: Parts, seed: int, origin: Path | None, init: Any, workdir
     console.say(f"starting {workdir.path} from the parameters of {origin}, step {given.step}")
     facts = {"workdir": str(origin), "step": given.step, "params_digest": given.digest}
     return init(given.params), {"init": facts}
+
+
+# ── what the run leaves while it trains ───────────────────────────────────────────────────────────────────────────────
+
+
+def write_down(config: Any, workdir: Workdir, corpus: corpora.Corpus, start: int | None, begun: dict[str, Any]) -> None:
+    """The workdir says from here on what this run is and trains on. begun: of `first_state`."""
+    if workdir.leader:
+        corpus.keep(workdir.path)
+    workdir.begin(config, start)
+    library_log.keep(workdir.path, jax.process_index())
+    workdir.update_summary(data_digest=corpus.digest, **begun)
+
+
+def make_recorder(
+    config: Any,
+    parts: Parts,
+    workdir: Workdir,
+    checkpoints: Any,
+    console: Console,
+    wire_bytes: dict[str, float],
+    start: int | None,
+) -> Recorder:
+    """start: the step of the checkpoint that the run goes on from; None: it begins."""
+    log, train_seconds = None, 0.0
+    tokens = None if start is None else checkpoints.facts().get("tokens")
+    if workdir.leader:
+        flag = {"auto": None, "on": True, "off": False}[config.metrics.tensorboard]
+        with bad_input():
+            writers = optional_writers(workdir.path, flag, config.metrics.wandb)
+        log = MetricsLog(workdir.path, writers, console.warn)
+        log.rewind(start if start is not None else 0 if workdir.resuming else None)
+        rows = [row for row in read(log.path) if "train_seconds" in row] if workdir.resuming else []
+        train_seconds = rows[-1]["train_seconds"] if rows else 0.0
+        tokens = rows[-1]["tokens"] if rows and tokens is None else tokens
+    return Recorder(
+        log,
+        console,
+        log_every=config.log_every,
+        abort_after=config.guard.abort_after,
+        tokens=tokens or 0,
+        flops_per_second_at_full_speed=full_speed(parts),
+        flops_per_token=parts.model.flops_per_token(config.data.seq_len, causal=False),
+        wire_bytes=wire_bytes,
+        train_seconds=train_seconds,
+    )
+
+
+def full_speed(parts: Parts) -> float | None:
+    """FLOP/s of the whole mesh at its peak, None if the chip is not known."""
+    peak = peak_flops(parts.mesh.devices.flat[0].device_kind)
+    return peak * parts.mesh.size if peak else None

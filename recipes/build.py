@@ -1,38 +1,28 @@
-"""From a config to the parts of a run: the one place that takes a config apart. Used by train.py and bench/."""
+"""From a config to the parts of a run: model, optimizer, codec, strategy. Nothing is compiled here."""
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from model import kernels
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
 from optim import guard, optimizer
 from optim.messages import OneBitAdam, Signum
-from parallel.cost import stray
-from parallel.cost.bytes import exchange_bytes
-from parallel.cost.hardware import peak_flops
 from parallel.exchange import codecs, residuals, units
 from parallel.exchange.codecs.plain import is_round
 from parallel.exchange.exchange import Feedback
-from parallel.layout import mesh as meshes
 from parallel.layout import placement, roles, rules
-from parallel.strategies import eager, local, resume, stale, streaming
+from parallel.strategies import eager, local, stale, streaming
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
 from runtime import config as configuration
 from runtime.config import UsageError, check_batch, nearest_multiples
-from runtime.console import human_bytes, human_count
-from runtime.digest import named_arrays
 
 
 @dataclass(frozen=True)
@@ -174,186 +164,5 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
     return streaming.Streaming(exchange=exchange({"blocks": layers}), rest=rest, **parts, **shared)
 
 
-def shardings_of(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def compile_steps(parts: Parts, options: Any = None) -> dict[str, Any]:
-    """The strategy's programs, compiled ahead of time: calling them can never compile again. options: XLA's."""
-    outputs = (shardings_of(parts.state), None)
-    with ThreadPoolExecutor(2) as pool:
-        lower = lambda f: jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(parts.state, parts.batch)
-        compile_one = lambda f: lower(f).compile(compiler_options=options)
-        found = {name: pool.submit(compile_one, f) for name, f in parts.strategy.programs().items()}
-        return {name: future.result() for name, future in found.items()}
-
-
-def traffic(parts: Parts, programs: dict[str, Any]) -> dict[str, stray.Traffic]:
-    """What each of the strategy's programs sends, and what of it over `replica` is not its exchange's."""
-    exchanges = parts.strategy.exchanges()
-    predicted = {name: sum(sum(exchange_bytes(e).values()) for e in exchanges[name]) for name in programs}
-    return {name: stray.traffic(program, parts.mesh, predicted[name]) for name, program in programs.items()}
-
-
-def refuse_stray(found: dict[str, stray.Traffic], allow: bool) -> None:
-    """Raises UsageError where a program sends over `replica` what is not ours, unless sync.allow_stray_bytes."""
-    lines = [f"  {name}: {t.stray:,} bytes a call: {t.culprits}" for name, t in found.items() if t.stray]
-    if lines and not allow:
-        raise UsageError(
-            "the compiled programs send bytes over the slow axis, mesh.replica, that the exchange did not ask for:\n"
-            + "\n".join(lines)
-            + "\nXLA added them, to lay out an array anew. Another mesh, batch or version of JAX may need none; "
-            "sync.allow_stray_bytes=True trains with them"
-        )
-
-
-def wire_bytes(parts: Parts, found: dict[str, stray.Traffic], steps: int) -> dict[str, float]:
-    """{mesh axis: bytes that one device sends per step}, on average over a run of so many steps; {} if a program's
-    text was not understood. found: of `traffic`."""
-    if any(t.not_counted for t in found.values()):
-        return {}
-    K = parts.strategy.steps_per_call
-    calls = [parts.strategy.program_at(step, steps) for step in range(0, steps, K)]
-    total = {axis: sum(found[name].per_axis[axis] for name in calls) for axis in parts.mesh.axis_names}
-    return {axis: round(size / (len(calls) * K)) for axis, size in total.items()}
-
-
-def compile_init(parts: Parts, given: bool = False) -> Any:
-    """seed (uint32), or with `given` the parameters, which it takes over -> a fresh state. Every array is born in its
-    shards: no host ever holds a whole one."""
-
-    def init(seed_or_params: Any) -> Any:
-        params = seed_or_params if given else parts.model.init(jax.random.key(seed_or_params))
-        return parts.strategy.init(params)
-
-    argument = parts.state.params if given else jax.ShapeDtypeStruct((), np.uint32)
-    donated = (0,) if given else ()
-    lowered = jax.jit(init, out_shardings=shardings_of(parts.state), donate_argnums=donated).lower(argument)
-    # It runs once: level 1 compiles in a third of the time, to the same bits.
-    options: Any = {"xla_backend_optimization_level": 1}
-    return lowered.compile(compiler_options=options)
-
-
-def kinds(parts: Parts) -> dict[str, str]:
-    """What each array of the state is (parallel/layout/roles.py), by name."""
-    return {name: role.kind for name, role in named_arrays(parts.strategy.declare(parts.state)).items()}
-
-
-def adapter(parts: Parts, seed: int) -> Any:
-    """What makes this run's state out of one with another codec, strategy, mesh or number of replicas."""
-    leaves = units.leaves(parts.param_shapes, parts.model.axes)
-
-    def fresh(names: Iterable[str]) -> dict[str, Any]:
-        begun = named_arrays(compile_init(parts)(np.uint32(seed)))
-        return {name: begun[name] for name in names}
-
-    return lambda saved, wanted: resume.adapt(saved, wanted, kinds(parts), leaves, fresh, parts.mesh)
-
-
 def num_parameters(parts: Parts) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(parts.param_shapes))
-
-
-# ── what the user is told at the start ───────────────────────────────────────────────────────────────────────────
-
-
-def describe(
-    parts: Parts,
-    programs: dict[str, Any],
-    found: dict[str, stray.Traffic],
-    per_step: dict[str, float],
-    phases: dict[str, float],
-) -> list[tuple[str, str]]:
-    """Rows of the start-up table. Memory and wire bytes are those of the compiled programs, not estimates.
-
-    found: what these programs send, and those beside them that are compiled already.
-    """
-    mesh, seq_len = parts.mesh, parts.batch["tokens"].shape[-1]
-    need = max((memory(program) for program in programs.values()), key=lambda sizes: sizes[-1])
-    state = sum(_shard_bytes(x) for x in jax.tree.leaves(parts.state))
-    kinds = {d.device_kind for d in mesh.devices.flat}
-    rows = [
-        ("parameters", human_count(num_parameters(parts))),
-        ("mesh", f"{meshes.describe(mesh)} = {mesh.size} devices ({', '.join(sorted(kinds))})"),
-        ("replicas", f"{parts.replicas}, {_exchange(parts)}"),
-        ("attention", parts.attention),
-        ("tokens per step", human_count(math.prod(parts.batch["tokens"].shape[1:]))),
-        (
-            "FLOPs per token",
-            f"{human_count(parts.model.flops_per_token(seq_len, causal=False))} (training, full attention)",
-        ),
-        ("state per device", f"{human_bytes(state)}; as much again while a checkpoint is being copied"),
-        ("temporary per device", said_bytes(need[1])),
-        ("in all per device", said_bytes(sum(need))),
-    ]
-    largest = sorted(named_arrays(parts.state.params).items(), key=lambda row: -math.prod(row[1].shape))[:4]
-    for name, x in largest:
-        rows.append((f"  {name}", f"{list(x.shape)} as {x.sharding.spec}, {human_bytes(_shard_bytes(x))} per device"))
-    for axis, size in per_step.items():
-        if mesh.shape[axis] > 1:
-            rows.append((f"wire per step, {axis}", f"{human_bytes(size)} sent by each device"))
-    if len(programs) > 1 and per_step:
-        for name in programs:
-            rows.append((f"  {name}", f"{human_bytes(found[name].per_axis['replica'])} over replica per call"))
-    rows.append(("stray, replica", stray_row(found)))
-    rows.append(("start-up", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())))
-    return rows
-
-
-def memory(program: Any) -> tuple[float, float]:
-    """Bytes of a compiled program's arguments and temporaries on one device; NaN where the backend does not say: that
-    is no reason not to train."""
-    try:
-        found = program.memory_analysis()
-        return found.argument_size_in_bytes, found.temp_size_in_bytes
-    except Exception:  # of whatever type the backend raises; some give None
-        return math.nan, math.nan
-
-
-def said_bytes(number: float) -> str:
-    return "not known" if math.isnan(number) else human_bytes(number)
-
-
-def stray_row(found: dict[str, stray.Traffic]) -> str:
-    """What of these programs crosses `replica` and is not ours."""
-    said = {name: t.not_counted or f"{human_bytes(t.stray)} a call" for name, t in found.items()}
-    odd = [f"{name}: {said[name]}" for name, t in found.items() if t.stray or t.not_counted]
-    fine = [name for name, t in found.items() if not (t.stray or t.not_counted)]
-    return "; ".join(([f"0 B in {', '.join(fine)}"] if fine else []) + odd)
-
-
-def _exchange(parts: Parts) -> str:
-    strategy, exchange = parts.strategy, parts.strategy.exchange
-    if parts.replicas == 1:
-        return "so nothing is exchanged"
-    kinds = {
-        type(unit.codec).__name__: exchange.net.form(unit.codec) for unit in exchange.units if not is_round(unit.codec)
-    }
-    kinds |= {type(unit.codec).__name__: "in rounds" for unit in exchange.units if is_round(unit.codec)}
-    parts_of_model = {id(e): e for exchanges in strategy.exchanges().values() for e in exchanges}  # streaming has two
-    size = sum(sum(exchange_bytes(e).values()) for e in parts_of_model.values())
-    how = ", ".join(f"{name} ({form})" for name, form in kinds.items())
-    feedback = ", error feedback" if exchange.feedback else ""
-    return f"{type(strategy).__name__}, {how}{feedback}, {human_bytes(size)} per exchange predicted"
-
-
-def _shard_bytes(x: Any) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-
-def full_speed(parts: Parts) -> float | None:
-    """FLOP/s of the whole mesh at its peak, None if the chip is not known."""
-    peak = peak_flops(parts.mesh.devices.flat[0].device_kind)
-    return peak * parts.mesh.size if peak else None
-
-
-def use_compilation_cache(cache_directory: Path) -> None:
-    """Compiled programs are kept in a private folder (whoever can write there runs code here), unless the user has
-    set JAX_COMPILATION_CACHE_DIR."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = cache_directory / "xla"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        # Else a program of another version of this code comes back with that one's names, by which traffic is told.
-        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from data import corpus as corpora
-from recipes import build as assemble
-from recipes import programs as beside
+from recipes.build import num_parameters
+from recipes.fit import Run
+from recipes.programs import Evaluation, sample_text
 from runtime.config import UsageError
 from runtime.digest import params_digest
 from runtime.metrics import read
@@ -32,7 +33,7 @@ def try_prompt(sample: Any, tokenizer: Any, seq_len: int) -> np.ndarray | None:
     return prompt_P
 
 
-def finish(run: Any, params: Any, evaluated: beside.Evaluation, prompt_P: np.ndarray | None) -> int:
+def finish(run: Run, params: Any, evaluated: Evaluation, prompt_P: np.ndarray | None) -> int:
     """summary.json, then samples.txt, then plots/loss.png: a later one that fails costs only itself.
 
     Called by every process: the parameters stay in their shards. Returns the exit code, 1 if something failed.
@@ -69,11 +70,11 @@ def finish(run: Any, params: Any, evaluated: beside.Evaluation, prompt_P: np.nda
     return 1 if failed else 0
 
 
-def summarise(run: Any, digest: str, evaluated: beside.Evaluation, unigram: Any, bigram: Any) -> None:
+def summarise(run: Run, digest: str, evaluated: Evaluation, unigram: Any, bigram: Any) -> None:
     last = [row for row in read(run.workdir.path / "metrics.jsonl") if "loss" in row][-1]
     run.phases.mark("training and end")
     run.workdir.update_summary(
-        parameters=assemble.num_parameters(run.parts),
+        parameters=num_parameters(run.parts),
         mesh=dict(run.parts.mesh.shape),
         step=last["step"],
         skipped=last.get("skipped", 0),
@@ -91,12 +92,12 @@ def summarise(run: Any, digest: str, evaluated: beside.Evaluation, unigram: Any,
     )
 
 
-def sample(run: Any, params: Any, prompt_P: np.ndarray) -> str:
+def sample(run: Run, params: Any, prompt_P: np.ndarray) -> str:
     seq_len, seed, tokenizer = run.config.data.seq_len, run.config.seed, run.corpus.tokenizer
-    return beside.sample_text(run.beside["sample"], params, prompt_P, seq_len, seed, tokenizer)
+    return sample_text(run.beside["sample"], params, prompt_P, seq_len, seed, tokenizer)
 
 
-def plot(run: Any, evaluated: beside.Evaluation, unigram: Any, bigram: Any) -> None:
+def plot(run: Run, evaluated: Evaluation, unigram: Any, bigram: Any) -> None:
     folder = run.workdir.path / "plots"
     folder.mkdir(exist_ok=True)
     baselines = {"unigram": unigram, "bigram": bigram} if unigram is not None else {}
@@ -104,6 +105,6 @@ def plot(run: Any, evaluated: beside.Evaluation, unigram: Any, bigram: Any) -> N
     plot_loss(read(run.workdir.path / "metrics.jsonl"), folder / "loss.png", run.workdir.path.name, baselines)
 
 
-def held_out(evaluated: beside.Evaluation, unigram: Any, bigram: Any) -> str:
+def held_out(evaluated: Evaluation, unigram: Any, bigram: Any) -> str:
     beaten = "" if unigram is None else f" (unigram {unigram:.2f}, bigram {bigram:.2f})"
     return f"held-out text: {evaluated.bits_per_byte:.3f} bits per byte{beaten}"

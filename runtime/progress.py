@@ -45,15 +45,15 @@ class Recorder:
         *,
         log_every: int,
         abort_after: int,
-        tokens: int,
-        flops_per_second_at_full_speed: float | None,
-        flops_per_token: float,
-        wire_bytes: dict[str, int],
-        train_seconds: float,
+        tokens: int = 0,
+        flops_per_second_at_full_speed: float | None = None,
+        flops_per_token: float = 0,
+        wire_bytes: dict[str, float] | None = None,
+        train_seconds: float = 0,
     ):
         self.log, self.console = log, console
         self.log_every, self.abort_after = log_every, abort_after
-        self.tokens, self.wire_bytes = tokens, wire_bytes  # tokens: read by the steps so far, a whole number
+        self.tokens, self.wire_bytes = tokens, wire_bytes or {}  # tokens: read by the steps so far, a whole number
         self.flops_per_token, self.peak = flops_per_token, flops_per_second_at_full_speed
         self.train_seconds = train_seconds  # of all starts of this run
         self.last: dict[str, Any] = {}

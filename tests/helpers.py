@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import recipes.build
 from data import corpus as corpora
 from data.loader import Loader
 from parallel.layout import mesh as meshes
 from parallel.layout import placement
-from recipes import build as assemble
+from recipes.build import Parts
+from recipes.programs import compile_init, compile_steps, shardings_of
 from runtime import config as configuration
 from runtime.progress import on_host
 
@@ -47,10 +49,10 @@ def tiny(**overrides: Any):
     return config
 
 
-def build(config, mesh: tuple[int, int, int]) -> assemble.Parts:
+def build(config, mesh: tuple[int, int, int]) -> Parts:
     """On the first replica × fsdp × tensor of this process's devices."""
     sizes = dict(zip(meshes.AXES, mesh, strict=True))
-    return assemble.build(config, meshes.build(sizes, jax.devices()[: int(np.prod(mesh))]))
+    return recipes.build.build(config, meshes.build(sizes, jax.devices()[: int(np.prod(mesh))]))
 
 
 @cache
@@ -62,7 +64,7 @@ def text() -> np.ndarray:
     ).train_N  # fmt: skip
 
 
-def batch(config, parts: assemble.Parts, step: int, uneven: bool = False) -> dict[str, jax.Array]:
+def batch(config, parts: Parts, step: int, uneven: bool = False) -> dict[str, jax.Array]:
     """The batch of one step. uneven: row b keeps only b mod 5 fifths of its targets, so that replicas and
     micro-steps have different numbers of tokens."""
     loader = Loader(text(), seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.seed)
@@ -80,38 +82,36 @@ def batch(config, parts: assemble.Parts, step: int, uneven: bool = False) -> dic
 QUICKLY = {"xla_backend_optimization_level": 0}  # half the compile time; the collectives are the same
 
 
-def compile_quickly(parts: assemble.Parts) -> Any:
+def compile_quickly(parts: Parts) -> Any:
     """The dearest of the compiled programs (an exchange's), for reading its text."""
     program = list(parts.strategy.programs().values())[-1]
-    step = jax.jit(program, out_shardings=(assemble.shardings_of(parts.state), None), donate_argnums=0)
+    step = jax.jit(program, out_shardings=(shardings_of(parts.state), None), donate_argnums=0)
     return step.lower(parts.state, parts.batch).compile(compiler_options=QUICKLY)
 
 
-def init_state(config, parts: assemble.Parts) -> Any:
-    return assemble.compile_init(parts)(np.uint32(config.seed))
+def init_state(config, parts: Parts) -> Any:
+    return compile_init(parts)(np.uint32(config.seed))
 
 
-def losses(config, parts: assemble.Parts, steps: int, uneven: bool = False) -> np.ndarray:
+def losses(config, parts: Parts, steps: int, uneven: bool = False) -> np.ndarray:
     return train_here(config, parts, steps, uneven)[0]
 
 
-def train_here(
-    config, parts: assemble.Parts, steps: int, uneven: bool = False, quickly: bool = False
-) -> tuple[np.ndarray, Any]:
+def train_here(config, parts: Parts, steps: int, uneven: bool = False, quickly: bool = False) -> tuple[np.ndarray, Any]:
     """(losses, state) of some steps in this process."""
-    programs = assemble.compile_steps(parts, QUICKLY if quickly else None)
+    programs = compile_steps(parts, QUICKLY if quickly else None)
     state, found = init_state(config, parts), []
     strategy = parts.strategy
     for n in range(0, steps, strategy.steps_per_call):
         batches = [batch(config, parts, n + i, uneven) for i in range(strategy.steps_per_call)]
         stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
-        stacked = jax.device_put(stacked, assemble.shardings_of(parts.batch))
+        stacked = jax.device_put(stacked, shardings_of(parts.batch))
         state, metrics = programs[strategy.program_at(n, steps)](state, stacked)
         found += on_host(metrics)["loss"].tolist()
     return np.array(found), state
 
 
-def first_gradients(config, parts: assemble.Parts, uneven: bool = False) -> dict[str, np.ndarray]:
+def first_gradients(config, parts: Parts, uneven: bool = False) -> dict[str, np.ndarray]:
     """The exchanged mean gradient of step 0, by parameter; whole on every process."""
     from jax.experimental import multihost_utils
 

@@ -266,14 +266,14 @@ CASES = [
     ),
     TakenOut(
         "ending: what is trained is saved before it is evaluated",
-        "train.py",
+        "recipes/fit.py",
         "            if last:  # what is trained",
         "            if False:  # what is trained",
         "tests/test_ending.py::test_what_is_trained_is_saved_before_the_evaluation_and_the_sample_run",
     ),
     TakenOut(
         "compare: its batches are training's",
-        "compare.py",
+        "recipes/fit.py",
         'names = ("seq_len", "batch_size", "document_mask")',
         'names = ("seq_len", "batch_size")',
         "tests/test_compare.py::test_a_comparison_cuts_its_batches_as_training_does",
@@ -484,8 +484,8 @@ CASES = [
     ),
     TakenOut(
         "seeds: what a codec draws varies in a comparison",
-        "compare.py",
-        "if assemble.draws(config.sync):",
+        "recipes/compare.py",
+        "if draws(config.sync):",
         "if False:",
         "tests/test_compare.py::test_what_a_codec_draws_varies_with_the_seed",
     ),
@@ -620,14 +620,14 @@ CASES = [
     # ── messages, and ends ────────────────────────────────────────────────────────────────────────────────────────
     TakenOut(
         "messages: a jump of the learning rate is said",
-        "train.py",
+        "recipes/begin.py",
         "elif start and configuration.changes_schedule(before, config):",
         "elif False:",
         "tests/test_bad_input.py::test_a_longer_run_says_what_the_learning_rate_jumps_from_and_to",
     ),
     TakenOut(
         "messages: a run that is complete says so",
-        "train.py",
+        "recipes/begin.py",
         "    if start == config.steps:\n        console.say(",
         "    if False:\n        console.say(",
         "tests/test_bad_input.py::test_a_longer_run_says_what_the_learning_rate_jumps_from_and_to",
@@ -712,14 +712,14 @@ CASES = [
     ),
     TakenOut(
         "compare: seeds are different",
-        "compare.py",
+        "recipes/compare.py",
         "< max(3, len(seeds)):",
         "< 3:",
         "tests/test_compare.py::test_bad_comparisons",
     ),
     TakenOut(
         "compare: a third of the length is checked, too",
-        "compare.py",
+        "recipes/compare.py",
         "{plan.steps, plan.third} if row.tune",
         "{plan.steps} if row.tune",
         "tests/test_compare.py::test_bad_comparisons",
@@ -776,7 +776,7 @@ CASES = [
     ),
     TakenOut(
         "saves: a step that is not there is not saved",
-        "train.py",
+        "recipes/fit.py",
         "    if done not in checkpoints.finish():",
         "    checkpoints.finish()\n    if False:",
         "tests/test_checkpoint.py -k last_step_has_vanished",
@@ -918,7 +918,7 @@ CASES = [
     ),
     TakenOut(
         "beginning: the parameters of the other run",
-        "recipes/build.py",
+        "recipes/programs.py",
         "params = seed_or_params if given else parts.model",
         "params = parts.model.init(jax.random.key(0)) if given else parts.model",
         "tests/test_beginning.py -k begins_with_the_parameters_of_the_newest_step",
@@ -953,14 +953,14 @@ CASES = [
     ),
     TakenOut(
         "beginning: a comparison does not start from a run",
-        "compare.py",
+        "recipes/compare.py",
         "if config.init.workdir:",
         "if False:",
         "tests/test_beginning.py -k comparison_does_not_start",
     ),
     TakenOut(
         "beginning: the summary says where it began",
-        "train.py",
+        "recipes/begin.py",
         "data_digest=corpus.digest, **begun)",
         "data_digest=corpus.digest)",
         "tests/test_beginning.py -k begins_with_the_parameters",

@@ -25,7 +25,8 @@ from parallel.layout import roles, rules
 from parallel.strategies import local
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
-from recipes import build as assemble
+from recipes import describe
+from recipes.programs import compile_steps
 from runtime import config as configuration
 from runtime.progress import on_host
 
@@ -159,11 +160,11 @@ def test_the_strategy_trains_and_sends_the_bytes_that_the_page_says(page, regist
     names = [parts.strategy.program_at(step, steps) for step in range(steps)]
     assert [step + 1 for step, name in enumerate(names) if name == "inner+exchange"] == [1, 2, 3, 4, 5, 8, 12, 14]
 
-    programs, scalar = assemble.compile_steps(parts, helpers.QUICKLY), 4 * 2 * 3 / 4
+    programs, scalar = compile_steps(parts, helpers.QUICKLY), 4 * 2 * 3 / 4
     sent = {name: wire.count(program.as_text(), parts.mesh) for name, program in programs.items()}
     expected = exchange_bytes(exchange)
     assert sent == {"inner": {}, "inner+exchange": {"replica": expected | {"f32": scalar}}}
-    average = assemble.wire_bytes(parts, assemble.traffic(parts, programs), steps)["replica"]
+    average = describe.wire_bytes(parts, describe.traffic(parts, programs), steps)["replica"]
     assert average == round(8 / steps * (sum(expected.values()) + scalar))
 
     state, losses = helpers.init_state(config, parts), []

@@ -8,7 +8,8 @@ import pytest
 from parallel.exchange import fold, units
 from parallel.exchange.codecs import rounds
 from parallel.layout import roles
-from recipes import build as assemble
+from recipes import begin
+from recipes.programs import compile_steps, shardings_of
 from runtime.checkpoint import Checkpoints
 from runtime.digest import named_arrays
 
@@ -17,13 +18,13 @@ SLOW = pytest.mark.slow
 
 def steps(config, mesh, count: int, state=None, first: int = 0):
     parts = helpers.build(config, mesh)
-    programs = assemble.compile_steps(parts, helpers.QUICKLY)
+    programs = compile_steps(parts, helpers.QUICKLY)
     state = helpers.init_state(config, parts) if state is None else state
     losses, K = [], parts.strategy.steps_per_call
     for n in range(first, first + count, K):
         program = programs[parts.strategy.program_at(n, 10**6)]
         rows = [helpers.batch(config, parts, n + i) for i in range(K)]
-        batch = jax.device_put(jax.tree.map(lambda *x: np.concatenate(x), *rows), assemble.shardings_of(parts.batch))
+        batch = jax.device_put(jax.tree.map(lambda *x: np.concatenate(x), *rows), shardings_of(parts.batch))
         state, metrics = program(state, batch)
         losses.append(float(np.mean(metrics["loss"])))
     return parts, state, losses
@@ -33,7 +34,7 @@ def owed(parts, state) -> dict[str, np.ndarray]:
     """ē of each parameter: mean of the workers' residuals + the server's, and what is in flight, as a mean too."""
     leaves = jax.tree.leaves(units.leaves(parts.param_shapes, parts.model.axes))
     arrays = jax.device_get(named_arrays(state))
-    kinds = assemble.kinds(parts)
+    kinds = begin.kinds(parts)
     found = {leaf.name: np.zeros(leaf.shape) for leaf in leaves}
     servers = {name: x for name, x in arrays.items() if fold.server_of(name)}
     for name, own in fold.owners(list(servers), leaves).items():
@@ -54,13 +55,13 @@ def same_owed(theirs: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> Non
 
 def go_on(folder, config, mesh):
     parts, notes = helpers.build(config, mesh), []
-    state, step = Checkpoints(folder).restore(parts.state, notes.append, assemble.adapter(parts, 0))
+    state, step = Checkpoints(folder).restore(parts.state, notes.append, begin.adapter(parts, 0))
     return parts, state, step, notes
 
 
 def saved(folder, config, mesh, count: int):
     parts, state, losses = steps(config, mesh, count)
-    checkpoints = Checkpoints(folder, kinds=assemble.kinds(parts))
+    checkpoints = Checkpoints(folder, kinds=begin.kinds(parts))
     checkpoints.save(count, state, None)
     checkpoints.close()
     return parts, state, losses

@@ -128,6 +128,16 @@ def test_an_import_against_the_arrows_is_noticed():
     assert imported_rooms(ast.parse(code), "model") == {"parallel", "configs"}
 
 
+def test_there_is_one_loop_that_trains():
+    loops = {
+        str(file)
+        for file in SOURCES
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Attribute) and node.attr == "batches" and room(file) not in FREE
+    }
+    assert loops == {"recipes/fit.py"}, "batches of training are asked for by fit.steps only: iterate over it"
+
+
 # ── 3. files and functions stay short ────────────────────────────────────────────────────────────────────────────
 
 
@@ -226,7 +236,8 @@ MAY_LOOK = {
     ("runtime/workdir.py", "changes"): "inside a decision of process 0",
     ("runtime/workdir.py", "summary"): "inside a decision of process 0, or of process 0",
 }
-ALONE = {"runtime/agree.py", "runtime/launch.py", "runtime/verify.py"}  # the one room for it; tools that never train
+# The one room for it; tools that never train; a comparison, which has no processes beside it.
+ALONE = {"runtime/agree.py", "runtime/launch.py", "runtime/verify.py", "recipes/compare.py"}
 
 
 def looks(tree: ast.Module) -> set[str]:
@@ -247,9 +258,7 @@ def looks(tree: ast.Module) -> set[str]:
 
 def test_only_what_process_0_decides_looks_at_a_directory():
     assert len(MAY_LOOK) <= 12
-    trainers = [
-        file for file in SOURCES if (room(file) == "runtime" or file == Path("train.py")) and str(file) not in ALONE
-    ]
+    trainers = [file for file in SOURCES if room(file) in ("train", "recipes", "runtime") and str(file) not in ALONE]
     found = {(str(file), function) for file in trainers for function in looks(parsed(file))}
     assert found == MAY_LOOK.keys(), "agree.decided asks process 0; a line in MAY_LOOK says why that is not needed"
 

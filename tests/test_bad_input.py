@@ -19,7 +19,7 @@ import pytest
 
 import train
 from data.tokenizer import build
-from recipes import build as assemble
+from recipes import begin, programs
 from runtime import config as configuration
 from runtime.checkpoint import Checkpoints
 from runtime.console import Console
@@ -50,7 +50,7 @@ def fails(tmp_path, capsys, monkeypatch):
 
     def fails(*options: str, code: int = 2, compiling: bool = False) -> str:
         if not compiling:  # the compilation in the background would go on during the next tests
-            monkeypatch.setattr(assemble, "compile_steps", lambda parts: None)
+            monkeypatch.setattr(programs, "compile_steps", lambda parts: None)
         before = contents(tmp_path)
         capsys.readouterr()
         assert train.run(["train.py", *options]) == code
@@ -554,15 +554,15 @@ def test_a_longer_run_says_what_the_learning_rate_jumps_from_and_to(run, capsys)
     cosine = {"optimizer__schedule": "cosine", "optimizer__lr": 1e-3, "optimizer__final_lr_fraction": 0.1}
     old, new = helpers.tiny(steps=20, **cosine), helpers.tiny(steps=40, **cosine)
     (run / "config.json").write_text(old.to_json())
-    train.say_resumed(new, Workdir(run, True, True), 20, Console(40, 1))
+    begin.say_resumed(new, Workdir(run, True, True), 20, Console(40, 1))
     middle = 1e-4 + 9e-4 * 0.5
     assert f"was 0.000106 at step 20 and is {middle:.3g} at step 21" in capsys.readouterr().out
-    train.say_resumed(old, Workdir(run, True, True), 20, Console(20, 1))
+    begin.say_resumed(old, Workdir(run, True, True), 20, Console(20, 1))
     out = capsys.readouterr().out
     assert "this run is complete" in out and "learning rate" not in out
     constant = helpers.tiny(steps=20)
     (run / "config.json").write_text(constant.to_json())
-    train.say_resumed(helpers.tiny(steps=40), Workdir(run, True, True), 20, Console(40, 1))
+    begin.say_resumed(helpers.tiny(steps=40), Workdir(run, True, True), 20, Console(40, 1))
     assert "learning rate" not in capsys.readouterr().out, "it does not jump"
 
 

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import compare
 import train
-from recipes import begin as beginning
-from recipes import build as assemble
+from recipes import begin, programs
+from recipes.compare import Plan
 from runtime import config as configuration
 from runtime import steps
 from runtime.checkpoint import CheckpointError, Checkpoints, load_params
@@ -159,8 +158,8 @@ def test_the_state_of_every_strategy_is_made_from_the_given_parameters(strategy)
     """As from drawn ones: each replica's copy, and whatever else a strategy makes of them."""
     model = {f"model__{key}": value for key, value in SMALL.items()}
     parts = helpers.build(helpers.tiny(sync__strategy=strategy, **STATES[strategy], **model), (2, 2, 1))
-    drawn = assemble.compile_init(parts)(np.uint32(1))
-    given = assemble.compile_init(parts, given=True)(jax.tree.map(jnp.copy, drawn.params))
+    drawn = programs.compile_init(parts)(np.uint32(1))
+    given = programs.compile_init(parts, given=True)(jax.tree.map(jnp.copy, drawn.params))
     ours, theirs = (named_arrays(jax.device_get(state)) for state in (given, drawn))
     assert ours.keys() == theirs.keys()
     for name, x in theirs.items():
@@ -220,7 +219,7 @@ def test_a_run_that_has_begun_has_its_own_values(tmp_path):
 
 def test_a_folder_without_a_run_or_a_run_without_a_checkpoint_cannot_be_started_from(tmp_path, capsys, monkeypatch):
     """Before anything is compiled."""
-    monkeypatch.setattr(assemble, "compile_steps", lambda parts: 1 / 0)
+    monkeypatch.setattr(programs, "compile_steps", lambda parts: 1 / 0)
     with pytest.raises(UsageError, match=f"init.workdir={tmp_path}: there is no config.json"):
         parsed(TINY, f"--config.init.workdir={tmp_path}")
     assert run(TINY, origin(tmp_path), f"--workdir={tmp_path}/new") == 2
@@ -228,7 +227,7 @@ def test_a_folder_without_a_run_or_a_run_without_a_checkpoint_cannot_be_started_
 
 
 def test_a_tokenizer_that_was_trained_and_not_kept_is_not_trained_anew(spoiled, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(assemble, "compile_steps", lambda parts: None)
+    monkeypatch.setattr(programs, "compile_steps", lambda parts: None)
     (spoiled / "tokenizer.json").unlink()
     assert run(TINY, f"--config.init.workdir={spoiled}", f"--workdir={tmp_path}/new") == 2
     assert f"data.tokenizer: {spoiled} has no tokenizer.json" in capsys.readouterr().err
@@ -239,7 +238,7 @@ def test_a_comparison_does_not_start_from_a_run(tmp_path):
     text = (helpers.ROOT / "configs" / "compare" / "quickstart.py").read_text()
     file.write_text(text.replace("    return c", f"    c.init.workdir = {str(tmp_path)!r}\n    return c"))
     with pytest.raises(UsageError, match=r"sets init\.workdir"):
-        compare.Plan.read(str(file), "")
+        Plan.read(str(file), "")
 
 
 # ── parameters only ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,7 +254,7 @@ def test_a_workdir_of_parameters_only_can_be_started_from_and_not_resumed(first,
     )
     assert set(contents(folder)) - set(before) <= {folder / "lock"}, "nothing but its lock was written"
     config, _ = parsed(TINY, f"--config.init.workdir={folder}")
-    assert beginning.origin(config, Workdir(tmp_path / "new", False, True)) == folder
+    assert begin.origin(config, Workdir(tmp_path / "new", False, True)) == folder
     given = load_params(folder / "checkpoints", parts.state.params, pytest.fail)
     assert (given.step, given.digest) == (7, summary(first)["params_digest"])
 

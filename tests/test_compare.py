@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import compare
-import train
 from data.tokenizer import ByteTokenizer
-from recipes import table as comparison
+from recipes import fit
+from recipes.compare import Plan, Row, Runner
+from recipes.table import markdown, student_t, tabulate, verdict, write
 from runtime import lock
 from runtime.config import UsageError
 from runtime.metrics import write_json
@@ -42,7 +43,7 @@ def summary(name, finals, size=100.0, ended=""):
 
 
 def test_gaps_are_paired_by_seed_with_student_intervals():
-    table = comparison.tabulate([summary("a", [2.0, 3.0, 4.0]), summary("b", [2.1, 3.1, 4.4], 25.0)], {})
+    table = tabulate([summary("a", [2.0, 3.0, 4.0]), summary("b", [2.1, 3.1, 4.4], 25.0)], {})
     row = table["rows"][1]
     gaps = 100 * np.array([0.1, 0.1, 0.4]) / 3.0
     half = 4.302653 * gaps.std(ddof=1) / np.sqrt(3)
@@ -54,28 +55,28 @@ def test_gaps_are_paired_by_seed_with_student_intervals():
 def test_students_quantiles_for_any_number_of_seeds():
     """Of the tables in Student's and Fisher's books, two-sided 95 %."""
     known = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
-    assert {n: round(comparison.student_t(n), 3) for n in known} == known
+    assert {n: round(student_t(n), 3) for n in known} == known
     seeds = np.linspace(2, 3, 11)
-    rows = comparison.tabulate([summary("a", list(seeds)), summary("b", list(seeds + 0.1))], {})["rows"]
+    rows = tabulate([summary("a", list(seeds)), summary("b", list(seeds + 0.1))], {})["rows"]
     assert rows[1]["gap_low"] == pytest.approx(4.0) == rows[1]["gap_high"]
 
 
 def test_a_row_whose_run_was_ended_says_so_and_leaves_the_others_alone(tmp_path):
     rows = [summary("a", [2.0, 3.0, 4.0]), summary("b", [np.nan, 3.1, 4.4], ended="20 updates were skipped")]
     rows[1]["skipped"] = [20, 0, 1]
-    table = comparison.tabulate(rows, {"replicas": 2, "steps": 3, "tokens": 4, "seeds": 3})
-    assert comparison.verdict(table["rows"][1], 1.0) == "unresolved"
-    text = comparison.markdown(table)
+    table = tabulate(rows, {"replicas": 2, "steps": 3, "tokens": 4, "seeds": 3})
+    assert verdict(table["rows"][1], 1.0) == "unresolved"
+    text = markdown(table)
     assert "| 20 / 0 / 1 | 0 / 0 / 0 |" in text and text.endswith("- b: 20 updates were skipped")
-    comparison.write(table, tmp_path)  # and the plots are drawn
+    write(table, tmp_path)  # and the plots are drawn
 
 
 def test_a_row_is_summed_up_from_the_files_of_its_runs(tmp_path):
     """A candidate whose loss is not a number, null in its file, is not chosen."""
     config = tmp_path / "three.py"
     config.write_text(CONFIG)
-    plan = compare.Plan.read(str(config), "")
-    runner, row, method = compare.Runner(plan, tmp_path), plan.rows[0], summary("", [])["method"]
+    plan = Plan.read(str(config), "")
+    runner, row, method = Runner(plan, tmp_path), plan.rows[0], summary("", [])["method"]
     for value, loss in zip(row.candidates, (2.0, np.nan), strict=True):
         for steps, seed in {(plan.third, 0), *((plan.steps, seed) for seed in plan.seeds)}:
             found = {"steps": [2], "eval_loss": [loss], "skipped": seed, "clipped": 0, "ended": "", "parameters": 1,
@@ -84,7 +85,7 @@ def test_a_row_is_summed_up_from_the_files_of_its_runs(tmp_path):
     found = runner.summary(row)
     assert found["tuned"].startswith("optimizer.lr=0.001 of") and found["eval_losses"] == [[2.0]] * 3
     assert found["skipped"] == [0, 1, 2] and runner.finished(row)
-    assert "| 0 / 1 / 2 | 0 / 0 / 0 |" in comparison.markdown(comparison.tabulate([found], plan.about()))
+    assert "| 0 / 1 / 2 | 0 / 0 / 0 |" in markdown(tabulate([found], plan.about()))
 
 
 @pytest.mark.slow
@@ -94,8 +95,8 @@ def test_updates_that_are_refused_are_counted_and_end_a_run_as_in_training(tmp_p
     config = tmp_path / "one.py"
     text = CONFIG.replace("(1e-3, 4e-3)", "(1e-3, 1e30)").replace("steps, c", "model.num_layers = 1\n    c.steps, c")
     config.write_text(text.replace("    return c", "    c.guard.abort_after = 3\n    return c"))
-    plan = compare.Plan.read(str(config), "")
-    run = lambda: compare.Runner(plan, tmp_path).result(plan.rows[0], 1e30, 0, 6)
+    plan = Plan.read(str(config), "")
+    run = lambda: Runner(plan, tmp_path).result(plan.rows[0], 1e30, 0, 6)
     bad = run()
     assert bad["skipped"] == 3 and "the last 3 updates were skipped or scaled (guard.abort_after)" in bad["ended"]
     assert len(bad["eval_loss"]) == 3 and np.isnan(bad["eval_loss"][-1]), "evaluations that were not made"
@@ -104,13 +105,20 @@ def test_updates_that_are_refused_are_counted_and_end_a_run_as_in_training(tmp_p
 
 
 def test_a_claim_holds_fails_or_is_unresolved():
-    verdict = lambda low, high: comparison.verdict({"gap_low": low, "gap_high": high}, 1.0)
-    assert (verdict(-1, 0.9), verdict(1.1, 2), verdict(0.5, 1.5)) == ("holds", "fails", "unresolved")
+    found = lambda low, high: verdict({"gap_low": low, "gap_high": high}, 1.0)
+    assert (found(-1, 0.9), found(1.1, 2), found(0.5, 1.5)) == ("holds", "fails", "unresolved")
 
 
 def test_a_comparison_cuts_its_batches_as_training_does():
-    config, corpus = helpers.tiny(data__document_mask=True), SimpleNamespace(tokenizer=ByteTokenizer())
-    assert compare._shape(config, corpus) == train.batch_shape(config, corpus) | {"document_mask": True}
+    """Both take the loader of recipes/fit.py, which marks the documents."""
+    corpus = SimpleNamespace(tokenizer=ByteTokenizer(), train_N=helpers.text())
+    loader = fit.make_loader(helpers.tiny(data__document_mask=True), corpus, seed=0)
+    assert "segments" in loader.rows(0, [0])
+
+
+def test_what_is_due_every_so_many_updates_is_due_after_the_last_one_too():
+    due = lambda every: [done for done in range(1, 8) if fit.due(done, every, last=7)]
+    assert (due(3), due(7), due(0)) == ([3, 6, 7], [7], [7])
 
 
 @pytest.mark.slow
@@ -118,8 +126,8 @@ def test_documents_are_masked_in_a_comparison_too(tmp_path):
     config = tmp_path / "masked.py"
     masked = "c.data.batch_size, c.data.document_mask, c.sync.replicas = 8, True, 8"
     config.write_text(CONFIG.replace("c.data.batch_size = 8", masked))
-    plan = compare.Plan.read(str(config), "base")
-    found = compare.Runner(plan, tmp_path).result(plan.rows[0], 1e-3, 0, 2)
+    plan = Plan.read(str(config), "base")
+    found = Runner(plan, tmp_path).result(plan.rows[0], 1e-3, 0, 2)
     assert found["steps"] == [2] and 3 < found["eval_loss"][0] < 6
 
 
@@ -167,9 +175,9 @@ def test_bad_comparisons(tmp_path, change, part):
     config = tmp_path / "bad.py"
     config.write_text(CONFIG.replace(*change))
     with pytest.raises(UsageError, match=part):
-        compare.Plan.read(str(config), "")
+        Plan.read(str(config), "")
     with pytest.raises(UsageError, match="no such file"):
-        compare.Plan.read(f"{tmp_path}/none.py", "")
+        Plan.read(f"{tmp_path}/none.py", "")
 
 
 def test_a_comparison_that_runs_is_not_started_twice(tmp_path, capsys):
@@ -192,7 +200,7 @@ def test_a_comparison_is_kept_in_a_folder(tmp_path, scheme):
 def test_what_a_codec_draws_varies_with_the_seed(tmp_path, monkeypatch, codec, built):
     """Only programs that draw are built for each seed."""
     config = helpers.tiny(sync__codec=codec, sync__replicas=2)
-    runner = compare.Runner(compare.Plan(config, [], (0, 1, 2)), tmp_path)
+    runner = Runner(Plan(config, [], (0, 1, 2)), tmp_path)
     seeds = []
 
     def stop(config):
@@ -202,5 +210,5 @@ def test_what_a_codec_draws_varies_with_the_seed(tmp_path, monkeypatch, codec, b
     monkeypatch.setattr(runner, "_build", stop)
     for seed in (0, 1, 2):
         with pytest.raises(KeyboardInterrupt):
-            runner._train(compare.Row(codec, {}, None), config.copy_and_resolve_references(), seed)
+            runner._train(Row(codec, {}, None), config.copy_and_resolve_references(), seed)
     assert len(set(seeds)) == built

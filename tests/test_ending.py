@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import train
-from recipes import programs as beside
+from recipes import finish, programs
 from runtime.metrics import MetricsLog
 
 SHORT = ("--config=configs/tiny.py", "--config.steps=2", "--config.eval_every=0", "--config.checkpoint.every=0",
@@ -40,7 +40,7 @@ def test_what_fails_at_the_end_costs_only_itself_and_is_said(tmp_path, capsys):
 
 
 def test_what_is_trained_is_saved_before_the_evaluation_and_the_sample_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(beside, "compile_evaluation", lambda *_: pytest.fail("no evaluation"))
+    monkeypatch.setattr(programs, "compile_evaluation", lambda *_: pytest.fail("no evaluation"))
     with pytest.raises(pytest.fail.Exception, match="no evaluation"):
         run(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
@@ -69,10 +69,10 @@ def test_a_loss_of_nothing_and_a_text_of_no_byte_divide_nothing_by_nothing(loss,
         "mask": np.ones(shape, np.float32),
     }
     program = lambda: lambda params, batch: (np.float32(loss * batch["mask"].size), np.float32(batch["mask"].size))
-    found = beside.Evaluator(parts, [batch], np.full(256, size), program)(None)
+    found = programs.Evaluator(parts, [batch], np.full(256, size), program)(None)
     assert found.loss == loss and np.isnan(found.bits_per_byte) == (size == 0)
     assert found.nats_of_a_bit == pytest.approx(np.log(2) * size)
-    assert "held-out text: " in train.ending.held_out(found, 4.5, 3.5)
+    assert "held-out text: " in finish.held_out(found, 4.5, 3.5)
 
 
 @pytest.mark.slow  # its division is tried above; this is the whole way to it

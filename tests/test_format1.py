@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from recipes import build as assemble
+from recipes import begin
 from runtime.checkpoint import Checkpoints, load_params
 from runtime.digest import digest_all, named_arrays, to_hex
 from runtime.metrics import read
@@ -34,7 +34,7 @@ def restored(folder, mesh):
     with tarfile.open(KEPT) as archive:
         archive.extractall(folder, filter="data")
     parts, notes = helpers.build(config(), mesh), []
-    state, step = Checkpoints(folder / "format1").restore(parts.state, notes.append, assemble.adapter(parts, 0))
+    state, step = Checkpoints(folder / "format1").restore(parts.state, notes.append, begin.adapter(parts, 0))
     return parts, state, step, notes, read_record(folder / "format1" / "8")["arrays"]
 
 

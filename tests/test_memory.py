@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from bench.codecs import temporaries
 from parallel.exchange.codecs import CODECS
 from parallel.exchange.codecs.plain import is_round
-from recipes import programs as beside
+from recipes import programs
 
 FORMS = [
     pytest.param(
@@ -47,5 +47,5 @@ def test_evaluation_and_the_sample_need_no_more_than_the_step(mesh):
     parts = helpers.build(helpers.tiny(**sizes), mesh)
     need = lambda program: program.memory_analysis().temp_size_in_bytes
     step = need(helpers.compile_quickly(parts))
-    others = beside.compile_all(parts, ConfigDict({"tokens": 8, "temperature": 0.8}), options=helpers.QUICKLY)
+    others = programs.compile_beside(parts, ConfigDict({"tokens": 8, "temperature": 0.8}), options=helpers.QUICKLY)
     assert need(others["evaluation"]) <= step and need(others["sample"]) <= step

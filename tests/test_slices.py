@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import recipes.build
 from parallel.cost import wire
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange import residuals, units
@@ -19,7 +20,7 @@ from parallel.exchange.codecs.plain import is_round
 from parallel.exchange.exchange import Feedback
 from parallel.layout import mesh as meshes
 from parallel.strategies import local, overlap, stale
-from recipes import build as assemble
+from recipes import programs
 
 pytest.importorskip(
     "libtpu", reason="libtpu is not installed: pip install -r requirements-prove.txt on Python 3.12 or newer"
@@ -48,13 +49,13 @@ def build(chips, **overrides):
         model__model_dim=256, model__head_dim=128, model__num_heads=4, model__num_kv_heads=2, model__mlp_dim=512,
         data__seq_len=256, data__batch_size=32, compute__attention="reference", **overrides,
     )  # fmt: skip
-    return assemble.build(config, meshes.build(SIZES, chips))
+    return recipes.build.build(config, meshes.build(SIZES, chips))
 
 
 def compiled(parts, name: str) -> str:
     step = jax.jit(
         parts.strategy.programs()[name],
-        out_shardings=(assemble.shardings_of(parts.state), None), donate_argnums=0,
+        out_shardings=(programs.shardings_of(parts.state), None), donate_argnums=0,
     )  # fmt: skip
     return step.lower(parts.state, parts.batch).compile().as_text()
 

@@ -24,7 +24,7 @@ from parallel.strategies import eager, local, stale, streaming
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
-from recipes import build as assemble
+from recipes.programs import compile_steps, shardings_of
 from runtime import config as configuration
 
 SLOW = pytest.mark.slow
@@ -260,7 +260,7 @@ def test_every_program_sends_its_exchange_and_named_scalars_over_the_slow_axis_a
         for name, exchanges in own.exchanges().items()
     }
     assert expected.keys() == own.programs().keys()
-    outputs = (assemble.shardings_of(parts.state), None)
+    outputs = (shardings_of(parts.state), None)
     for name, program in own.programs().items():
         step = jax.jit(program, out_shardings=outputs).lower(parts.state, parts.batch)
         found = wire.collectives(step.compile(compiler_options=helpers.QUICKLY).as_text(), parts.mesh)
@@ -286,7 +286,7 @@ def test_a_gradient_of_nan_leaves_no_trace(strategy, codec):
     """The same state as if the call had not been made, but for the counters and, when stale, the queue."""
     config = helpers.tiny(**options(strategy, codec) | ({"sync__staleness": 1} if strategy == "stale" else {}))
     parts = helpers.build(config, (2, 2, 1))
-    (program,) = assemble.compile_steps(parts, helpers.QUICKLY).values()
+    (program,) = compile_steps(parts, helpers.QUICKLY).values()
     state, late = helpers.init_state(config, parts), strategy == "stale"
     good = [helpers.batch(config, parts, n) for n in range(3)]
     bad = dict(good[0], mask=good[0]["mask"] * np.float32("nan"))
@@ -310,7 +310,7 @@ def test_a_replica_with_a_gradient_of_nan_skips_its_step(strategy):
     config = helpers.tiny(**options(strategy, "int4"))
     parts = helpers.build(config, (2, 1, 1))
     programs, state, K = (
-        assemble.compile_steps(parts, helpers.QUICKLY),
+        compile_steps(parts, helpers.QUICKLY),
         helpers.init_state(config, parts),
         parts.strategy.steps_per_call,
     )
@@ -320,7 +320,7 @@ def test_a_replica_with_a_gradient_of_nan_skips_its_step(strategy):
         if n == 0:
             batch["mask"][0, 1] = np.nan
         state, metrics = programs[parts.strategy.program_at(n, 8)](
-            state, jax.device_put(batch, assemble.shardings_of(parts.batch))
+            state, jax.device_put(batch, shardings_of(parts.batch))
         )
     assert np.asarray(metrics["skipped"])[-1].tolist() == [0, 1]
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state.params, state.codec)))
@@ -532,7 +532,7 @@ def test_a_step_of_every_strategy_is_an_update(name):
         step = lambda state, batch: program(state, batch)[0].step
         begun = helpers.init_state(helpers.tiny(**options("streaming")), parts)
         rows = [helpers.batch(helpers.tiny(**options("streaming")), parts, n) for n in range(K)]
-        batch = jax.device_put(jax.tree.map(lambda *x: np.concatenate(x), *rows), assemble.shardings_of(parts.batch))
+        batch = jax.device_put(jax.tree.map(lambda *x: np.concatenate(x), *rows), shardings_of(parts.batch))
         assert int(jax.jit(step, compiler_options=helpers.QUICKLY)(begun, batch)) == K
         return
     kind, fields = TOYS[name]

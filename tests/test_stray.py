@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from parallel.cost import stray
 from parallel.cost.bytes import exchange_bytes
 from parallel.layout import mesh as meshes
-from recipes import build as assemble
-from recipes import programs as beside
+from recipes import describe
+from recipes.programs import compile_beside, compile_init, shardings_of
 from runtime.config import UsageError
 
 SAMPLE = ConfigDict({"tokens": 3, "temperature": 0.8})
@@ -41,9 +41,9 @@ def test_a_collective_that_nobody_predicted_is_named_with_its_bytes_and_its_line
     assert found.stray == found.per_axis["replica"] == 400 and not found.not_counted
     assert "all-reduce of f32, 400 bytes" in found.culprits and "test_stray.py:" in found.culprits
     with pytest.raises(UsageError, match=r"step: 400 bytes a call: all-reduce(.|\n)*sync.allow_stray_bytes"):
-        assemble.refuse_stray({"step": found}, allow=False)
-    assemble.refuse_stray({"step": found}, allow=True)
-    assert "step: 400 B a call" in assemble.stray_row({"step": found})
+        describe.refuse_stray({"step": found}, allow=False)
+    describe.refuse_stray({"step": found}, allow=True)
+    assert "step: 400 B a call" in describe.stray_row({"step": found})
 
 
 def test_predicted_bytes_named_scalars_and_fast_axes_are_not_stray(mesh):
@@ -73,14 +73,14 @@ def test_a_name_makes_no_large_array_a_scalar(mesh):
 def test_a_text_that_is_not_understood_stops_the_counting_and_nothing_else(mesh, text):
     found = {"step": stray.traffic(SimpleNamespace(as_text=lambda: text), mesh, 0)}
     assert found["step"].not_counted.startswith("not counted: ")
-    assemble.refuse_stray(found, allow=False)
-    assert "step: not counted: " in assemble.stray_row(found)
-    assert assemble.wire_bytes(SimpleNamespace(mesh=mesh), found, 10) == {}
+    describe.refuse_stray(found, allow=False)
+    assert "step: not counted: " in describe.stray_row(found)
+    assert describe.wire_bytes(SimpleNamespace(mesh=mesh), found, 10) == {}
 
 
 def test_a_backend_that_does_not_say_what_a_program_needs_stops_nothing_either():
     silent = SimpleNamespace(memory_analysis=lambda: None)
-    assert beside.describe({"sample": silent}) == [("sample", "not known temporary per device")]
+    assert describe.rows_beside({"sample": silent}) == [("sample", "not known temporary per device")]
 
 
 # ── nothing of ours is ───────────────────────────────────────────────────────────────────────────────────────────
@@ -88,14 +88,14 @@ def test_a_backend_that_does_not_say_what_a_program_needs_stops_nothing_either()
 
 def strays(parts) -> dict[str, str]:
     """What any program of these parts sends over `replica` unasked, and what could not be counted."""
-    outputs = (assemble.shardings_of(parts.state), None)
+    outputs = (shardings_of(parts.state), None)
     programs = {
         name: jax.jit(f, out_shardings=outputs).lower(parts.state, parts.batch).compile(helpers.QUICKLY)
         for name, f in parts.strategy.programs().items()
     }
-    others = beside.compile_all(parts, SAMPLE, options=helpers.QUICKLY)
-    others |= {"init": assemble.compile_init(parts), "init from parameters": assemble.compile_init(parts, given=True)}
-    found = assemble.traffic(parts, programs) | beside.traffic(parts, others)
+    others = compile_beside(parts, SAMPLE, options=helpers.QUICKLY)
+    others |= {"init": compile_init(parts), "init from parameters": compile_init(parts, given=True)}
+    found = describe.traffic(parts, programs) | describe.traffic_beside(parts, others)
     sent = {name: found[name].per_axis["replica"] for name in programs}
     predicted = sum(sum(exchange_bytes(e).values()) for e in parts.strategy.exchanges()[list(programs)[-1]])
     assert predicted and list(sent.values())[-1] >= predicted, "the exchange itself was counted"

@@ -5,11 +5,12 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+import recipes.build
 from parallel.cost import wire
 from parallel.cost.bytes import exchange_bytes
 from parallel.layout import mesh as meshes
-from recipes import build as assemble
-from recipes import programs as beside
+from recipes import describe
+from recipes.programs import compile_beside, compile_init, compile_steps
 
 pytest.importorskip(
     "libtpu", reason="libtpu is not installed: pip install -r requirements-prove.txt on Python 3.12 or newer"
@@ -30,14 +31,14 @@ def build(chips, **overrides):
         data__seq_len=512, data__batch_size=32, **overrides,
     )  # fmt: skip
     sizes = {"replica": 2, "fsdp": 2, "tensor": 2}
-    return assemble.build(config, meshes.build(sizes, chips))
+    return recipes.build.build(config, meshes.build(sizes, chips))
 
 
 @pytest.mark.parametrize("codec", ["none", "bf16"])
 def test_the_bytes_over_replica_are_the_closed_form_on_tpu_too(chips, codec):
     parts = build(chips, sync__codec=codec)
-    programs = assemble.compile_steps(parts)
-    assert assemble.traffic(parts, programs)["step"].stray == 0
+    programs = compile_steps(parts)
+    assert describe.traffic(parts, programs)["step"].stray == 0
     found = wire.collectives(programs["step"].as_text(), parts.mesh)
     slow = [c for c in found if c.axis == "replica" and "scalars_step" not in c.scope]
     exchange = parts.strategy.exchange
@@ -48,7 +49,7 @@ def test_the_bytes_over_replica_are_the_closed_form_on_tpu_too(chips, codec):
 def test_tpu_runs_splash_attention_in_bf16_and_gathers_weights_in_bf16(chips):
     parts = build(chips)
     assert parts.model.compute.attention == "splash" and parts.model.compute.dtype == jax.numpy.bfloat16
-    compiled = assemble.compile_steps(parts)["step"]
+    compiled = compile_steps(parts)["step"]
     text = compiled.as_text()
     assert "tpu_custom_call" in text, "the Pallas kernel is in the program"
     gathered = wire.count(text, parts.mesh)["fsdp"]
@@ -58,7 +59,7 @@ def test_tpu_runs_splash_attention_in_bf16_and_gathers_weights_in_bf16(chips):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_document_masks_and_windows_compile_for_tpu(chips, masked):
-    assemble.compile_steps(build(chips, data__document_mask=masked, model__sliding_window=128))
+    compile_steps(build(chips, data__document_mask=masked, model__sliding_window=128))
 
 
 @pytest.mark.slow
@@ -69,8 +70,8 @@ def test_no_program_of_a_tpu_sends_what_nobody_asked_for(topology, slices):
 
     chips = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
     config = helpers.tiny(data__seq_len=128, data__vocab_size=4096, sync__codec="int4")
-    parts = assemble.build(config, meshes.build({"replica": 2, "fsdp": 2, "tensor": 2}, chips))
-    found = assemble.traffic(parts, assemble.compile_steps(parts))
-    others = beside.compile_all(parts, ConfigDict({"tokens": 4, "temperature": 0.8}))
-    found |= beside.traffic(parts, others | {"init": assemble.compile_init(parts)})
+    parts = recipes.build.build(config, meshes.build({"replica": 2, "fsdp": 2, "tensor": 2}, chips))
+    found = describe.traffic(parts, compile_steps(parts))
+    others = compile_beside(parts, ConfigDict({"tokens": 4, "temperature": 0.8}))
+    found |= describe.traffic_beside(parts, others | {"init": compile_init(parts)})
     assert {name: t.culprits + t.not_counted for name, t in found.items()} == dict.fromkeys(found, "")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data.tokenizer import from_text
-from recipes import build as assemble
+from recipes import programs
 from runtime.metrics import read
 from runtime.steps import read_record
 
@@ -143,7 +143,7 @@ def test_llama3_8b_is_described_on_64_simulated_devices():
 def test_a_bad_gradient_is_skipped_counted_and_leaves_no_trace():
     config = helpers.tiny(sync__codec="bf16")
     parts = helpers.build(config, (2, 2, 1))
-    step, state = assemble.compile_steps(parts)["step"], helpers.init_state(config, parts)
+    step, state = programs.compile_steps(parts)["step"], helpers.init_state(config, parts)
     good = helpers.batch(config, parts, 0)
     bad = dict(good, mask=good["mask"] * np.float32("nan"))
     before = jax.device_get((state.params, state.opt))
@@ -185,7 +185,7 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
 def test_nothing_compiles_after_the_first_step():
     config = helpers.tiny()
     parts = helpers.build(config, (2, 2, 1))
-    step, state = assemble.compile_steps(parts)["step"], helpers.init_state(config, parts)
+    step, state = programs.compile_steps(parts)["step"], helpers.init_state(config, parts)
     batches = [helpers.batch(config, parts, n) for n in range(4)]
     state, metrics = step(state, batches[0])
     compiled: list[str] = []
