@@ -3,8 +3,8 @@
 python bench/checkpoint.py                       500 MB on 4 simulated devices
 python bench/checkpoint.py --megabytes=100 --saves=2
 
-Random float32 arrays, which do not compress, sharded over fsdp. The loop is train.py's: step, save, poll at every
-step. The step is a toy that changes every array, with enough arithmetic to last about as long as a small real one.
+Random float32 arrays, which do not compress, sharded over fsdp. The loop is as in recipes/fit.py: step, save, poll at
+every step. The step is a toy that changes every array, with enough arithmetic to last as long as a small real one.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def make_step(seconds: float, mesh: jax.sharding.Mesh) -> Any:
 
 
 class Loop:
-    """Steps of train.py's loop, each timed."""
+    """Steps of the training loop, each timed."""
 
     def __init__(self, checkpoints: Checkpoints, state: Any, step: Any):
         self.checkpoints, self.state, self._step = checkpoints, state, step
