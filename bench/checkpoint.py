@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--quiet-steps", type=int, default=10, help="before each save: how long a step usually takes")
     args = parser.parse_args()
     meshes.simulate(NUM_DEVICES)
-    mesh = meshes.build({"replica": 1, "fsdp": NUM_DEVICES, "tensor": 1})
+    mesh = meshes.build({"fsdp": NUM_DEVICES})
     report = common.Report("checkpoint")
     state = make_state(mesh, args.megabytes)
     megabytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6

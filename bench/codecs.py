@@ -26,9 +26,10 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from bench import common  # noqa: E402
 from bench.step import Ours, load, random_batches  # noqa: E402
 from parallel.cost.bytes import in_flight_bytes  # noqa: E402
+from parallel.exchange import exchange as exchanges  # noqa: E402
 from parallel.exchange import residuals  # noqa: E402
 from parallel.exchange.codecs import CODECS  # noqa: E402
-from parallel.exchange.codecs.plain import is_round  # noqa: E402
+from parallel.exchange.codecs.base import is_round  # noqa: E402
 from parallel.exchange.exchange import Feedback  # noqa: E402
 from parallel.exchange.units import Leaf  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
@@ -41,7 +42,7 @@ TIMED = {"int8": 0.15, "int4": 0.15}  # codec: share of a step that it may take
 
 def time_beside_a_step(report: common.Report, pairs: int) -> None:
     config = load("quickstart")
-    parts = build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    parts = build.build(config, meshes.build({}, jax.devices()[:1]))
     ours = Ours(parts, random_batches(config))
     n = build.num_parameters(parts)
     for name in BLOCKS:
@@ -60,9 +61,9 @@ def time_beside_a_step(report: common.Report, pairs: int) -> None:
 
 def temporaries(devices: Any, codec: str, form: str, arrays: int) -> tuple[float, float]:
     """Of one exchange of so many arrays over 4 devices, in units of one array's bytes; and what is in flight of it."""
-    mesh = meshes.build({"replica": 4, "fsdp": 1, "tensor": 1}, devices[:4])
+    mesh = meshes.build({"replica": 4}, devices[:4])
     leaves = {f"w{i}": Leaf(f"w{i}", SHAPE, P(None, None), 0, 1) for i in range(arrays)}
-    exchange = residuals.build(CODECS[codec](), form, mesh, 4, leaves, Feedback())
+    exchange = exchanges.build(CODECS[codec](), form, mesh, 4, leaves, Feedback())
     shaped = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
     tree = {name: shaped((4, *SHAPE), np.float32, P("replica")) for name in leaves}
     state = jax.eval_shape(lambda: residuals.init(exchange))

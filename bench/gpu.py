@@ -78,7 +78,7 @@ def ask_ours(config: Any, name: str, steps: int) -> dict[str, Any]:
 
 
 def time_ours(config: Any, steps: int) -> dict[str, Any]:
-    parts = build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    parts = build.build(config, meshes.build({}, jax.devices()[:1]))
     try:
         start, ours = common.clock(step.Ours, parts, step.random_batches(config))
         for _ in range(3):

@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     report, config = common.Report("input"), quickstart.get_config()
     corpus = begin.read_corpus(config.data)
-    parts = build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}))
+    parts = build.build(config, meshes.build({}))
     loader = Loader(corpus.train_N, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.seed)
 
     place = functools.partial(placement.place_train, parts.mesh, parts.replicas, loader.batch_size)

@@ -88,7 +88,7 @@ def compile_seconds(layers: int) -> float:
 
     config = gpt12m.get_config()
     config.model.num_layers = layers
-    parts = build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}))
+    parts = build.build(config, meshes.build({}))
     return common.clock(programs.compile_steps, parts)[0]
 
 

@@ -116,7 +116,7 @@ def random_batches(config: Any) -> np.ndarray:
 
 
 def build(config: Any, **sizes: int) -> Parts:
-    return recipes.build.build(config, meshes.build({"replica": 1, "fsdp": 1, "tensor": 1} | sizes))
+    return recipes.build.build(config, meshes.build(sizes))
 
 
 def check_same_losses(name: str, a: Any, b: Any, num: int = 5) -> float:

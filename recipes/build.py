@@ -13,10 +13,12 @@ from model import kernels
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
 from optim import guard, optimizer
 from optim.messages import OneBitAdam, Signum
-from parallel.exchange import codecs, residuals, units
-from parallel.exchange.codecs.plain import is_round
+from parallel.exchange import codecs, units
+from parallel.exchange import exchange as exchanges
+from parallel.exchange.codecs.base import is_round
 from parallel.exchange.exchange import Feedback
 from parallel.layout import placement, roles, rules
+from parallel.layout.axes import SLOW
 from parallel.strategies import eager, local, stale, streaming
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
@@ -80,13 +82,13 @@ def build(c: Any, mesh: Mesh) -> Parts:
     Raises UsageError for a dimension or batch that the mesh does not divide.
     """
     model, attention = build_model(c, mesh.devices.flat[0].device_kind)
-    replicas = c.sync.replicas or mesh.shape["replica"]
-    check_batch(c.data.batch_size, replicas, mesh.shape["fsdp"], c.optimizer.accumulate)
-    if c.data.seq_len % mesh.shape["tensor"]:
+    replicas = c.sync.replicas or mesh.shape[SLOW]
+    check_batch(c.data.batch_size, replicas, rules.cut("batch", mesh.shape), c.optimizer.accumulate)
+    over, shards = rules.cut("sequence", mesh.shape)
+    if c.data.seq_len % shards:
         raise UsageError(
-            f"data.seq_len={c.data.seq_len} cannot be cut over mesh.tensor={mesh.shape['tensor']} (between blocks the "
-            f"sequence is sharded over it). Nearest legal sizes: "
-            f"{nearest_multiples(c.data.seq_len, mesh.shape['tensor'])}"
+            f"data.seq_len={c.data.seq_len} cannot be cut over {over}={shards} (between blocks the sequence is sharded "
+            f"over it). Nearest legal sizes: {nearest_multiples(c.data.seq_len, shards)}"
         )
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(model.init, key)
@@ -103,7 +105,7 @@ def build(c: Any, mesh: Mesh) -> Parts:
     leading = (strategy.steps_per_call,)
     batch = placement.abstract_batch(mesh, leading, replicas, *sizes, placement.TRAIN, masked)
     micro = (c.data.batch_size // c.optimizer.accumulate, c.data.seq_len)
-    eval_batch = placement.abstract_batch(mesh, (), mesh.shape["replica"], *micro, placement.EVAL, masked)
+    eval_batch = placement.abstract_batch(mesh, (), mesh.shape[SLOW], *micro, placement.EVAL, masked)
     return Parts(model, attention, mesh, replicas, strategy, shapes, state, batch, eval_batch)
 
 
@@ -134,7 +136,7 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
     leaves = units.leaves(shapes, model.axes)
 
     def exchange(leaves: Any) -> Any:
-        return residuals.build(codec, s.algorithm, mesh, replicas, leaves, feedback, c.seed)
+        return exchanges.build(codec, s.algorithm, mesh, replicas, leaves, feedback, c.seed)
 
     shared = {
         "loss_fn": model.loss,
@@ -145,7 +147,7 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
         "guard": guard.Guard(c.guard.zscore, c.guard.window),
     }
     if c.optimizer.name == "onebit_adam":
-        exact = residuals.build(codecs.Identity(), s.algorithm, mesh, replicas, leaves)
+        exact = exchanges.build(codecs.Identity(), s.algorithm, mesh, replicas, leaves)
         warm = Sync(exchange=exact, **shared | {"optimizer": dataclasses.replace(shared["optimizer"], frozen=False)})
         return Warmed(exchange=exchange(leaves), warm=warm, warm_steps=c.optimizer.freeze_steps, **shared)
     if s.strategy == "sync":

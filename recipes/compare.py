@@ -17,6 +17,7 @@ import numpy as np
 from parallel.cost.bytes import bytes_per_step
 from parallel.cost.utilisation import Method
 from parallel.layout import mesh as meshes
+from parallel.layout.axes import SLOW
 from recipes import describe, fit
 from recipes.begin import read_corpus
 from recipes.build import Parts, build, draws, num_parameters
@@ -206,7 +207,7 @@ class Runner:
             R, D = config.sync.replicas, len(jax.devices())
             if R % D:
                 raise UsageError(f"sync.replicas={R} replicas cannot be laid over {D} devices: use --simulate={R}")
-            parts = build(config, meshes.build({"replica": D, "fsdp": 1, "tensor": 1}))
+            parts = build(config, meshes.build({SLOW: D}))
             corpus = read_corpus(config.data)
             program = functools.cache(functools.partial(compile_evaluation, parts))
             evaluate = fit.make_evaluator(config, parts, corpus, program)
@@ -237,10 +238,10 @@ def _perturb(params: Any) -> Any:
 
 def _wire_bytes(parts: Parts, programs: dict[str, Any], config: Any) -> tuple[float, str]:
     """Bytes per step that a replica sends: counted in the program where every replica has a device of its own."""
-    if parts.mesh.shape["replica"] == parts.replicas:
+    if parts.mesh.shape[SLOW] == parts.replicas:
         counted = describe.wire_bytes(parts, describe.traffic(parts, programs), config.steps)
         if counted:
-            return counted["replica"], "compiled program"
+            return counted[SLOW], "compiled program"
     return bytes_per_step(parts.strategy, config.steps, a_device_per_replica=True), "closed form"
 
 

@@ -8,7 +8,7 @@ import jax
 
 from parallel.cost import stray
 from parallel.cost.bytes import exchange_bytes
-from parallel.exchange.codecs.plain import is_round
+from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
 from recipes.build import Parts, num_parameters
 from recipes.programs import compile_beside, compile_init, compile_steps

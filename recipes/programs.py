@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from model import decode
 from model.transformer import Transformer
 from parallel.layout import placement
+from parallel.layout.axes import SLOW
 from parallel.layout.rules import Constrain
 from recipes.build import Parts
 from runtime.digest import digest_all, named_arrays
@@ -167,15 +168,15 @@ def compile_sample(parts: Parts, num_tokens: int, temperature: float, options: A
     model = Transformer(parts.model.config, parts.model.compute)
     one = decode.generator(model, Constrain(parts.mesh), num_tokens, temperature)
     groups, _, seq_len = parts.eval_batch["tokens"].shape
-    by_group = NamedSharding(parts.mesh, P("replica"))
+    by_group = NamedSharding(parts.mesh, P(SLOW))
 
     def generate(params: Any, window_T: jax.Array, length: jax.Array, seed: jax.Array) -> jax.Array:
         window_DT = jax.lax.with_sharding_constraint(jnp.broadcast_to(window_T, (groups, seq_len)), by_group)
-        return jax.vmap(one, in_axes=(None, 0, None, None), spmd_axis_name="replica")(params, window_DT, length, seed)
+        return jax.vmap(one, in_axes=(None, 0, None, None), spmd_axis_name=SLOW)(params, window_DT, length, seed)
 
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
     arguments = jax.ShapeDtypeStruct((seq_len,), np.int32), scalar(np.int32), scalar(np.uint32)
-    own = NamedSharding(parts.mesh, P("replica", "fsdp"))
+    own = NamedSharding(parts.mesh, placement.EVAL)
     lowered = jax.jit(generate, out_shardings=own).lower(parts.state.params, *arguments)
     return lowered.compile(compiler_options=options)
 

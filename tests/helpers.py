@@ -28,12 +28,6 @@ from runtime.progress import on_host
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def factorings(devices: int) -> list[tuple[int, int, int]]:
-    """All (replica, fsdp, tensor) with this product."""
-    sizes = [d for d in range(1, devices + 1) if devices % d == 0]
-    return [(r, f, devices // r // f) for r in sizes for f in sizes if devices % (r * f) == 0]
-
-
 def name(mesh: tuple[int, int, int]) -> str:
     return "r{}f{}t{}".format(*mesh)
 
@@ -51,7 +45,7 @@ def tiny(**overrides: Any):
 
 def build(config, mesh: tuple[int, int, int]) -> Parts:
     """On the first replica × fsdp × tensor of this process's devices."""
-    sizes = dict(zip(meshes.AXES, mesh, strict=True))
+    sizes = dict(zip(meshes.USED, mesh, strict=True))
     return recipes.build.build(config, meshes.build(sizes, jax.devices()[: int(np.prod(mesh))]))
 
 

@@ -88,7 +88,7 @@ CASES = [
     ),
     TakenOut(
         "refusing: the sign of a zero is drawn",
-        "parallel/exchange/codecs/quantized.py",
+        "parallel/exchange/codecs/sign.py",
         "positive_MB = (x_MB > 0) | ((x_MB == 0) & coins_MB)",
         "positive_MB = x_MB >= 0",
         "tests/test_strategies.py::test_the_row_of_a_token_that_never_occurs_does_not_drift[sign-off-]",
@@ -225,7 +225,7 @@ CASES = [
     TakenOut(
         "stray: the sample is one a replica group",
         "recipes/programs.py",
-        'jax.vmap(one, in_axes=(None, 0, None, None), spmd_axis_name="replica")',
+        "jax.vmap(one, in_axes=(None, 0, None, None), spmd_axis_name=SLOW)",
         "jax.vmap(one, in_axes=(None, 0, None, None))",
         "tests/test_stray.py::test_no_program_sends_what_nobody_asked_for",
     ),

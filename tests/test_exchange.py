@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from parallel.cost import wire
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange import exchange as exchanges
-from parallel.exchange import pairwise, residuals
+from parallel.exchange import net, pairwise, residuals
 from parallel.exchange.codecs import CODECS, rounds
-from parallel.exchange.codecs.plain import is_round
+from parallel.exchange.codecs.base import is_round
 from parallel.exchange.exchange import Feedback
 from parallel.exchange.units import Leaf
 from parallel.layout import mesh as meshes
@@ -78,8 +78,8 @@ every_codec = pytest.mark.parametrize(("case", "algorithm"), EVERY)
 
 def make(case, algorithm, sizes, replicas=None, feedback=None):
     name, options = case
-    mesh = meshes.build(dict(zip(meshes.AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
-    return residuals.build(CODECS[name](**dict(options)), algorithm, mesh, replicas or sizes[0], LEAVES, feedback)
+    mesh = meshes.build(dict(zip(meshes.USED, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+    return exchanges.build(CODECS[name](**dict(options)), algorithm, mesh, replicas or sizes[0], LEAVES, feedback)
 
 
 def tree(replicas: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -321,7 +321,7 @@ def test_small_messages_travel_together_and_decode_as_if_each_by_itself(codec, f
     exchange = make((codec, ()), form, (4, 2, 1), feedback=Feedback())
     arguments = placed(exchange, tree(4)), begin(exchange), np.int32(0)
     together = compiled(exchange)
-    monkeypatch.setattr(exchanges, "TOGETHER", 0)
+    monkeypatch.setattr(net, "TOGETHER", 0)
     apart = compiled(exchange)
     jax.tree.map(np.testing.assert_array_equal, together(*arguments), apart(*arguments))
     counted = [len(list(wire.collectives(f.as_text(), exchange.mesh))) for f in (together, apart)]
@@ -374,7 +374,7 @@ def test_ratios_to_float32_of_a_large_array():
 
     def size(name, R, algorithm="auto", **options):
         mesh = meshes.build({"replica": R, "fsdp": 1, "tensor": 1}, jax.devices()[:R])
-        return sum(exchange_bytes(residuals.build(CODECS[name](**options), algorithm, mesh, R, leaf)).values())
+        return sum(exchange_bytes(exchanges.build(CODECS[name](**options), algorithm, mesh, R, leaf)).values())
 
     def ratio(name, R, **options):
         return size("none", R, "two_stage") / size(name, R, **options)

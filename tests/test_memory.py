@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from bench.codecs import temporaries
 from parallel.exchange.codecs import CODECS
-from parallel.exchange.codecs.plain import is_round
+from parallel.exchange.codecs.base import is_round
 from recipes import programs
 
 FORMS = [

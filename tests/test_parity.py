@@ -8,6 +8,8 @@ import helpers
 import numpy as np
 import pytest
 
+from parallel.layout import mesh as meshes
+
 STEPS = 20
 SLOW = pytest.mark.slow
 BOTH = pytest.mark.parametrize("uneven", [True, pytest.param(False, marks=SLOW)], ids=["uneven", "full"])
@@ -45,7 +47,7 @@ QUICK = [(4, 2, 1), (2, 2, 2), (2, 1, 4), (1, 4, 2)]  # each axis with each othe
 @BOTH
 @pytest.mark.parametrize(
     "mesh",
-    [pytest.param(mesh, marks=[] if mesh in QUICK else [SLOW]) for mesh in helpers.factorings(8)],
+    [pytest.param(mesh, marks=[] if mesh in QUICK else [SLOW]) for mesh in meshes.factorings(8)],
     ids=helpers.name,
 )
 def test_every_mesh_of_eight_devices_trains_like_one_device(mesh, uneven):

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from parallel.exchange import exchange as exchanges
 from parallel.exchange import residuals
 from parallel.exchange.codecs import PowerSGD
 from parallel.exchange.exchange import Exchange, Feedback
@@ -35,7 +36,7 @@ REPLICAS, START, STEPS = 2, 2, 12  # START: of the hook's compression; the steps
 def make(rank: int, feedback: Feedback | None, replicas: int = REPLICAS) -> Exchange:
     """On a replica-only mesh, one device a replica."""
     mesh = meshes.build({"replica": replicas, "fsdp": 1, "tensor": 1}, jax.devices()[:replicas])
-    exchange = residuals.build(PowerSGD(rank), "auto", mesh, replicas, LEAVES, feedback)
+    exchange = exchanges.build(PowerSGD(rank), "auto", mesh, replicas, LEAVES, feedback)
     assert all(isinstance(unit.codec, PowerSGD) for unit in exchange.units), "not every matrix is compressed"
     return exchange
 

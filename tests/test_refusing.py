@@ -19,7 +19,8 @@ import pytest
 from optim import guard as guards
 from optim.messages import OneBitAdam, Signum
 from optim.optimizer import Optimizer
-from parallel.exchange import residuals, units
+from parallel.exchange import exchange as exchanges
+from parallel.exchange import units
 from parallel.exchange.codecs import CODECS
 from parallel.exchange.exchange import Feedback
 from parallel.layout import mesh as meshes
@@ -76,7 +77,7 @@ def residual(params, batch, constrain):
 
 def make(strategy: str, codec: str, optimizer: str, mesh=MESH, replicas: int = R, outer: str = "nesterov"):
     """(the strategy, the first parameters, their units.Leaf)."""
-    made = meshes.build(dict(zip(meshes.AXES, mesh, strict=True)), jax.devices()[: int(np.prod(mesh))])
+    made = meshes.build(dict(zip(meshes.USED, mesh, strict=True)), jax.devices()[: int(np.prod(mesh))])
     key = jax.random.key(0)
     params = {
         "a": jnp.ones(FEATURES),
@@ -89,7 +90,7 @@ def make(strategy: str, codec: str, optimizer: str, mesh=MESH, replicas: int = R
     feedback = Feedback() if kind.wants_error_feedback and optimizer != "signum" else None
 
     def build(tree, kind=kind, feedback=feedback):
-        return residuals.build(kind, "auto", made, replicas, tree, feedback)
+        return exchanges.build(kind, "auto", made, replicas, tree, feedback)
 
     shared = {
         "loss_fn": residual,

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 import recipes.build
 from parallel.cost import wire
 from parallel.cost.bytes import exchange_bytes
+from parallel.exchange import exchange as exchanges
 from parallel.exchange import residuals, units
 from parallel.exchange.codecs import CODECS, rounds
-from parallel.exchange.codecs.plain import is_round
+from parallel.exchange.codecs.base import is_round
 from parallel.exchange.exchange import Feedback
 from parallel.layout import mesh as meshes
 from parallel.strategies import local, overlap, stale
@@ -81,7 +82,7 @@ FORMS = [
 def test_every_codec_sends_the_bytes_of_its_closed_form_between_slices(chips, codec, form):
     parts = build(chips)
     leaves = units.leaves(parts.param_shapes, parts.model.axes)
-    exchange = residuals.build(CODECS[codec](), form, parts.mesh, 2, leaves, Feedback())
+    exchange = exchanges.build(CODECS[codec](), form, parts.mesh, 2, leaves, Feedback())
     shaped = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(parts.mesh, spec))
     tree = jax.tree.map(lambda leaf: shaped((2, *leaf.shape), np.float32, P("replica", *leaf.spec)), leaves)
     state = jax.eval_shape(lambda: residuals.init(exchange))

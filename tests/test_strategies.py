@@ -16,6 +16,7 @@ from optim import optimizer as optimizers
 from optim.messages import OneBitAdam, Signum
 from parallel.cost import wire
 from parallel.cost.bytes import exchange_bytes
+from parallel.exchange import exchange as exchanges
 from parallel.exchange import residuals, units
 from parallel.exchange.codecs import CODECS
 from parallel.layout import mesh as meshes
@@ -127,7 +128,7 @@ def toy(kind, replicas: int, lr: float = 0.05, codec=None, **fields):
     mesh = meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     axes = {"a": (None,), "blocks": {"w": ("layers", None)}}
     params = {"a": jnp.linspace(0.5, 1.5, FEATURES), "blocks": {"w": jnp.linspace(-1.0, 1.0, FEATURES)[None]}}
-    exchange = residuals.build(codec or CODECS["none"](), "auto", mesh, replicas, units.leaves(params, axes))
+    exchange = exchanges.build(codec or CODECS["none"](), "auto", mesh, replicas, units.leaves(params, axes))
     optimizer = optimizers.Optimizer(lambda step: lr, optax.sgd(lr))
     specs = jax.tree.map(lambda leaf: leaf.spec, exchange.leaves)
     guard = guards.Guard(0.0, 4)
@@ -333,7 +334,7 @@ def test_without_feedback_scaled_signs_stand_still_and_with_it_they_arrive():
     def arrive(feedback) -> float:
         mesh = meshes.build({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
         leaf = {"x": units.Leaf("x", (8,), jax.sharding.PartitionSpec(None))}
-        exchange = residuals.build(CODECS["sign"](block=8), "gather", mesh, 2, leaf, feedback)
+        exchange = exchanges.build(CODECS["sign"](block=8), "gather", mesh, 2, leaf, feedback)
 
         def step(carry, n):
             x, codec = carry
@@ -369,7 +370,7 @@ def test_stochastic_rounding_is_unbiased(codec):
 
 def with_optimizer(optimizer, replicas: int, codec=None, feedback=None):
     strategy, params = toy(Sync, replicas)
-    exchange = residuals.build(
+    exchange = exchanges.build(
         codec or CODECS["none"](), "auto", strategy.mesh, replicas, strategy.exchange.leaves, feedback
     )
     return dataclasses.replace(strategy, optimizer=optimizer, exchange=exchange), params
@@ -487,7 +488,7 @@ def test_the_row_of_a_token_that_never_occurs_does_not_drift(options, says_zero)
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2), (4, 1, 2)], ids=helpers.name)
 def test_a_norm_is_the_same_bits_on_every_device_and_crosses_no_slow_axis(mesh):
-    made = meshes.build(dict(zip(meshes.AXES, mesh, strict=True)), jax.devices()[: int(np.prod(mesh))])
+    made = meshes.build(dict(zip(meshes.USED, mesh, strict=True)), jax.devices()[: int(np.prod(mesh))])
     P = jax.sharding.PartitionSpec
     specs = {"a": P("fsdp", "tensor"), "b": P(None, "fsdp"), "c": P()}
     rng = np.random.default_rng(0)

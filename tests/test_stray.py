@@ -140,9 +140,7 @@ def test_no_mesh_vocabulary_or_batch_makes_any_program_send_more():
         "model__head_dim": 4,
         "model__mlp_dim": 32,
     }
-    sizes = st.sampled_from(
-        [m for m in helpers.factorings(8) + helpers.factorings(4) + helpers.factorings(2) if m[0] > 1]
-    )
+    sizes = st.sampled_from([m for m in meshes.factorings(8) + meshes.factorings(4) + meshes.factorings(2) if m[0] > 1])
     tried = []
 
     @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)

@@ -137,7 +137,7 @@ def test_a_loop_of_a_tpu_program_names_its_trips_in_its_condition(mesh):
 def test_bytes_of_gpu_hosts_are_laid_to_the_right_axis():
     """A GPU's slice_index is its host; its program is one over all hosts. A TPU's is one over its slice."""
     device = lambda i: SimpleNamespace(id=i, slice_index=i // 4, platform="gpu")
-    mesh = SimpleNamespace(devices=np.array([device(i) for i in range(8)]).reshape(2, 4, 1), axis_names=meshes.AXES)
+    mesh = SimpleNamespace(devices=np.array([device(i) for i in range(8)]).reshape(2, 4, 1), axis_names=meshes.USED)
     line = "%a = f32[100]{0} all-reduce(%p), replica_groups=GROUPS, use_global_device_ids=true, to_apply=%add"
     for groups, axis, sent in (
         ("{{0,4},{1,5},{2,6},{3,7}}", "replica", 400), ("[4,2]<=[2,4]T(1,0)", "replica", 400),

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from parallel.exchange.codecs.plain import is_round
+from parallel.exchange.codecs.base import is_round
 from parallel.exchange.net import FLOAT32, Net
 
 

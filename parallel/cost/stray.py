@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from parallel.cost import wire
-from parallel.exchange.net import AXIS
+from parallel.layout.axes import SLOW
 
 SCALARS = 4096  # bytes that a few scalars take at most; a TPU widens them to its lanes
 TILE = 8192  # bytes by which a TPU widens a short message at most
@@ -42,7 +42,7 @@ def traffic(program: Any, mesh: Mesh, predicted: float) -> Traffic:
     per_axis = {axis: round(sum(c.sent for c in found if c.axis == axis)) for axis in mesh.axis_names}
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     scalars = lambda c: c.sent <= SCALARS and ("scalars_" in c.scope or (on_tpu and not c.scope))  # a TPU drops names
-    slow = [c for c in found if c.axis == AXIS and not scalars(c)]
+    slow = [c for c in found if c.axis == SLOW and not scalars(c)]
     foreign = [c for c in slow if "exchange/" not in c.scope]
     widened = TILE * (len(slow) - len(foreign)) if on_tpu else 0
     excess = round(sum(c.sent for c in slow) - predicted)

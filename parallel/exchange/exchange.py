@@ -21,10 +21,13 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from parallel.exchange.codecs.plain import HOP_DIMS, in_turn, is_round, pick
+from parallel.exchange import pairwise, residuals, units
+from parallel.exchange.codecs.base import HOP_DIMS, in_turn, is_round, pick
 from parallel.exchange.codecs.rounds import in_lockstep
-from parallel.exchange.net import AXIS, FLOAT32, Net
+from parallel.exchange.net import FLOAT32, Net, check
 from parallel.exchange.units import Unit
+from parallel.layout import roles
+from parallel.layout.axes import SLOW
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Mean over replicas of a tree of arrays [R, …], whose leaves are sharded as P("replica", *spec).
+    """Mean over replicas of a tree of arrays [R, …], whose leaves are sharded as P(SLOW, *spec).
 
     leaves: the tree of units.Leaf. units: which of them travel together, and how. declared: the roles of the residuals
     and the codec's own state (residuals.py), state_specs: their places. feedback: None, or how residuals are kept.
@@ -62,7 +65,7 @@ class Exchange:
         if self.replicas == 1:
             return jax.tree.map(lambda x: x[0], tree_R), state  # there is nobody to exchange with
         body = lambda tree, state, step: self._finish(*self._start(tree, state, step), step)
-        return self._on_devices(body, self._sharded(AXIS), self._sharded())(tree_R, state, step)
+        return self._on_devices(body, self._sharded(SLOW), self._sharded())(tree_R, state, step)
 
     def start(self, tree_R: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
         """The first hop of `mean` by itself: (what is in flight, state). `finish` is the rest."""
@@ -71,7 +74,7 @@ class Exchange:
             flight, state = self._start(tree, state, step)
             return jax.tree.map(lambda x: x[(None,) * len(self.mesh.axis_names)], flight), state
 
-        return self._on_devices(body, self._sharded(AXIS), P(*self.mesh.axis_names))(tree_R, state, step)
+        return self._on_devices(body, self._sharded(SLOW), P(*self.mesh.axis_names))(tree_R, state, step)
 
     def finish(self, flight: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
         def body(flight, state, step):
@@ -82,9 +85,9 @@ class Exchange:
     def scalars(self, x_RM: jax.Array, name: str) -> jax.Array:
         """Sum over replicas of a few float32 scalars [R, M] -> [M], named in the compiled program."""
 
-        body = lambda x_kM: lax.psum(jnp.sum(x_kM, axis=0), AXIS)
+        body = lambda x_kM: lax.psum(jnp.sum(x_kM, axis=0), SLOW)
         with jax.named_scope(f"scalars_{name}"):
-            return jax.shard_map(body, mesh=self.mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False)(x_RM)
+            return jax.shard_map(body, mesh=self.mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)(x_RM)
 
     def _sharded(self, *leading: str) -> Any:
         return jax.tree.map(lambda leaf: P(*leading, *leaf.spec), self.leaves)
@@ -124,20 +127,20 @@ class Exchange:
         for unit in self.units:
             flight = flights[unit.name]
             if is_round(unit.codec):
-                own = jax.tree.map(lambda x: x[0, 0], rounds[unit.name])
+                own = residuals.here(rounds[unit.name], 0)
                 runs[unit.name] = unit.codec.mean(flight, own, self._key(unit, step, 0), unit.local, self.net)
             elif self.net.form(unit.codec) == "two_stage":
-                owed_kPC = server[unit.name][:, 0, 0] if unit.name in server else None
+                owed_kPC = residuals.here(server[unit.name], 1) if unit.name in server else None
                 add_up = functools.partial(self._add_up, unit, flight, step)
                 owed_kPC, messages[unit.name] = in_turn(unit.pieces, add_up, owed_kPC, 1)
                 if unit.name in server:
-                    server[unit.name] = owed_kPC[:, None, None]
+                    server[unit.name] = residuals.put_back(owed_kPC, 1)
         flights = flights | self.net.second_hop(messages)
         returned = in_lockstep(runs) if runs else {}
         for unit in self.units:
             if is_round(unit.codec):
                 mean, owed_kN, own = returned[unit.name]
-                rounds[unit.name] = jax.tree.map(lambda x: x[None, None], own)
+                rounds[unit.name] = residuals.put_back(own, 0)
                 if self.feedback:
                     _part(unit, owed_kN.astype(self.feedback.dtype), worker, 1)
             else:
@@ -189,3 +192,23 @@ def _part(unit: Unit, x: jax.Array, leaves: list, dims: int) -> None:
     parts = jnp.split(x.reshape(*x.shape[:dims], -1), np.cumsum(sizes)[:-1], -1)
     for i, part, shape in zip(unit.leaves, parts, unit.shapes, strict=True):
         leaves[i] = part.reshape(*x.shape[:dims], *shape)
+
+
+def build(
+    codec: Any, algorithm: str, mesh: Mesh, replicas: int, leaves: Any, feedback: Feedback | None = None, seed: int = 0
+) -> Exchange:
+    """The exchange of a tree of units.Leaf. Raises ValueError, with the config's keys, for what does not fit."""
+    devices = mesh.shape[SLOW]
+    if replicas % devices:
+        raise ValueError(
+            f"sync.replicas={replicas} is not a multiple of mesh.{SLOW}={devices}: "
+            "each device of the slow axis holds the same number of replicas"
+        )
+    check(algorithm, codec)
+    if is_round(codec):
+        codec.check([leaf.shard(mesh.shape) for leaf in jax.tree.leaves(leaves)])
+    over_gloo = jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu"
+    net = Net(algorithm, replicas, devices, **pairwise.collectives(devices) if over_gloo else {})
+    plan = units.plan(leaves, codec, mesh)
+    declared = residuals.declare(net, leaves, plan, feedback)
+    return Exchange(net, mesh, leaves, plan, declared, roles.specs_of(declared), feedback, seed)

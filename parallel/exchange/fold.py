@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from parallel.exchange.residuals import of_weights
 from parallel.exchange.units import Leaf, members
 
 FRAGMENTS = "codec/fragments/server/"
@@ -31,35 +32,11 @@ def _belongs(leaf: Leaf, prefix: str) -> bool:
 
 
 def unfold(name: str, x: jax.Array, own: list[Leaf]) -> dict[str, jax.Array]:
-    """{leaf: what a server owes, in its shape} from [R, F, T, pieces, C], whatever R, mesh and buckets were; of
-    fragments from [fragments, R, …], every fragments-th layer each."""
+    """{leaf: what a server owes, in its shape}; of fragments from [fragments, …], every fragments-th layer each."""
     if not name.startswith(FRAGMENTS):
-        return _unfold(x, own)
+        return of_weights(x, own)
     count = x.shape[0]
     short = [leaf.with_layers(leaf.shape[0] // count) for leaf in own]
-    parts = [_unfold(x[p], short) for p in range(count)]
+    parts = [of_weights(x[p], short) for p in range(count)]
     join = lambda leaf: jnp.stack([part[leaf.name] for part in parts], axis=1).reshape(leaf.shape)
     return {leaf.name: join(leaf) for leaf in own}
-
-
-def _unfold(x: jax.Array, own: list[Leaf]) -> dict[str, jax.Array]:
-    R, F, T, pieces, C = x.shape
-    shards = [leaf.shard({"fsdp": F, "tensor": T, "replica": 1}) for leaf in own]
-    size = sum(local.size for local in shards) // pieces  # of one, without padding
-    flat_FTN = jnp.moveaxis(x.astype(jnp.float32), 0, 3).reshape(F, T, pieces, R * C)[..., :size].reshape(F, T, -1)
-    owed, start = {}, 0
-    for leaf, local in zip(own, shards, strict=True):
-        part = flat_FTN[..., start : start + local.size].reshape(F, T, *local.shape)
-        owed[leaf.name] = _whole(part, leaf)
-        start += local.size
-    return owed
-
-
-def _whole(shards_FT: jax.Array, leaf: Leaf) -> jax.Array:
-    """[F, T, one device's shard] -> the array."""
-    order, spec = [], (*leaf.spec, *[None] * (len(leaf.shape) - len(leaf.spec)))
-    for i, axis in enumerate(spec):
-        order += [{"fsdp": 0, "tensor": 1}[axis]] if axis else []
-        order.append(2 + i)
-    unused = [i for i in (0, 1) if i not in order]
-    return shards_FT.transpose(*unused, *order).reshape(leaf.shape)

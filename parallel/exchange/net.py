@@ -14,12 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from parallel.exchange.codecs.plain import Identity, pick
+from parallel.exchange.codecs.base import is_round, pick
+from parallel.exchange.codecs.plain import Identity
+from parallel.layout.axes import SLOW
 
-AXIS = "replica"
 ALGORITHMS = ("auto", "gather", "two_stage", "psum")
 FLOAT32 = Identity()
 TOGETHER = 2**22  # bytes: larger messages travel by themselves
+
+
+def check(algorithm: str, codec: Any) -> None:
+    """Raises ValueError, with the config's keys, where messages of this codec cannot travel in this way."""
+    name = type(codec).__name__
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"sync.algorithm={algorithm!r} is none of {', '.join(ALGORITHMS)}")
+    if algorithm == "psum" and (is_round(codec) or not codec.exact):
+        raise ValueError("sync.algorithm=psum adds up on the wire and knows no codec: set sync.codec=none")
+    if algorithm == "two_stage" and not is_round(codec) and codec.sparse:
+        raise ValueError(
+            f"sync.algorithm=two_stage adds messages on the way, and those of {name} name different places: "
+            "set sync.algorithm=auto"
+        )
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,10 @@ class Net:
     def first_hop(self, messages: dict[str, Any], codec: Any) -> dict[str, Any]:
         """Of every replica, R of each: the messages (gather), or of the k chunks that this device owns, [R, k, …]."""
         if (form := self.form(codec)) == "psum":
-            return _together(lambda x: lax.psum(x, AXIS), messages, 0)
+            return _together(lambda x: lax.psum(x, SLOW), messages, 0)
         if form == "gather" or self.devices == 1:
             return self.second_hop(messages)
-        return _together(lambda m: self.all_to_all(m, AXIS, split_axis=1, concat_axis=0, tiled=True), messages, 2)
+        return _together(lambda m: self.all_to_all(m, SLOW, split_axis=1, concat_axis=0, tiled=True), messages, 2)
 
     def round_sum(self, received: Any, n: int, codec: Any, key: Any, server_kC: Any, decay: float) -> tuple[Any, Any]:
         """Two-stage only: (message of the second hop, the mean of the chunks that this device owns; server residual).
@@ -83,7 +98,7 @@ class Net:
         message, sent_kC = jax.vmap(functools.partial(round_trip, codec))(mean_kC, keys_k)
         if server_kC is not None:
             k, C = mean_kC.shape
-            place_kC = (lax.axis_index(AXIS) * k + jnp.arange(k))[:, None] * C + jnp.arange(C)
+            place_kC = (lax.axis_index(SLOW) * k + jnp.arange(k))[:, None] * C + jnp.arange(C)
             owed_kC = jnp.where(place_kC < n, mean_kC - sent_kC, 0.0)  # padding owes nothing
             server_kC = owed_kC.astype(server_kC.dtype)
         return {"values": sent_kC} if self.devices == 1 else message, server_kC
@@ -92,7 +107,7 @@ class Net:
         """[k, …] of each device -> [R, …]."""
         if self.devices == 1:
             return messages
-        return _together(lambda m: self.all_gather(m, AXIS, tiled=True), messages, 1)
+        return _together(lambda m: self.all_gather(m, SLOW, tiled=True), messages, 1)
 
     def decode(self, received: Any, n: int, codec: Any) -> jax.Array:
         """The mean [N] out of what the last hop brought."""
@@ -117,7 +132,7 @@ class Net:
     def _keys(self, key: jax.Array, hop: int) -> jax.Array:
         """One key for each replica of this device."""
         k = self.replicas // self.devices
-        replicas_k = lax.axis_index(AXIS) * k + jnp.arange(k)
+        replicas_k = lax.axis_index(SLOW) * k + jnp.arange(k)
         return jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, hop), r))(replicas_k)
 
     def padded(self, n: int, codec: Any) -> int:

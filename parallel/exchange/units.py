@@ -9,10 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr
 
 from parallel.exchange.codecs import rounds
-from parallel.exchange.codecs.plain import Identity, is_round
-from parallel.layout.rules import path_name, spec
+from parallel.exchange.codecs.base import is_round
+from parallel.exchange.codecs.plain import Identity
+from parallel.layout.axes import of, shards
+from parallel.layout.rules import spec
 
 SMALL = 2**14  # shards of fewer elements share one unit: a collective costs about as much as 64 KiB more to send
 SMALL_UNIT = "small"
@@ -59,8 +62,8 @@ class Leaf:
 
     def shard(self, sizes: Mapping[str, int]) -> "Leaf":
         """One device's shard, on a mesh of these sizes."""
-        axes = (*self.spec, *[None] * (len(self.shape) - len(self.spec)))
-        shape = tuple(n // sizes[axis] if axis else n for n, axis in zip(self.shape, axes, strict=True))
+        entries = (*self.spec, *[None] * (len(self.shape) - len(self.spec)))
+        shape = tuple(n // shards(entry, sizes) for n, entry in zip(self.shape, entries, strict=True))
         return Leaf(self.name, shape, self.spec, self.batch_dims, self.rows)
 
     def with_layers(self, layers: int) -> "Leaf":
@@ -76,7 +79,7 @@ def leaves(shapes_tree: Any, axes_tree: Any) -> Any:
         rest = axes[batch_dims:]
         is_matrix = "embed" in rest and len(rest) > 1
         rows = (len(rest) - 1 if rest[-1] == "embed" else 1) if is_matrix else 0
-        return Leaf(path_name(path), tuple(x.shape), spec(axes), batch_dims, rows)
+        return Leaf(keystr(path, simple=True, separator="/"), tuple(x.shape), spec(axes), batch_dims, rows)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes_tree, axes_tree)
 
@@ -88,7 +91,7 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
     units, buckets = [], {}
     for i, leaf in enumerate(jax.tree.leaves(leaves_tree)):
         local = leaf.shard(mesh.shape)
-        axes = tuple(axis for axis in mesh.axis_names if axis in leaf.spec)
+        axes = tuple(axis for axis in mesh.axis_names if axis in of(leaf.spec))
         own: Any = codec if not is_round(codec) or codec.takes(local) else Identity()
         if local.size >= SMALL or (is_round(own) and own.per_matrix and local.matrix is not None):
             pieces = 1 if is_round(own) else rounds.pieces(local.shape)
@@ -109,8 +112,8 @@ def members(unit: str, units: set[str], leaves: list[Leaf]) -> list[Leaf]:
     """The leaves of a unit, by its name: one array, or all over the same axes that are no unit by themselves."""
     if unit.split(" ")[0] != SMALL_UNIT:
         return [leaf for leaf in leaves if leaf.name == unit]
-    axes = lambda leaf: [axis for axis in leaf.spec if axis]
-    return [leaf for leaf in leaves if leaf.name not in units and sorted(axes(leaf)) == sorted(unit.split(" ")[1:])]
+    axes = sorted(unit.split(" ")[1:])
+    return [leaf for leaf in leaves if leaf.name not in units and sorted(of(leaf.spec)) == axes]
 
 
 def _piece(shape: tuple[int, ...], pieces: int) -> tuple[int, ...]:

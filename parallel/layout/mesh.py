@@ -1,8 +1,4 @@
-"""Builds and validates the device mesh.
-
-Axes, slowest first. `replica` is the slow link between machines: only the exchange crosses it. The others are one
-machine's, or one fast network's, own: `stage`, `expert` and `context` will stand between them under these names.
-"""
+"""Builds and validates the device mesh, of the axes in axes.py."""
 
 import contextlib
 import ctypes
@@ -15,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-AXES = ("replica", "fsdp", "tensor")
+from parallel.layout.axes import SLOW, USED
 
 
 def simulate(num_devices: int, num_processes: int = 1) -> None:
@@ -35,7 +31,7 @@ def fill_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
     Raises ValueError when the product is not the number of devices, listing factorings that are.
     """
-    sizes = {axis: int(sizes[axis]) for axis in AXES}
+    sizes = {axis: int(sizes[axis]) for axis in USED}
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             raise ValueError(f"mesh.{axis}={size}: an axis has at least 1 device (or -1: whatever is left)")
@@ -50,17 +46,23 @@ def fill_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
     raise ValueError(
         f"the mesh {asked} does not multiply to the {num_devices} devices there are "
-        f"(mesh.{', mesh.'.join(AXES)}). These do: {_factorings(num_devices)}. "
+        f"(mesh.{', mesh.'.join(USED)}). These do: {_factorings(num_devices)}. "
         "On a CPU, --simulate=N gives N devices"
     )
 
 
-def _factorings(n: int, limit: int = 12) -> str:
+def factorings(n: int, count: int = len(USED)) -> list[tuple[int, ...]]:
+    """All tuples of so many sizes with the product n."""
+    if count == 1:
+        return [(n,)]
     divisors = [d for d in range(1, n + 1) if n % d == 0]
-    rows = [(r, f, n // r // f) for r in divisors for f in divisors if (n // r) % f == 0]
-    rows.sort(key=lambda row: (row[0], row[2]))
+    return [(d, *rest) for d in divisors for rest in factorings(n // d, count - 1)]
+
+
+def _factorings(n: int, limit: int = 12) -> str:
+    rows = sorted(factorings(n), key=lambda row: (row[0], row[-1]))
     text = ", ".join("×".join(map(str, row)) for row in rows[:limit])
-    return f"{'×'.join(AXES)} = {text}{', …' if len(rows) > limit else ''}"
+    return f"{'×'.join(USED)} = {text}{', …' if len(rows) > limit else ''}"
 
 
 def keep_freed_memory() -> None:
@@ -78,24 +80,26 @@ def keep_freed_memory() -> None:
 
 
 def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices of all processes (or over `devices`); `sizes` must multiply to their number.
+    """The mesh over all devices of all processes (or over `devices`). sizes: of the axes, 1 where none is given; they
+    must multiply to the number of devices.
 
     One process's devices are neighbours, so that the fast axes stay inside a machine. Across TPU slices `replica` is
     laid over the slow network (DCN) and the other axes inside the slices.
     """
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
-    shape = tuple(sizes[axis] for axis in AXES)
+    shape = tuple(sizes.get(axis, 1) for axis in USED)
     if devices[0].platform == "tpu":
         from jax.experimental import mesh_utils
 
         slices = len({getattr(d, "slice_index", 0) for d in devices})
         if slices > 1:
-            across = math.gcd(slices, sizes["replica"])
-            dcn = (across, slices // across, 1)
+            across = math.gcd(slices, sizes.get(SLOW, 1))
+            slow = {SLOW: across, "fsdp": slices // across}  # a replica of several slices is cut by its weights
+            dcn = tuple(slow.get(axis, 1) for axis in USED)
             inside = tuple(size // d for size, d in zip(shape, dcn, strict=True))
-            return Mesh(mesh_utils.create_hybrid_device_mesh(inside, dcn, devices), AXES)
-        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
-    return Mesh(np.array(devices).reshape(shape), AXES)
+            return Mesh(mesh_utils.create_hybrid_device_mesh(inside, dcn, devices), USED)
+        return Mesh(mesh_utils.create_device_mesh(shape, devices), USED)
+    return Mesh(np.array(devices).reshape(shape), USED)
 
 
 def describe(mesh: Mesh) -> str:

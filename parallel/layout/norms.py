@@ -8,16 +8,18 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from parallel.layout.axes import SLOW, of
+
 
 def norms(mesh: Mesh, *trees: tuple[Any, Any]) -> tuple[jax.Array, ...]:
     """The L2 norm of each (specs, tree), float32, the same bits on every device. Left to XLA, each group of replicas
     would add up its own devices' parts, in an order of its own, and replicas might decide differently on the last bit.
     Here the parts of the fast axes are gathered and added up in one order everywhere; nothing crosses `replica`."""
-    fast = tuple(axis for axis in mesh.axis_names if axis != "replica" and mesh.shape[axis] > 1)
+    fast = tuple(axis for axis in mesh.axis_names if axis != SLOW and mesh.shape[axis] > 1)
 
     def share(x: jax.Array, spec: P) -> jax.Array:
         """This device's part of the sum of squares: copies count on the first of their holders."""
-        copies = [lax.axis_index(axis) for axis in fast if axis not in spec]
+        copies = [lax.axis_index(axis) for axis in fast if axis not in of(spec)]
         square = jnp.sum(jnp.square(x.astype(jnp.float32)))
         return jnp.where(sum(copies) == 0, square, 0.0) if copies else square
 

@@ -11,11 +11,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from parallel.layout import rules
+from parallel.layout.axes import SLOW
 from parallel.layout.rules import Constrain
 
 Rows = Callable[[Any], dict[str, np.ndarray]]  # row numbers -> {name: [rows, T]}
-TRAIN = P(None, "replica", "fsdp")  # [K, R, B, T]
-EVAL = P("replica", "fsdp")  # [D, B, T]
+EVAL = P(SLOW, *rules.spec(("batch",)))  # [D, B, T]
+TRAIN = P(None, *EVAL)  # [K, R, B, T]
 
 
 def place_train(mesh: Mesh, replicas: int, batch_size: int, rows: Sequence[Rows]) -> dict[str, jax.Array]:
@@ -78,14 +80,14 @@ def abstract_batch(
 def evaluation(loss_fn: Callable, mesh: Mesh) -> Callable:
     """evaluate(params, batch[D, B, T]) -> (summed loss, tokens), D the size of the `replica` axis."""
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=P("replica"), out_specs=P(), check_vma=False)
+    @partial(jax.shard_map, mesh=mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)
     def add_up(x_1M: jax.Array) -> jax.Array:
         with jax.named_scope("scalars_evaluation"):
-            return lax.psum(x_1M[0], "replica")
+            return lax.psum(x_1M[0], SLOW)
 
     def evaluate(params: Any, batch_DBT: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         one = lambda params, batch_BT: loss_fn(params, batch_BT, Constrain(mesh))
-        loss_D, tokens_D = jax.vmap(one, in_axes=(None, 0), spmd_axis_name="replica")(params, batch_DBT)
+        loss_D, tokens_D = jax.vmap(one, in_axes=(None, 0), spmd_axis_name=SLOW)(params, batch_DBT)
         loss, tokens = add_up(jnp.stack([loss_D, tokens_D.astype(loss_D.dtype)], axis=1))
         return loss, tokens
 

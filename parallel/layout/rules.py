@@ -8,32 +8,46 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr
+
+from parallel.layout.axes import of, shards
 
 Axes = Sequence[str | None]
 
 # Weights are sharded over `fsdp` by their model dimension and over `tensor` by heads, features or vocabulary.
 # Activations: the batch over `fsdp`; between blocks the sequence over `tensor`.
-RULES: dict[str, str | None] = {
-    "batch": "fsdp",
-    "sequence": "tensor",
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "norm": None,
-    "mlp": "tensor",
-    "layers": None,
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("fsdp",),
+    "sequence": ("tensor",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "norm": (),
+    "mlp": ("tensor",),
+    "layers": (),
 }
 
 
 def spec(axes: Axes) -> P:
     """The PartitionSpec of an array with these logical axes (None: not sharded)."""
-    names = [None if axis is None else RULES[axis] for axis in axes]
-    used = [name for name in names if name is not None]
+    found = P(*(entry(axis) for axis in axes))
+    used = of(found)
     if len(used) != len(set(used)):
-        raise ValueError(f"logical axes {tuple(axes)} put two dimensions on one mesh axis: {used}")
-    return P(*names)
+        raise ValueError(f"logical axes {tuple(axes)} put two dimensions on one mesh axis: {list(used)}")
+    return found
+
+
+def entry(axis: str | None) -> Any:
+    """A logical axis's entry in a PartitionSpec: None, a mesh axis, or several."""
+    mesh_axes = RULES[axis] if axis else ()
+    return mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None
+
+
+def cut(axis: str, sizes: Mapping[str, int]) -> tuple[str, int]:
+    """(the config's keys of the mesh axes over which a logical axis is cut, into how many parts on such a mesh)."""
+    return " × ".join(f"mesh.{name}" for name in RULES[axis]), shards(entry(axis), sizes)
 
 
 def specs(axes_tree: Any) -> Any:
@@ -53,21 +67,15 @@ def check_divisible(
     axes_leaves = dict(jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=lambda x: isinstance(x, tuple)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_tree):
         for size, axis in zip(leaf.shape, axes_leaves[path], strict=True):
-            mesh_axis = RULES[axis] if axis else None
-            count = sizes[mesh_axis] if mesh_axis else 1
+            over, count = cut(axis, sizes) if axis else ("", 1)
             if size % count:
                 below, above = size // count * count, -(-size // count) * count
                 legal = f"{below} or {above}" if below >= max(1, (least or {}).get(axis, 1)) else f"{above}"
                 fits = ", ".join(str(d) for d in range(1, count + 1) if size % d == 0)
                 raise ValueError(
-                    f"parameter {path_name(path)}: its dimension '{axis}' of size {size} cannot be cut over "
-                    f"mesh.{mesh_axis}={count}. Nearest legal sizes: {legal}; or mesh.{mesh_axis} in {{{fits}}}"
+                    f"parameter {keystr(path, simple=True, separator='/')}: its dimension '{axis}' of size {size} cannot be cut over "
+                    f"{over}={count}. Nearest legal sizes: {legal}; or {over} in {{{fits}}}"
                 )
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """A parameter's path as one string: blocks/attention/q."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 class Constrain:
@@ -97,7 +105,7 @@ class Constrain:
             results = f(*args)
             if not sums:
                 return results
-            return tuple(_add_up(x, RULES[axis], s) for x, axis, s in zip(results, sums, out_specs, strict=True))
+            return tuple(_add_up(x, axis, s) for x, axis, s in zip(results, sums, out_specs, strict=True))
 
         # check_vma=False: with it on, differentiation would add reductions of its own (and over `replica`, bytes).
         return jax.shard_map(
@@ -106,7 +114,7 @@ class Constrain:
 
     def size(self, axis: str) -> int:
         """Into how many shards a logical axis is cut."""
-        return 1 if self.mesh is None else self.mesh.shape[RULES[axis]]
+        return 1 if self.mesh is None else shards(entry(axis), self.mesh.shape)
 
     # Inside `manual` only:
 
@@ -140,7 +148,7 @@ class Constrain:
         return x if self.mesh is None else lax.pmax(x, RULES[axis])
 
 
-def _add_up(x: jax.Array, mesh_axis: str | None, out_spec: P) -> jax.Array:
-    if mesh_axis in out_spec:
-        return lax.psum_scatter(x, mesh_axis, scatter_dimension=list(out_spec).index(mesh_axis), tiled=True)
-    return lax.psum(x, mesh_axis)
+def _add_up(x: jax.Array, axis: str, out_spec: P) -> jax.Array:
+    if entry(axis) in out_spec:
+        return lax.psum_scatter(x, RULES[axis], scatter_dimension=list(out_spec).index(entry(axis)), tiled=True)
+    return lax.psum(x, RULES[axis])

@@ -17,8 +17,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from parallel.exchange.exchange import Exchange
-from parallel.exchange.net import AXIS
 from parallel.layout import roles
+from parallel.layout.axes import SLOW
 from parallel.layout.norms import norms
 from parallel.layout.rules import Constrain
 
@@ -69,7 +69,7 @@ class Strategy:
         return State(
             step=roles.each(roles.SHARED, state.step),
             params=roles.like(roles.SHARED, self.specs),
-            opt=roles.of_optimizer(self.optimizer, state.opt, self.specs, AXIS),
+            opt=roles.of_optimizer(self.optimizer, state.opt, self.specs, SLOW),
             strategy={},
             guard=roles.of_guard(state.guard),
             codec=self.exchange.declared,
@@ -138,7 +138,7 @@ class Strategy:
         encoded. One message of a few scalars: nothing else crosses `replica` but the exchange, and every device decides
         by the same bits."""
         R = self.exchange.replicas
-        squares_R = jax.vmap(lambda tree: optax.tree.norm(tree, squared=True), spmd_axis_name=AXIS)(tree_R)
+        squares_R = jax.vmap(lambda tree: optax.tree.norm(tree, squared=True), spmd_axis_name=SLOW)(tree_R)
         scalars_RM = jnp.stack([*sums_R, squares_R], axis=1)
         *sums, squares = scalars_RM[0] if R == 1 else self.exchange.scalars(scalars_RM, name)
         return *sums, jnp.sqrt(squares / R)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from parallel.exchange.exchange import Exchange
-from parallel.exchange.net import AXIS
 from parallel.layout import roles
+from parallel.layout.axes import SLOW
 from parallel.strategies.base import Batch, State
 from parallel.strategies.local import Local
 
@@ -41,12 +41,12 @@ class Eager(Local):
         declared, own = super().declare(state), state.strategy["outer"]["replicas"]
         outer = declared.strategy["outer"] | {
             "replicas": {
-                "params": roles.like(roles.REPLICA, self.specs, AXIS),
-                "opt": roles.of_optimizer(self.outer, own["opt"], self.specs, AXIS, own=True),
+                "params": roles.like(roles.REPLICA, self.specs, SLOW),
+                "opt": roles.of_optimizer(self.outer, own["opt"], self.specs, SLOW, own=True),
             }
         }
         flight = {
-            "pending": roles.like(roles.IN_FLIGHT, self.specs, AXIS),
+            "pending": roles.like(roles.IN_FLIGHT, self.specs, SLOW),
             "finite": roles.Role(roles.FLAG, roles.P()),
         }
         return replace(declared, strategy=declared.strategy | {"outer": outer} | flight)
@@ -101,7 +101,7 @@ class Eager(Local):
             after, opt = self.outer.apply(eager, (outer["params"], outer["opt"]))
             return {"params": jax.tree.map(jnp.add, after, short), "opt": opt}
 
-        after_R = jax.vmap(step, spmd_axis_name=AXIS)(own["outer"]["replicas"], fresh_R, own["pending"])
+        after_R = jax.vmap(step, spmd_axis_name=SLOW)(own["outer"]["replicas"], fresh_R, own["pending"])
         strategy = {
             "replicas": own["replicas"] | {"params": after_R["params"]},
             "outer": {"shared": shared, "replicas": after_R},

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from parallel.exchange import residuals
 from parallel.exchange.exchange import Exchange
-from parallel.exchange.net import AXIS
 from parallel.layout import roles
+from parallel.layout.axes import SLOW
 from parallel.layout.norms import norms
 from parallel.strategies import overlap
 from parallel.strategies.base import TINY, Batch, State, Strategy, length, part, per_step, take
@@ -79,11 +79,11 @@ class Local(Strategy):
     def declare(self, state: State) -> Any:
         own = state.strategy["replicas"]
         replicas = {
-            "params": roles.like(roles.REPLICA, self.specs, AXIS),
-            "opt": roles.of_optimizer(self.optimizer, own["opt"], self.specs, AXIS, own=True),
-            "guard": roles.of_guard(own["guard"], AXIS),
+            "params": roles.like(roles.REPLICA, self.specs, SLOW),
+            "opt": roles.of_optimizer(self.optimizer, own["opt"], self.specs, SLOW, own=True),
+            "guard": roles.of_guard(own["guard"], SLOW),
         }
-        outer = {"shared": roles.of_optimizer(self.outer, state.strategy["outer"]["shared"], self.specs, AXIS)}
+        outer = {"shared": roles.of_optimizer(self.outer, state.strategy["outer"]["shared"], self.specs, SLOW)}
         rounds = roles.of_guard(state.strategy["rounds"])
         strategy = {"replicas": replicas, "outer": outer, "rounds": rounds}
         return replace(super().declare(state), opt={}, strategy=strategy, guard={})
@@ -114,7 +114,7 @@ class Local(Strategy):
             metrics = {"loss": weight * loss, "grad_norm": norm, "tokens": tokens} | self.guard.report(guard, verdict)
             return after | {"guard": guard}, metrics, between
 
-        per_replica = jax.vmap(one, in_axes=(0, 0, None), out_axes=(0, 0, None), spmd_axis_name=AXIS)
+        per_replica = jax.vmap(one, in_axes=(0, 0, None), out_axes=(0, 0, None), spmd_axis_name=SLOW)
         return per_replica(inner_R, batch_RBT, between)
 
     def inner_steps(self, inner_R: Any, batch_KRBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
@@ -178,7 +178,7 @@ class Local(Strategy):
 
     def spread(self, tree: Any, specs: Any) -> Any:
         """One copy for each replica, laid where the replica is."""
-        put = lambda x_R, spec: lax.with_sharding_constraint(x_R, NamedSharding(self.mesh, P(AXIS, *spec)))
+        put = lambda x_R, spec: lax.with_sharding_constraint(x_R, NamedSharding(self.mesh, P(SLOW, *spec)))
         return jax.tree.map(put, self.copies(tree), specs)
 
 

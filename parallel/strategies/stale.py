@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from parallel.exchange.net import AXIS
 from parallel.layout import roles
+from parallel.layout.axes import SLOW
 from parallel.strategies import overlap
 from parallel.strategies.base import Batch, State, per_step, take
 from parallel.strategies.sync import Sync
@@ -40,7 +40,7 @@ class Stale(Sync):
         return replace(state, strategy={"pending": pending})
 
     def declare(self, state: State) -> Any:
-        entry = {"messages": roles.like(roles.IN_FLIGHT, self.specs, AXIS), "finite": roles.Role(roles.FLAG, roles.P())}
+        entry = {"messages": roles.like(roles.IN_FLIGHT, self.specs, SLOW), "finite": roles.Role(roles.FLAG, roles.P())}
         if self.compensation:
             entry |= {"params": roles.like(roles.FLAG, self.specs)}
         return replace(super().declare(state), strategy={"pending": [entry] * self.staleness})
@@ -68,7 +68,7 @@ class Stale(Sync):
         oldest_R = state.strategy["pending"][0]["messages"]
         flight, codec = self.exchange.start(oldest_R, state.codec, state.step)
         one = functools.partial(overlap.loss_and_gradient, self)
-        gradient = jax.vmap(one, in_axes=(None, 0, None), out_axes=(0, 0, None), spmd_axis_name=AXIS)
+        gradient = jax.vmap(one, in_axes=(None, 0, None), out_axes=(0, 0, None), spmd_axis_name=SLOW)
         sums_R, grads_R, (flight, codec) = gradient(state.params, batch_RBT, (flight, codec))
         mean, codec = self.exchange.finish(flight, codec, state.step)
         mean, codec, sums_R, grads_R = lax.optimization_barrier((mean, codec, sums_R, grads_R))

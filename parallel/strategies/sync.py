@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from parallel.exchange import residuals
-from parallel.exchange.net import AXIS
+from parallel.layout.axes import SLOW
 from parallel.layout.norms import norms
 from parallel.strategies.base import Batch, State, Strategy, per_step, take
 
@@ -36,7 +36,7 @@ class Sync(Strategy):
 
     def messages(self, state: State, batch_RBT: Batch) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
         """(messages [R, …], opt, the verdict on the gradient, metrics)."""
-        per_replica = jax.vmap(self.loss_and_gradient, in_axes=(None, 0), spmd_axis_name=AXIS)
+        per_replica = jax.vmap(self.loss_and_gradient, in_axes=(None, 0), spmd_axis_name=SLOW)
         return self.judged(state, *per_replica(state.params, batch_RBT))
 
     def judged(self, state: State, sums_R: tuple, grads_R: Any) -> tuple[Any, Any, Any, dict[str, jax.Array]]:

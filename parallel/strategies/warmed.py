@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from parallel.exchange import residuals
 from parallel.exchange.exchange import Exchange
 from parallel.strategies.base import Batch, State
 from parallel.strategies.sync import Sync
@@ -28,6 +29,5 @@ class Warmed(Sync):
         return "warm-up" if step < self.warm_steps else "step"
 
     def warm_up(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
-        nothing = {"worker": {}, "server": {}, "rounds": {}}
-        after, metrics = self.warm.step(replace(state, codec=nothing), batch_KRBT)
+        after, metrics = self.warm.step(replace(state, codec=residuals.nothing()), batch_KRBT)
         return replace(after, codec=state.codec), metrics

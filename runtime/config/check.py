@@ -161,11 +161,13 @@ def profile_range(text: str) -> range:
     return range(first, last)
 
 
-def check_batch(batch_size: int, replicas: int, fsdp: int, accumulate: int) -> None:
-    unit = replicas * fsdp * accumulate
+def check_batch(batch_size: int, replicas: int, cut: tuple[str, int], accumulate: int) -> None:
+    """cut: the mesh axes over which a replica's batch is cut, by name, and into how many parts."""
+    over, shards = cut
+    unit = replicas * shards * accumulate
     if batch_size % unit:
         raise UsageError(
-            f"data.batch_size={batch_size} cannot be cut into {replicas} replicas × mesh.fsdp={fsdp} × "
+            f"data.batch_size={batch_size} cannot be cut into {replicas} replicas × {over}={shards} × "
             f"optimizer.accumulate={accumulate} = {unit} equal parts. "
             f"Nearest legal sizes: {nearest_multiples(batch_size, unit)}"
         )

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallel.exchange.codecs import rounds
+from parallel.exchange.codecs.base import RoundCodec
 from parallel.exchange.codecs.sparse import TopK, kept
 
 
 @dataclass(frozen=True)
-class DeMo:
+class DeMo(RoundCodec):
     """Each s × s tile of a matrix goes through a two-dimensional cosine transform (orthonormal, so its inverse is its
     transpose); the largest coefficients are sent as by TopK, averaged, and transformed back. What is not sent stays in
     the residual, which with a decay of 0.999 is DeMo's momentum. Vectors are cut into rows of s.
@@ -32,12 +33,6 @@ class DeMo:
 
     def __post_init__(self):
         kept(self.density, self.tile**2)
-
-    def takes(self, leaf: Any) -> bool:
-        return True
-
-    def init(self, leaf: Any, key: jax.Array) -> Any:
-        return {}
 
     def wire(self, leaf: Any, send: Callable) -> dict[str, float]:
         return send(math.prod(self._tiles(leaf)) * self.tile**2, self._sparse, self._pieces(leaf))

@@ -3,7 +3,7 @@
 Shapes: k replicas on this device, L layers, m rows, n columns of this device's shard, r the rank.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from parallel.exchange.codecs import rounds
+from parallel.exchange.codecs.base import RoundCodec
 
 
 @dataclass(frozen=True)
-class PowerSGD:
+class PowerSGD(RoundCodec):
     """P = mean(M Q); P orthogonalised; Q = mean(Mᵀ P); M ≈ P Qᵀ, with Q kept for the next step (warm start).
 
     Linear: both factors are averaged on the wire, 4·r(m + n) bytes a matrix and stage. A device's shard of a layer is
@@ -30,6 +31,14 @@ class PowerSGD:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"sync.rank={self.rank}: must be 1 or more")
+
+    def check(self, shards: Sequence[Any]) -> None:
+        if not any(self.takes(shard) for shard in shards):
+            largest = max((min(shard.matrix[1:]) for shard in shards if shard.matrix), default=0)
+            raise ValueError(
+                f"sync.rank={self.rank}: no array becomes half as large by factors of this rank (the largest shard of "
+                f"a matrix has {largest} rows or columns): choose a lower rank, or another codec"
+            )
 
     def takes(self, leaf: Any) -> bool:
         if leaf.matrix is None:

@@ -1,4 +1,4 @@
-"""Codecs with few bits an element and one scale a block.
+"""Codecs with few bits an element and one scale a block: integers, and what floats.py and sign.py share with them.
 
 A scale is a bfloat16, sent as uint16. It is rounded *up* to bfloat16 before anything is encoded with it: rounded to
 nearest, the largest value of a block could lie beyond the last level, and stochastic rounding would be biased there.
@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from parallel.exchange.codecs.plain import Message
+from parallel.exchange.codecs.base import BlockCodec, Message
 
 
 @dataclass(frozen=True)
-class _Scaled:
+class Scaled(BlockCodec):
     """Quantises x / scale, scale = max|x| / `largest` of each block of `block` elements.
 
     stochastic: round up with the probability that makes the decoded value unbiased, instead of to nearest.
@@ -27,13 +27,11 @@ class _Scaled:
 
     block: int = 256
     stochastic: bool = False
-    sparse: ClassVar[bool] = False
-    wants_error_feedback: ClassVar[bool] = False
     bits: ClassVar[int] = 8
     largest: ClassVar[float] = 1.0  # of the values that can be told apart
 
     def __post_init__(self):
-        _check_block(self.block, 8 // self.bits)
+        check_block(self.block, 8 // self.bits)
 
     @property
     def uses_key(self) -> bool:
@@ -68,7 +66,7 @@ class _Scaled:
 
 
 @dataclass(frozen=True)
-class _Integer(_Scaled):
+class _Integer(Scaled):
     def to_codes(self, scaled: jax.Array, dither: jax.Array | float) -> jax.Array:
         q = jnp.clip(jnp.floor(scaled + dither), -self.largest, self.largest)
         return (q + 2 ** (self.bits - 1)).astype(jnp.uint8)
@@ -105,97 +103,10 @@ class Int2(_Integer):
     wants_error_feedback: ClassVar[bool] = True
 
 
-@dataclass(frozen=True)
-class FP8(_Scaled):
-    """float8 e4m3 (4 bits of exponent, 3 of mantissa) times the block's scale: relative error up to 2^-4 over five
-    decades, where int8's error is relative to the block's largest."""
-
-    largest: ClassVar[float] = 448.0
-
-    def to_codes(self, scaled: jax.Array, dither: jax.Array | float) -> jax.Array:
-        if not self.stochastic:
-            return lax.bitcast_convert_type(scaled.astype(jnp.float8_e4m3fn), jnp.uint8)
-        # The distance between neighbours: 2^(exponent − 3), and 2^-9 below 2^-6, where they are equally spaced.
-        # From the bits: log2 and exp2 are not exact, and not the same in every vectorisation.
-        power = lax.bitcast_convert_type(lax.bitcast_convert_type(scaled, jnp.uint32) & 0x7F800000, jnp.float32)
-        step = jnp.maximum(power, 2.0**-6) / 8
-        rounded = jnp.clip(jnp.floor(scaled / step + dither) * step, -self.largest, self.largest)
-        return lax.bitcast_convert_type(rounded.astype(jnp.float8_e4m3fn), jnp.uint8)
-
-    def from_codes(self, codes: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
-
-
-@dataclass(frozen=True)
-class FP4(_Scaled):
-    """E3M0, a sign and 3 exponent bits: 0 or ±2^-6 … ±1 times the block's largest, two to a byte
-    (Douillard et al. 2025, Streaming DiLoCo, §3.4)."""
-
-    block: int = 128
-    bits: ClassVar[int] = 4
-    wants_error_feedback: ClassVar[bool] = True
-    levels: ClassVar[tuple[float, ...]] = (0.0, *(2.0**e for e in range(-6, 1)))
-
-    def to_codes(self, scaled: jax.Array, dither: jax.Array | float) -> jax.Array:
-        size, magnitude = jnp.abs(scaled), jnp.zeros(scaled.shape, jnp.uint8)
-        for low, high in zip(self.levels, self.levels[1:], strict=False):
-            magnitude += size >= low + (1 - dither) * (high - low)
-        return magnitude + 8 * (scaled < 0).astype(jnp.uint8)
-
-    def from_codes(self, codes: jax.Array) -> jax.Array:
-        # 2^(code − 7) put together from its bits: exp2 is not exact, and a product with it would depend on whether a
-        # compiler rounds it before it is subtracted from what was to be sent.
-        exponent = (codes & 7).astype(jnp.uint32)
-        size = lax.bitcast_convert_type(jnp.where(exponent, exponent + (127 - 7), 0) << 23, jnp.float32)
-        return jnp.where(codes & 8, -size, size)
-
-
-@dataclass(frozen=True)
-class Sign:
-    """1 bit an element and one scale a block, the mean of |x|: of all multiples of the signs the nearest to x
-    (Seide et al. 2014; Karimireddy et al. 2019). Biased: without error feedback it can stand still far from the
-    optimum. It cannot say 0: in a block that is not all zeros, a zero gets a random sign.
-
-    stochastic: for votes. The scale is the largest |x|, so that ±1 is carried exactly beside zeros, and zeros without
-    bias.
-    """
-
-    block: int = 256
-    stochastic: bool = False
-    sparse: ClassVar[bool] = False
-    uses_key: ClassVar[bool] = True
-    wants_error_feedback: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _check_block(self.block, 8)
-
-    def wire(self, n: int) -> dict[str, int]:
-        return {"u8": n // 8 + 2 * n // self.block}
-
-    def encode(self, x_N: jax.Array, key: jax.Array | None) -> Message:
-        return self.round_trip(x_N, key)[0]
-
-    def round_trip(self, x_N: jax.Array, key: jax.Array | None) -> tuple[Message, jax.Array]:
-        """(message, what it decodes to, without packing and unpacking)."""
-        assert key is not None
-        x_MB = x_N.reshape(-1, self.block)
-        scale_M = (jnp.max if self.stochastic else jnp.mean)(jnp.abs(x_MB), axis=1)
-        coins_MB = unpack(jax.random.bits(key, (x_MB.shape[0], self.block // 8), jnp.uint8), 1) > 0
-        positive_MB = (x_MB > 0) | ((x_MB == 0) & coins_MB)
-        bits_M = bf16_bits(scale_M)
-        scale_M1 = from_bf16_bits(bits_M)[:, None]
-        decoded_N = jnp.where(positive_MB, scale_M1, -scale_M1).reshape(-1)
-        return {"values": pack(positive_MB.astype(jnp.uint8), 1), "scales": bits_M}, decoded_N
-
-    def decode(self, message: Message) -> jax.Array:
-        scale_M1 = from_bf16_bits(message["scales"])[:, None]
-        return jnp.where(unpack(message["values"], 1) > 0, scale_M1, -scale_M1).reshape(-1)
-
-
 # ── bits ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_block(block: int, multiple: int) -> None:
+def check_block(block: int, multiple: int) -> None:
     if block < 1 or block % multiple:
         raise ValueError(f"sync.block={block}: must be a positive multiple of {multiple}, so that blocks fill bytes")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from parallel.exchange.codecs.plain import HOP_DIMS, Identity, in_turn, pick
+from parallel.exchange.codecs.base import HOP_DIMS, in_turn, pick
+from parallel.exchange.codecs.plain import Identity
 
 PIECE = 2**20  # elements: larger shards are coded in pieces, so that what coding needs of memory is bounded
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from parallel.exchange.codecs import rounds
-from parallel.exchange.codecs.plain import Identity, Message, pick
+from parallel.exchange.codecs.base import BlockCodec, Message, RoundCodec, pick
+from parallel.exchange.codecs.plain import Identity
 from parallel.exchange.codecs.quantized import bf16_bits, from_bf16_bits, pack, round_up_to_bf16, unpack
 
 
@@ -23,7 +24,7 @@ def kept(density: float, chunk: int) -> int:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(BlockCodec):
     """The K largest of each chunk with their places (Aji & Heafield 2017; by chunks as in SparseLoCo 2025).
 
     bits 16: bfloat16 values and uint16 places, 4 bytes an entry. bits 8, 4, 2: values of so many bits with one scale a
@@ -35,7 +36,6 @@ class TopK:
     bits: int = 16
     chunk: int = 4096
     sparse: ClassVar[bool] = True
-    uses_key: ClassVar[bool] = False
     wants_error_feedback: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -131,7 +131,7 @@ def _unpack12(packed: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class RandomK:
+class RandomK(RoundCodec):
     """K elements of each chunk, the same places on every replica, so that no place is sent and values can be averaged.
 
     Places are offset + stride·j modulo the chunk with offset and odd stride drawn from a shared key, anew at each
@@ -140,17 +140,10 @@ class RandomK:
 
     density: float = 1 / 64
     chunk: int = 4096
-    per_matrix: ClassVar[bool] = False
     wants_error_feedback: ClassVar[bool] = True
 
     def __post_init__(self):
         kept(self.density, self.chunk)
-
-    def takes(self, leaf: Any) -> bool:
-        return True
-
-    def init(self, leaf: Any, key: jax.Array) -> Any:
-        return {}
 
     def wire(self, leaf: Any, send: Callable) -> dict[str, float]:
         M = self._chunks(leaf.size)
