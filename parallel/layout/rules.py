@@ -72,8 +72,9 @@ def check_divisible(
                 below, above = size // count * count, -(-size // count) * count
                 legal = f"{below} or {above}" if below >= max(1, (least or {}).get(axis, 1)) else f"{above}"
                 fits = ", ".join(str(d) for d in range(1, count + 1) if size % d == 0)
+                name = keystr(path, simple=True, separator="/")
                 raise ValueError(
-                    f"parameter {keystr(path, simple=True, separator='/')}: its dimension '{axis}' of size {size} cannot be cut over "
+                    f"parameter {name}: its dimension '{axis}' of size {size} cannot be cut over "
                     f"{over}={count}. Nearest legal sizes: {legal}; or {over} in {{{fits}}}"
                 )
 
