@@ -27,9 +27,8 @@ from jax.sharding import Mesh
 from data.corpus import cache_directory
 from data.loader import threads_beside_grain
 from parallel.layout import mesh as meshes
-from recipes import begin, build, describe, finish, fit, programs
+from recipes import begin, build, describe, finish, fit, methods, programs
 from runtime import agree, exits, library_log, preemption
-from runtime import config as configuration
 from runtime.config import bad_input
 from runtime.console import Console
 from runtime.preemption import EXIT_CODE, PreemptionNotice
@@ -40,8 +39,8 @@ def main(argv: list[str]) -> int:
     phases = Phases(STARTED)
 
     # ── Config ───────────────────────────────────────────────────────────────────────────────────────────────────
-    config, flags = configuration.parse(argv, __doc__ or "")
-    configuration.validate(config)
+    config, flags = methods.parse(argv, __doc__ or "")
+    methods.validate(config)
 
     # ── Devices ──────────────────────────────────────────────────────────────────────────────────────────────────
     notice, facts, console, mesh = start_devices(config, flags)

@@ -62,10 +62,9 @@ def predicted(row: Row, config: str, hosts: int) -> float:
 
     from parallel.cost.bytes import bytes_per_step
     from parallel.layout import mesh as meshes
-    from recipes import build
-    from runtime import config as configuration
+    from recipes import build, methods
 
-    values, _ = configuration.parse(["train.py", *row.flags(config, hosts)], "")
+    values, _ = methods.parse(["train.py", *row.flags(config, hosts)], "")
     mesh = meshes.build(meshes.fill_sizes(values.mesh, hosts), jax.devices()[:hosts])
     return bytes_per_step(build.build(values, mesh).strategy, values.steps)
 

@@ -13,16 +13,16 @@ from model import kernels
 from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
 from optim import guard, optimizer
 from optim.messages import OneBitAdam, Signum
-from parallel.exchange import codecs, units
 from parallel.exchange import exchange as exchanges
-from parallel.exchange.codecs.base import is_round
+from parallel.exchange import units
+from parallel.exchange.codecs.plain import Identity
 from parallel.exchange.exchange import Feedback
 from parallel.layout import placement, roles, rules
 from parallel.layout.axes import SLOW
-from parallel.strategies import eager, local, stale, streaming
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
+from recipes import methods
 from runtime import config as configuration
 from runtime.config import UsageError, check_batch, nearest_multiples
 
@@ -109,19 +109,6 @@ def build(c: Any, mesh: Mesh) -> Parts:
     return Parts(model, attention, mesh, replicas, strategy, shapes, state, batch, eval_batch)
 
 
-def build_codec(s: Any) -> Any:
-    """The codec of config group `sync`. Raises ValueError for options that it does not take."""
-    kind = codecs.CODECS[s.codec]
-    names = {field.name for field in dataclasses.fields(kind)} & configuration.CODEC_KEYS
-    return kind(**{name: s[name] for name in names if s[name] != -1})
-
-
-def draws(s: Any) -> bool:
-    """Whether that codec draws random numbers: what it draws follows from `seed`, and is a part of the programs."""
-    codec = build_codec(s)
-    return is_round(codec) or codec.uses_key
-
-
 def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any) -> Strategy:
     """The strategy of config group `sync`, with its exchange. Raises ValueError, with the config's keys."""
     s = c.sync
@@ -130,7 +117,7 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
             f"sync.strategy={s.strategy}, sync.codec={s.codec}, sync.algorithm={s.algorithm} with one replica: nothing "
             "is exchanged. Set mesh.replica or sync.replicas to 2 or more, or leave these three as they are by default"
         )
-    codec = build_codec(s)
+    codec, (kind, own) = methods.codec(s), methods.strategy(s)
     wanted = codec.wants_error_feedback if s.error_feedback == "auto" else s.error_feedback == "on"
     feedback = Feedback(s.decay, s.residual_dtype) if wanted and replicas > 1 else None
     leaves = units.leaves(shapes, model.axes)
@@ -147,23 +134,11 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
         "guard": guard.Guard(c.guard.zscore, c.guard.window),
     }
     if c.optimizer.name == "onebit_adam":
-        exact = exchanges.build(codecs.Identity(), s.algorithm, mesh, replicas, leaves)
+        exact = exchanges.build(Identity(), s.algorithm, mesh, replicas, leaves)
         warm = Sync(exchange=exact, **shared | {"optimizer": dataclasses.replace(shared["optimizer"], frozen=False)})
         return Warmed(exchange=exchange(leaves), warm=warm, warm_steps=c.optimizer.freeze_steps, **shared)
-    if s.strategy == "sync":
-        return Sync(exchange=exchange(leaves), **shared)
-    if s.strategy == "stale":
-        late = {"staleness": s.staleness, "compensation": s.compensation}
-        return stale.Stale(exchange=exchange(leaves), **late, **shared)
-    shared |= {"interval": s.interval, "outer": local.Outer(**s.outer.to_dict())}
-    if s.strategy == "diloco":
-        return local.DiLoCo(exchange=exchange(leaves), **shared)
-    if s.strategy == "eager":
-        return eager.Eager(exchange=exchange(leaves), **shared)
-    layers = jax.tree.map(lambda leaf: leaf.with_layers(c.model.num_layers // s.fragments), leaves["blocks"])
-    rest = exchange({name: leaf for name, leaf in leaves.items() if name != "blocks"})
-    parts = {"fragments": s.fragments, "overlap": s.overlap, "mix": s.mix}
-    return streaming.Streaming(exchange=exchange({"blocks": layers}), rest=rest, **parts, **shared)
+    parts = {field: exchange(part) for field, part in kind.divide(leaves, **own).items()}
+    return kind(**parts, **own, **shared)
 
 
 def num_parameters(parts: Parts) -> int:

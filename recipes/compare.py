@@ -18,9 +18,9 @@ from parallel.cost.bytes import bytes_per_step
 from parallel.cost.utilisation import Method
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
-from recipes import describe, fit
+from recipes import describe, fit, methods
 from recipes.begin import read_corpus
-from recipes.build import Parts, build, draws, num_parameters
+from recipes.build import Parts, build, num_parameters
 from recipes.programs import compile_evaluation, compile_init, compile_steps, shardings_of
 from runtime import config as configuration
 from runtime.config import RunError, UsageError
@@ -78,7 +78,7 @@ class Plan:
             for value in row.candidates:
                 for steps in {plan.steps, plan.third} if row.tune else {plan.steps}:
                     config = plan.config(row, value, steps)
-                    configuration.validate(config)
+                    methods.validate(config)
                     if config.init.workdir:
                         raise UsageError(f"row {row.name!r} sets init.workdir: a comparison draws its weights by seed")
         rows = plan.rows
@@ -169,7 +169,7 @@ class Runner:
         return self.workdir / "results" / f"{digest}.json"
 
     def _train(self, row: Row, config: Any, seed: int) -> dict[str, Any]:
-        if draws(config.sync):
+        if methods.draws(config.sync):
             config.seed = seed  # what a codec draws varies with the seed, as the weights and the order of the data do
         parts, programs, init, evaluate, corpus = self._build(config)
         loader = fit.make_loader(config, corpus, seed)
@@ -248,13 +248,11 @@ def _wire_bytes(parts: Parts, programs: dict[str, Any], config: Any) -> tuple[fl
 def _method(parts: Parts, steps: int) -> dict[str, Any]:
     """The row as the utilisation simulator takes it."""
     strategy = parts.strategy
-    interval = getattr(strategy, "interval", 1)
-    whole = bytes_per_step(strategy, steps, a_device_per_replica=True) * interval
-    overlap = {"Stale": "staleness", "Streaming": "overlap", "Eager": "interval"}.get(type(strategy).__name__)
+    whole = bytes_per_step(strategy, steps, a_device_per_replica=True) * strategy.interval
     method = Method(
         bytes_per_parameter=whole / num_parameters(parts),
-        interval=interval,
-        fragments=getattr(strategy, "fragments", 1),
-        overlap=getattr(strategy, overlap) if overlap else 0,
+        interval=strategy.interval,
+        fragments=strategy.fragments,
+        overlap=strategy.hidden_steps,
     )
     return vars(method)

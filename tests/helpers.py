@@ -20,9 +20,9 @@ from data import corpus as corpora
 from data.loader import Loader
 from parallel.layout import mesh as meshes
 from parallel.layout import placement
+from recipes import methods
 from recipes.build import Parts
 from recipes.programs import compile_init, compile_steps, shardings_of
-from runtime import config as configuration
 from runtime.progress import on_host
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ def tiny(**overrides: Any):
     config = module.get_config()
     for key, value in overrides.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
-    configuration.validate(config)
+    methods.validate(config)
     return config
 
 

@@ -16,6 +16,7 @@ import helpers
 import pytest
 
 from configs import base
+from recipes import methods
 from runtime import agree, preemption, rendezvous
 from runtime import config as configuration
 from runtime.config import RunError, UsageError
@@ -317,11 +318,11 @@ def test_code_is_compared_and_flags_that_change_nothing_are_not(monkeypatch, tmp
 def test_every_key_is_compared_but_where_files_lie(tmp_path):
     options = ["train.py", f"--config={helpers.ROOT}/configs/tiny.py", "--workdir=w", "--noresume"]
     keys = {key for key, _ in configuration.flatten(base.get_config())}
-    facts = agree.typed(*configuration.parse(options, ""))
+    facts = agree.typed(*methods.parse(options, ""))
     assert keys - facts.keys() == {"data.path", "data.tokenizer"}
     assert (facts["workdir"], facts["--resume"]) == ("w", False)
     assert facts["versions.python"] == platform.python_version()
-    others = agree.typed(*configuration.parse([*options, f"--config.data.path={tmp_path}"], ""))
+    others = agree.typed(*methods.parse([*options, f"--config.data.path={tmp_path}"], ""))
     assert {key for key in facts if others.get(key) != facts[key]} == {"versions.python"}
 
 

@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from configs import base
+from recipes import methods
 from runtime import config as configuration
 from runtime import launch
 
@@ -307,7 +308,7 @@ def test_every_config_key_exists(document):
 def test_every_training_command_can_be_read(document, tmp_path, monkeypatch):
     """Parsed and validated, not run. A run that is resumed, or started from, is taken to be a quickstart."""
     monkeypatch.chdir(ROOT)
-    saved = configuration.parse(["train.py", "--config=configs/quickstart.py"], "")[0]
+    saved = methods.parse(["train.py", "--config=configs/quickstart.py"], "")[0]
     (tmp_path / "config.json").write_text(saved.to_json())
     for words in commands(document):
         if "runtime.launch" in words:
@@ -319,8 +320,8 @@ def test_every_training_command_can_be_read(document, tmp_path, monkeypatch):
         argv = [f"{start_from}{tmp_path}" if word.startswith(start_from) else word for word in argv]
         if not any(word.startswith("--config=") for word in argv):
             argv = [f"--workdir={tmp_path}" if word.startswith("--workdir=") else word for word in argv]
-        config, _ = configuration.parse(argv, "")
-        configuration.validate(config)
+        config, _ = methods.parse(argv, "")
+        methods.validate(config)
 
 
 @PER_DOCUMENT

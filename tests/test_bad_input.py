@@ -19,7 +19,7 @@ import pytest
 
 import train
 from data.tokenizer import build
-from recipes import begin, programs
+from recipes import begin, methods, programs
 from runtime import config as configuration
 from runtime.checkpoint import Checkpoints
 from runtime.console import Console
@@ -184,12 +184,15 @@ def test_all_that_is_wrong_is_said_at_once(fails):
     assert [line.split("=")[0] for line in lines] == ["--config.steps", "--simulate", "optimizer.momentum"]
 
 
-@pytest.mark.parametrize("key", configuration.CHOICES)
+CHOICES = methods.known().choices()
+
+
+@pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_lists_its_values(key, fails):
-    text = configuration.CHOICES[key][0] + "x"
+    text = CHOICES[key][0] + "x"
     read = ["--config.sync.strategy=diloco"] if key.startswith("sync.outer") else []
     message = fails(TINY, f"--config.{key}={text}", *read)
-    assert f"{key}={text!r} is none of {', '.join(configuration.CHOICES[key])}: did you mean " in message
+    assert f"{key}={text!r} is none of {', '.join(CHOICES[key])}: did you mean " in message
 
 
 def test_packages_that_are_not_installed(fails, monkeypatch):
@@ -241,23 +244,21 @@ def test_no_config(fails, tmp_path):
 def test_a_config_file_may_set_what_nothing_reads(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(FROM_TINY + "    c.optimizer.momentum = 0.5\n    return c\n")
-    config, _ = configuration.parse(["train.py", f"--config={file}", "--config.steps=3"], "")
+    config, _ = methods.parse(["train.py", f"--config={file}", "--config.steps=3"], "")
     assert (config.optimizer.momentum, config.steps) == (0.5, 3)
-    config, _ = configuration.parse(
-        ["train.py", f"--config={file}", "--config.optimizer.momentum=0.5"], ""
-    )  # no change
+    config, _ = methods.parse(["train.py", f"--config={file}", "--config.optimizer.momentum=0.5"], "")  # no change
     assert config.optimizer.momentum == 0.5
 
 
 def test_the_order_of_options_does_not_matter_and_the_last_one_counts():
     argv = ["train.py", "--config.steps=3", "--noresume", "--config.steps=4", TINY, "--config.model.bias", "--dry_run"]
-    config, flags = configuration.parse(argv, "")
+    config, flags = methods.parse(argv, "")
     assert (config.steps, config.model.bias, flags.resume, flags.dry_run) == (4, True, False, True)
 
 
 def test_an_option_is_followed_by_its_value_after_an_equals_sign_or_a_blank(tmp_path):
     def parsed(text: str):
-        config, flags = configuration.parse(["train.py", *text.split("|")], "")
+        config, flags = methods.parse(["train.py", *text.split("|")], "")
         return config.to_json(), {name: flags[name].value for name in flags}
 
     file, data = f"{helpers.ROOT}/configs/tiny.py", tmp_path / "text"
@@ -276,7 +277,7 @@ def test_every_key_has_one_type_wherever_its_value_comes_from(key):
     others = {bool: [None, 1, "yes"], int: [None, 1.5, True, "4", float("nan")], float: [None, True, "fast"]}
     for value in others.get(type(good), [None, 5, True]):
         with pytest.raises(configuration.UsageError) as wrong:
-            configuration.validate(configuration.keys.nested(flat_base() | {key: value}))
+            methods.validate(configuration.keys.nested(flat_base() | {key: value}))
         assert f"{key}={value!r}: expected " in str(wrong.value)
     if isinstance(good, int) and not isinstance(good, bool):
         for value in (4.0, np.int64(4), configuration.keys.read_text(int, "4e0")):
@@ -293,7 +294,7 @@ def test_every_number_has_a_range_whose_excluded_ends_are_refused():
             if end == math.inf:
                 continue  # refused for every key
             try:
-                configuration.validate(configuration.keys.nested(flat_base() | {key: end}))
+                methods.validate(configuration.keys.nested(flat_base() | {key: end}))
                 message = ""
             except configuration.UsageError as error:
                 message = str(error)
@@ -315,7 +316,7 @@ def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()  # of a run, to begin with
     (tmp_path / "a" / "config.json").write_text(helpers.tiny(data__tokenizer=f"{tmp_path}/a").to_json())
     argv = ["train.py", "--config=~/tiny.py", "--workdir=~/runs/x"]
-    config, flags = configuration.parse([*argv, *(f"--config.{key}=~/a" for key in configuration.keys.PATHS)], "")
+    config, flags = methods.parse([*argv, *(f"--config.{key}=~/a" for key in configuration.keys.PATHS)], "")
     flat = dict(configuration.flatten(config))
     assert flags.workdir == f"{tmp_path}/runs/x"
     assert [flat[key] for key in configuration.keys.PATHS] == [f"{tmp_path}/a"] * len(configuration.keys.PATHS)
@@ -326,8 +327,8 @@ def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch):
 def test_a_run_made_shorter_keeps_the_share_of_its_warm_up():
     def parsed(*options: str):
         quickstart = f"--config={helpers.ROOT}/configs/quickstart.py"
-        config, flags = configuration.parse(["train.py", quickstart, *options], "")
-        configuration.validate(config)
+        config, flags = methods.parse(["train.py", quickstart, *options], "")
+        methods.validate(config)
         return config.optimizer.warmup_steps, flags.notes
 
     assert parsed("--config.steps=45") == (40, [])
@@ -350,11 +351,11 @@ def test_a_run_made_shorter_keeps_the_share_of_its_warm_up():
 def test_sizes_that_are_offered_are_legal_in_every_respect(options):
     flat = flat_base() | {"optimizer.warmup_steps": 0, "eval_every": 0, "checkpoint.every": 0} | options
     with pytest.raises(configuration.UsageError) as wrong:
-        configuration.validate(configuration.keys.nested(flat))
+        methods.validate(configuration.keys.nested(flat))
     (line,) = str(wrong.value).splitlines()
     key, offered = line.split("=")[0], line.split("Nearest legal sizes: ")[1].split(" or ")
     for size in offered:
-        configuration.validate(configuration.keys.nested(flat | {key: int(size)}))
+        methods.validate(configuration.keys.nested(flat | {key: int(size)}))
 
 
 @pytest.mark.parametrize("tokenizer", configuration.SMALLEST_VOCABULARY)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import train
-from recipes import begin, programs
+from recipes import begin, methods, programs
 from recipes.compare import Plan
 from runtime import config as configuration
 from runtime import steps
@@ -148,7 +148,7 @@ STATES = {
     "eager": {"sync__interval": 4},
     "streaming": {"sync__interval": 4, "sync__outer__optimizer": "adam"},
 }
-assert STATES.keys() == configuration.STRATEGIES.keys()
+assert STATES.keys() == methods.STRATEGIES.keys()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def origin(folder: Path, **values) -> str:
 
 
 def parsed(*options: str):
-    return configuration.parse(["train.py", *options], "")
+    return methods.parse(["train.py", *options], "")
 
 
 def test_every_key_that_parameters_and_ids_depend_on_is_taken_and_no_other(tmp_path):

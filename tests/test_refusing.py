@@ -27,6 +27,7 @@ from parallel.layout import mesh as meshes
 from parallel.strategies import eager, local, stale, streaming
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
+from recipes import methods
 from runtime import config as configuration
 from runtime.digest import named_arrays
 
@@ -209,4 +210,4 @@ def test_a_lump_that_residuals_hold_is_cut_off_and_does_not_come_back():
 
 
 def test_the_cells_are_those_that_the_config_knows():
-    assert set(STRATEGIES) == set(configuration.STRATEGIES) and set(NAMES) <= set(configuration.CODECS)
+    assert set(STRATEGIES) == set(methods.STRATEGIES) and set(NAMES) <= set(CODECS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from runtime import config as configuration
+from recipes import methods
 from runtime.metrics import read
 from runtime.verify import verify
 
@@ -153,7 +153,7 @@ STRATEGIES = {
     "eager": "interval=4",
     "streaming": "interval=8 overlap=2 mix=0.25",
 }
-assert STRATEGIES.keys() == configuration.STRATEGIES.keys()
+assert STRATEGIES.keys() == methods.STRATEGIES.keys()
 
 
 @pytest.mark.slow

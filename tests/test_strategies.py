@@ -21,10 +21,11 @@ from parallel.exchange import residuals, units
 from parallel.exchange.codecs import CODECS
 from parallel.layout import mesh as meshes
 from parallel.layout.norms import norms
-from parallel.strategies import eager, local, stale, streaming
+from parallel.strategies import eager, local, stale
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
+from recipes import methods
 from recipes.programs import compile_steps, shardings_of
 from runtime import config as configuration
 
@@ -50,18 +51,36 @@ def trained(strategy: str, mesh: tuple[int, int, int], steps: int = 8, **more):
     return losses, jax.device_get(state.params)
 
 
-def test_the_tables_of_the_config_are_the_fields_of_the_classes():
-    shared = {field.name for field in dataclasses.fields(Strategy)} | {"outer", "rest"}
-    classes = {"sync": Sync, "stale": stale.Stale, "diloco": local.DiLoCo}
-    classes |= {"eager": eager.Eager, "streaming": streaming.Streaming}
-    assert set(classes) == set(configuration.STRATEGIES) == set(OPTIONS)
-    for name, kind in classes.items():
-        fields = {field.name for field in dataclasses.fields(kind)} - shared
-        assert fields == {key for key in configuration.STRATEGIES[name] if "." not in key}, name
-    assert set(CODECS) == set(configuration.CODECS)
-    for name, kind in CODECS.items():
-        fields = {field.name for field in dataclasses.fields(kind)} - {"chunk", "tile"}
-        assert fields == configuration.CODECS[name], name
+def test_the_keys_of_a_method_are_the_fields_of_its_class():
+    outer = {"outer.optimizer", "outer.lr", "outer.momentum"}
+    known = methods.known()
+    assert (
+        known.strategies.items()
+        >= {
+            "sync": set(),
+            "stale": {"staleness", "compensation"},
+            "diloco": {"interval", *outer},
+            "eager": {"interval", *outer},
+            "streaming": {"interval", "fragments", "overlap", "mix", *outer},
+        }.items()
+    )
+    assert (
+        known.codecs.items()
+        >= {
+            **dict.fromkeys(("none", "bf16"), set()),
+            **dict.fromkeys(("fp8", "fp4", "int8", "int4", "int2", "sign"), {"block", "stochastic"}),
+            "topk": {"density", "bits"},
+            **dict.fromkeys(("randk", "demo"), {"density"}),
+            "powersgd": {"rank"},
+        }.items()
+    )
+    assert known.strategies.keys() == OPTIONS.keys()
+
+
+def test_every_key_of_the_group_is_read_by_a_method_or_by_all():
+    by_all = "replicas strategy codec algorithm error_feedback allow_stray_bytes decay residual_dtype"
+    read = set(by_all.split()).union(*methods.known().strategies.values(), *methods.known().codecs.values())
+    assert {f"sync.{key}" for key in read} == {key for key in configuration.base_values() if key.startswith("sync.")}
 
 
 # ── the same on every mesh ───────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ learns that replicas exist; what crosses `replica` is what the exchange sends, a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +56,19 @@ class Strategy:
     accumulate: int
     guard: Any
 
+    interval: ClassVar[int] = 1  # steps between two exchanges of the same parameter
+    fragments: ClassVar[int] = 1  # parts of the model that are exchanged in turn
+    hidden_steps: ClassVar[int] = 0  # whole steps that an exchange may hide behind
+
     @property
     def steps_per_call(self) -> int:
         """K."""
         return 1
+
+    @classmethod
+    def divide(cls, leaves: Any, **own: Any) -> dict[str, Any]:
+        """{the field of an exchange: what of the tree of units.Leaf it exchanges}. own: the fields of this class."""
+        return {"exchange": leaves}
 
     def init(self, params: Any) -> State:
         raise NotImplementedError

@@ -26,6 +26,10 @@ class Eager(Local):
     """
 
     @property
+    def hidden_steps(self) -> int:
+        return self.interval
+
+    @property
     def steps_per_call(self) -> int:
         return self.interval
 

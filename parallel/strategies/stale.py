@@ -31,6 +31,10 @@ class Stale(Sync):
     staleness: int = 1
     compensation: float = 0.0
 
+    @property
+    def hidden_steps(self) -> int:
+        return self.staleness
+
     def init(self, params: Any) -> State:
         R, state = self.exchange.replicas, super().init(params)
         zeros_R = lambda: jax.tree.map(lambda x: jnp.zeros((R, *x.shape), x.dtype), params)

@@ -35,6 +35,15 @@ class Streaming(Local):
     rest: Any = None
 
     @property
+    def hidden_steps(self) -> int:
+        return self.overlap
+
+    @classmethod
+    def divide(cls, leaves: Any, *, fragments: int, **own: Any) -> dict[str, Any]:
+        fragment = jax.tree.map(lambda leaf: leaf.with_layers(leaf.shape[0] // fragments), leaves["blocks"])
+        return {"exchange": {"blocks": fragment}, "rest": _rest(leaves)}
+
+    @property
     def steps_per_call(self) -> int:
         return self.interval // self.fragments
 

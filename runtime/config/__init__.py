@@ -9,11 +9,10 @@ from runtime.config.errors import RunError, UsageError, bad_input
 from runtime.config.flags import define_flags, execute, parse, version
 from runtime.config.keys import (
     CHOICES,
-    CODEC_KEYS,
-    CODECS,
     SMALLEST_VOCABULARY,
-    STRATEGIES,
     UNREAD,
+    Methods,
+    base_values,
     convert,
     converted,
     expand_home,
@@ -25,14 +24,13 @@ from runtime.config.suggest import nearest_multiples
 
 __all__ = [
     "CHOICES",
-    "CODECS",
-    "CODEC_KEYS",
     "SMALLEST_VOCABULARY",
-    "STRATEGIES",
     "UNREAD",
+    "Methods",
     "RunError",
     "UsageError",
     "bad_input",
+    "base_values",
     "changes_schedule",
     "check_batch",
     "check_goal",

@@ -6,24 +6,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from runtime.config.errors import UsageError
-from runtime.config.keys import CHOICES, RANGES, UNREAD, base_values, convert, flatten
+from runtime.config.keys import RANGES, Methods, base_values, convert, flatten
 from runtime.config.suggest import nearest_multiples, nearest_name
 
 
-def validate(config: Any) -> None:
-    """Every check that needs no device; all that is wrong in one UsageError."""
+def validate(config: Any, methods: Methods) -> None:
+    """Every check of the values that needs no device; all that is wrong in one UsageError."""
     flat, base = dict(flatten(config)), base_values()
     if missing := [key for key in base if key not in flat]:
         raise UsageError(f"this config has no {', '.join(missing)}: start from base.get_config() of configs/base.py")
-    wrong = [*_values(flat)] or [*relations(flat)]
+    wrong = [*_values(flat, methods.choices())] or [*relations(flat)]
     if not wrong:
         changed = [key for key, value in flat.items() if key.startswith("sync.") and value != base.get(key, value)]
-        wrong += unread(flat, changed)
+        wrong += unread(flat, changed, methods)
     if wrong:
         raise UsageError("\n".join(wrong))
 
 
-def _values(flat: dict[str, Any]) -> Iterator[str]:
+def _values(flat: dict[str, Any], choices: dict[str, tuple[str, ...]]) -> Iterator[str]:
     """What is wrong with each value by itself."""
     limits = {key: limit for limit, keys in RANGES.items() for key in keys.split()}
     for key, value in flat.items():
@@ -36,14 +36,14 @@ def _values(flat: dict[str, Any]) -> Iterator[str]:
             yield f"{key}={value}: must be a finite number"
         elif key in limits and value not in limits[key]:
             yield f"{key}={value}: {limits[key]}"
-        elif key in CHOICES and value not in CHOICES[key]:
-            near = nearest_name(str(value), CHOICES[key])
-            yield f"{key}={value!r} is none of {', '.join(CHOICES[key])}: did you mean {near!r}?"
+        elif key in choices and value not in choices[key]:
+            near = nearest_name(str(value), choices[key])
+            yield f"{key}={value!r} is none of {', '.join(choices[key])}: did you mean {near!r}?"
 
 
-def unread(flat: dict[str, Any], changed: list[str]) -> Iterator[str]:
+def unread(flat: dict[str, Any], changed: list[str], methods: Methods) -> Iterator[str]:
     """One line for each changed key that nothing reads."""
-    deciders = {key: name for name, cases in UNREAD.items() for key in cases.get(flat.get(name), "").split()}
+    deciders = {key: name for name, cases in methods.unread().items() for key in cases.get(flat.get(name), "").split()}
     if flat.get("data.path"):
         deciders["data.corpus"] = "data.path"
     for key in changed:
@@ -70,8 +70,6 @@ def relations(flat: dict[str, Any], offer: bool = True) -> Iterator[str]:
         yield f"optimizer.warmup_steps={flat['optimizer.warmup_steps']}: must be less than steps={flat['steps']}"
     if flat["compute.attention"] == "cudnn" and flat["data.document_mask"]:
         yield "compute.attention=cudnn cannot mask documents: set compute.attention=reference"
-    if flat["sync.algorithm"] == "psum" and flat["sync.codec"] != "none":
-        yield "sync.algorithm=psum adds up on the wire and knows no codec: set sync.codec=none or another algorithm"
     if flat["compute.attention"] == "cudnn" and flat["compute.dtype"] == "float32":
         yield "compute.attention=cudnn knows no compute.dtype=float32: set bfloat16, or compute.attention=reference"
     yield from _sync_relations(flat, offer)

@@ -17,6 +17,7 @@ from runtime.config.check import unread
 from runtime.config.errors import UsageError
 from runtime.config.keys import (
     EXPECTED,
+    Methods,
     base_values,
     convert,
     converted,
@@ -58,7 +59,7 @@ def version() -> str:
     return f"slackline {runtime.VERSION} (JAX {importlib.metadata.version('jax')}, Python {platform.python_version()})"
 
 
-def parse(argv: Sequence[str], doc: str) -> tuple[Any, Any]:
+def parse(argv: Sequence[str], doc: str, methods: Methods) -> tuple[Any, Any]:
     """argv (with the program's name first) -> (config, flags). Raises UsageError; prints help or version and exits if
     asked.
 
@@ -93,7 +94,7 @@ def parse(argv: Sequence[str], doc: str) -> tuple[Any, Any]:
     notes, clashes = take_origin(flat, overridden, workdir)
     notes += _shorten_warm_up(before, flat, overridden)
     wrong += clashes
-    wrong += unread(flat, [key for key, value in overridden.items() if value != before[key]])
+    wrong += unread(flat, [key for key, value in overridden.items() if value != before[key]], methods)
     if wrong:
         raise UsageError("\n".join(wrong))
     values.workdir = workdir

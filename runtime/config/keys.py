@@ -18,27 +18,6 @@ from runtime.config.suggest import unknown_key
 
 BASE = str(Path(__file__).parents[2] / "configs" / "base.py")  # every key that there is
 
-# What each strategy and each codec reads of the group sync; tests hold this against the classes' fields.
-LOCAL = {"interval", "outer.optimizer", "outer.lr", "outer.momentum"}
-STRATEGIES = {
-    "sync": set(),
-    "stale": {"staleness", "compensation"},
-    "diloco": LOCAL,
-    "eager": LOCAL,
-    "streaming": LOCAL | {"fragments", "overlap", "mix"},
-}
-STRATEGY_KEYS = set.union(*STRATEGIES.values())
-CODECS = {
-    **dict.fromkeys(("none", "bf16"), set()),
-    **dict.fromkeys(("fp8", "fp4", "int8", "int4", "int2"), {"block", "stochastic"}),
-    "sign": {"block", "stochastic"},
-    "topk": {"density", "bits"},
-    "randk": {"density"},
-    "demo": {"density"},
-    "powersgd": {"rank"},
-}
-CODEC_KEYS = set.union(*CODECS.values())
-
 CHOICES = {
     "model.norm": ("rms", "layer"),
     "model.mlp": ("swiglu", "gelu"),
@@ -50,14 +29,32 @@ CHOICES = {
     "data.changed": ("refuse", "accept"),
     "optimizer.name": ("adamw", "sgd", "muon", "lion", "sign", "signum", "onebit_adam"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
-    "sync.strategy": tuple(STRATEGIES),
-    "sync.codec": tuple(CODECS),
     "sync.algorithm": ("auto", "gather", "two_stage", "psum"),
     "sync.error_feedback": ("auto", "on", "off"),
     "sync.residual_dtype": ("float32", "bfloat16"),
     "sync.outer.optimizer": ("nesterov", "sgd", "adam"),
     "metrics.tensorboard": ("auto", "on", "off"),
 }
+
+
+class Methods(NamedTuple):
+    """What `sync.strategy` and `sync.codec` may be: {name: its keys of the group `sync`, without the group's name}."""
+
+    strategies: dict[str, frozenset[str]]
+    codecs: dict[str, frozenset[str]]
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """CHOICES, and these two."""
+        return CHOICES | {"sync.strategy": tuple(self.strategies), "sync.codec": tuple(self.codecs)}
+
+    def unread(self) -> dict[str, dict[Any, str]]:
+        """UNREAD, and these two: what another one reads and this one does not."""
+        return UNREAD | {"sync.strategy": _unread(self.strategies), "sync.codec": _unread(self.codecs)}
+
+
+def _unread(kinds: dict[str, frozenset[str]]) -> dict[Any, str]:
+    every = frozenset[str]().union(*kinds.values())
+    return {name: " ".join(f"sync.{key}" for key in sorted(every - own)) for name, own in kinds.items()}
 
 
 class Range(NamedTuple):
@@ -125,10 +122,6 @@ UNREAD: dict[str, dict[Any, str]] = {
     "optimizer.schedule": {"constant": "optimizer.final_lr_fraction"},
     "guard.zscore": {0: "guard.window"},
     "sample.tokens": {0: "sample.prompt sample.temperature"},
-    "sync.strategy": {
-        name: " ".join(f"sync.{key}" for key in sorted(STRATEGY_KEYS - read)) for name, read in STRATEGIES.items()
-    },
-    "sync.codec": {name: " ".join(f"sync.{key}" for key in sorted(CODEC_KEYS - read)) for name, read in CODECS.items()},
     "sync.error_feedback": {"off": "sync.decay sync.residual_dtype"},
     "sync.outer.optimizer": {"sgd": "sync.outer.momentum"},
 }
