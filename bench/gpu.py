@@ -27,6 +27,7 @@ import jax  # noqa: E402
 from bench import common, step  # noqa: E402
 from bench.torch_gpt import OutOfMemory, TorchChild  # noqa: E402
 from configs import base  # noqa: E402
+from parallel.cost import flops  # noqa: E402
 from parallel.cost.hardware import peak_flops  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from recipes import build  # noqa: E402
@@ -96,8 +97,8 @@ def time_ours(config: Any, steps: int) -> dict[str, Any]:
         "attention": parts.model.compute.attention,
         "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "flops per token": {
-            "full": parts.model.flops_per_token(config.data.seq_len, causal=False),
-            "causal": parts.model.flops_per_token(config.data.seq_len, causal=True),
+            "full": flops.per_token(parts.param_shapes, parts.model.config, config.data.seq_len, causal=False),
+            "causal": flops.per_token(parts.param_shapes, parts.model.config, config.data.seq_len, causal=True),
         },
     }
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.attention import Attention, rope_tables
+from model.config import Compute, ModelConfig
 from model.layers import GELU, LayerNorm, RMSNorm, SwiGLU, Weights, normal
 from model.loss import cross_entropy
 
@@ -27,52 +28,6 @@ GATHERED = ("batch", None, None)  # inside a block: whole sequences, sharded hea
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLPS = {"swiglu": SwiGLU, "gelu": GELU}
 POSITIONS = ("rope", "learned")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of rotary wavelengths."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_len: int
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What the model *is*. Everything here changes its weights or its output."""
-
-    vocab_size: int
-    max_seq_len: int
-    num_layers: int
-    model_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    norm: str
-    norm_eps: float
-    mlp: str
-    position: str
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    qk_norm: bool
-    bias: bool
-    tie_embeddings: bool
-    sliding_window: int
-    init_std: float
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How the model is *executed*. Nothing here changes the mathematics."""
-
-    dtype: jnp.dtype
-    attention: str
-    remat: str
-    unroll: bool
-    loss_chunk_mib: int
 
 
 @dataclass(frozen=True)
@@ -205,19 +160,6 @@ class Transformer:
             chunk_bytes=self.compute.loss_chunk_mib << 20,
         )
         return total, jnp.sum(batch["mask"])
-
-    def flops_per_token(self, seq_len: int, causal: bool) -> float:
-        """Training FLOPs per token: 6 per matmul weight (the head counted once, look-ups not), plus attention's
-        12·L·H·K·T when the full T×T scores are counted, half of that when only the causal half is. A sliding window
-        of W keys counts as T×W, less the W²/2 before the text begins when causal."""
-        c = self.config
-        shapes = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
-        matmul = c.vocab_size * c.model_dim
-        for path, x in jax.tree_util.tree_leaves_with_path(shapes["blocks"]):
-            matmul += x.size if x.ndim > 2 and not path[-1].key.endswith("bias") else 0
-        visible = min(seq_len, c.sliding_window or seq_len)  # keys that a query sees, on average
-        visible = visible - visible**2 / (2 * max(seq_len, 1)) if causal else visible
-        return 6 * matmul + 12 * c.num_layers * c.num_heads * c.head_dim * visible
 
 
 def _look_up(tokens_BT, positions_BT, embed_VD, position_TD=None, *, constrain, dtype) -> jax.Array:

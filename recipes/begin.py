@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from data import corpus as corpora
+from parallel.cost import flops
 from parallel.cost.hardware import peak_flops
 from parallel.exchange import units
 from parallel.strategies import resume
@@ -206,7 +207,7 @@ def make_recorder(
         abort_after=config.guard.abort_after,
         tokens=tokens or 0,
         flops_per_second_at_full_speed=full_speed(parts),
-        flops_per_token=parts.model.flops_per_token(config.data.seq_len, causal=False),
+        flops_per_token=flops.per_token(parts.param_shapes, parts.model.config, config.data.seq_len, causal=False),
         wire_bytes=wire_bytes,
         train_seconds=train_seconds,
     )

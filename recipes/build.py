@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from model import kernels
-from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
-from optim import guard, optimizer
+from model.config import Compute, ModelConfig, RopeScaling
+from model.transformer import Transformer
+from optim import build as optim
+from optim import guard
 from optim.messages import OneBitAdam, Signum
+from optim.optimizer import Optimizer, Schedule
 from parallel.exchange import exchange as exchanges
 from parallel.exchange import units
 from parallel.exchange.codecs.plain import Identity
 from parallel.exchange.exchange import Feedback
 from parallel.layout import placement, roles, rules
 from parallel.layout.axes import SLOW
+from parallel.layout.mesh import check_divisible
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
@@ -61,19 +65,19 @@ def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
     return Transformer(config, compute, z_loss=c.optimizer.z_loss), why
 
 
-def build_schedule(c: Any) -> optimizer.Schedule:
+def build_schedule(c: Any) -> Schedule:
     o = c.optimizer
-    return optimizer.schedule(o.schedule, o.lr, o.warmup_steps, c.steps, o.final_lr_fraction)
+    return optim.schedule(o.schedule, o.lr, o.warmup_steps, c.steps, o.final_lr_fraction)
 
 
-def build_optimizer(c: Any, axes: Any) -> optimizer.Optimizer:
+def build_optimizer(c: Any, axes: Any) -> Optimizer:
     o, schedule = c.optimizer, build_schedule(c)
     if o.name == "signum":
         return Signum(schedule=schedule, momentum=o.momentum, weight_decay=o.weight_decay)
     if o.name == "onebit_adam":
         return OneBitAdam(schedule=schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     names = ("b1", "b2", "eps", "momentum", "weight_decay", "clip_norm")
-    return optimizer.build(o.name, schedule, axes, **{name: o[name] for name in names})
+    return optim.optimizer(o.name, schedule, axes, **{name: o[name] for name in names})
 
 
 def build(c: Any, mesh: Mesh) -> Parts:
@@ -94,7 +98,7 @@ def build(c: Any, mesh: Mesh) -> Parts:
     shapes = jax.eval_shape(model.init, key)
     try:
         least = {"vocab": configuration.SMALLEST_VOCABULARY.get(c.data.tokenizer, 1)}
-        rules.check_divisible(shapes, model.axes, mesh.shape, least)
+        check_divisible(shapes, model.axes, mesh.shape, least)
         strategy = build_strategy(c, model, mesh, replicas, shapes)
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from parallel.cost import stray
+from parallel.cost import flops, stray
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
@@ -115,6 +115,7 @@ def rows(
     """
     mesh, seq_len = parts.mesh, parts.batch["tokens"].shape[-1]
     need = max((memory(program) for program in programs.values()), key=lambda sizes: sizes[-1])
+    per_token = flops.per_token(parts.param_shapes, parts.model.config, seq_len, causal=False)
     state = sum(_shard_bytes(x) for x in jax.tree.leaves(parts.state))
     kinds = {d.device_kind for d in mesh.devices.flat}
     rows = [
@@ -123,10 +124,7 @@ def rows(
         ("replicas", f"{parts.replicas}, {_exchange(parts)}"),
         ("attention", parts.attention),
         ("tokens per step", human_count(math.prod(parts.batch["tokens"].shape[1:]))),
-        (
-            "FLOPs per token",
-            f"{human_count(parts.model.flops_per_token(seq_len, causal=False))} (training, full attention)",
-        ),
+        ("FLOPs per token", f"{human_count(per_token)} (training, full attention)"),
         ("state per device", f"{human_bytes(state)}; as much again while a checkpoint is being copied"),
         ("temporary per device", said_bytes(need[1])),
         ("in all per device", said_bytes(sum(need))),

@@ -95,7 +95,7 @@ CASES = [
     ),
     TakenOut(
         "deciding: norms are added up in one order everywhere",
-        "parallel/layout/norms.py",
+        "parallel/strategies/base.py",
         "parts_DM = lax.all_gather(parts_DM, axis, tiled=True)",
         "parts_DM = lax.psum(parts_DM, axis)",
         "tests/test_strategies.py::test_a_norm_is_the_same_bits_on_every_device_and_crosses_no_slow_axis",
@@ -569,7 +569,7 @@ CASES = [
     ),
     TakenOut(
         "config: a vocabulary that is offered holds its tokenizer",
-        "parallel/layout/rules.py",
+        "parallel/layout/mesh.py",
         ">= max(1, (least or {}).get(axis, 1))",
         ">= 1",
         "tests/test_bad_input.py::"

@@ -16,9 +16,11 @@ import oracle
 import pytest
 
 from model import attention, transformer
+from model.config import Compute, ModelConfig, RopeScaling
 from model.layers import Weights, normal
 from model.loss import cross_entropy
-from model.transformer import Compute, ModelConfig, RopeScaling, Transformer
+from model.transformer import Transformer
+from parallel.cost import flops
 from parallel.layout.rules import Constrain
 
 ALONE = Constrain(None)  # one device: nothing to constrain
@@ -456,8 +458,9 @@ def test_a_deeper_model_starts_from_the_same_first_layers():
 
 def test_flops_per_token_with_a_sliding_window():
     """Causal: query t sees min(t + 1, W) keys, which is W for most, not W / 2."""
-    model = Transformer(dataclasses.replace(LLAMA, sliding_window=64), F32)
-    matmuls = model.flops_per_token(0, causal=True)
+    config = dataclasses.replace(LLAMA, sliding_window=64)
+    shapes = jax.eval_shape(Transformer(config, F32).init, jax.random.key(0))
+    matmuls = flops.per_token(shapes, config, 0, causal=True)
     seen = np.minimum(np.arange(1024) + 1, 64).mean()
     attention_flops = 12 * 2 * 4 * 16 * seen
-    assert model.flops_per_token(1024, causal=True) - matmuls == pytest.approx(attention_flops, rel=0.02)
+    assert flops.per_token(shapes, config, 1024, causal=True) - matmuls == pytest.approx(attention_flops, rel=0.02)

@@ -9,8 +9,8 @@ import optax
 import oracle
 import pytest
 
+from optim import build, optimizer
 from optim import guard as guards
-from optim import optimizer
 from parallel.layout.rules import Constrain
 
 ALONE = Constrain(None)  # one device: nothing to constrain
@@ -73,8 +73,8 @@ def test_optimizer_equals_numpy(name, clip_norm):
     """5 steps of a falling learning rate; weight decay spares biases and scales; two of the gradients are clipped."""
     params = random_tree(0)
     gradients = [random_tree(1 + i, size) for i, size in enumerate((1.0, 3.0, 0.5, 2.0, 1.0))]
-    schedule = optimizer.schedule("cosine", 0.05, 0, 10, 0.1)
-    built = optimizer.build(name, schedule, AXES, **DEFAULTS | {"clip_norm": clip_norm})
+    schedule = build.schedule("cosine", 0.05, 0, 10, 0.1)
+    built = build.optimizer(name, schedule, AXES, **DEFAULTS | {"clip_norm": clip_norm})
     history = optimize(built, params, gradients)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     weights, states = jax.tree.leaves(float64(params)), [None] * len(paths)
@@ -98,16 +98,16 @@ def test_optimizer_equals_numpy(name, clip_norm):
 def test_sgd_without_momentum_and_decay_is_plain():
     params, gradient = random_tree(0), random_tree(1)
     plain = DEFAULTS | {"momentum": 0.0, "weight_decay": 0.0}
-    built = optimizer.build("sgd", optimizer.schedule("constant", 0.1, 0, 10, 0.1), AXES, **plain)
+    built = build.optimizer("sgd", build.schedule("constant", 0.1, 0, 10, 0.1), AXES, **plain)
     after = optimize(built, params, [gradient])[0]
     jax.tree.map(lambda w, g, got: np.testing.assert_allclose(got, w - 0.1 * g, atol=1e-6), params, gradient, after)
 
 
 def test_an_unknown_optimizer_or_schedule_is_an_error_with_the_choices():
     with pytest.raises(ValueError, match="adam.*adamw, lion, muon, sgd"):
-        optimizer.build("adam", lambda step: 0.1, AXES, **DEFAULTS)
+        build.optimizer("adam", lambda step: 0.1, AXES, **DEFAULTS)
     with pytest.raises(ValueError, match="linear.*constant, cosine, wsd"):
-        optimizer.schedule("linear", 0.1, 0, 10, 0.1)
+        build.schedule("linear", 0.1, 0, 10, 0.1)
 
 
 def matrices(tree):
@@ -123,7 +123,7 @@ def matrices(tree):
 def test_muon_orthogonalises_the_matrices_of_the_blocks():
     """First step: Newton-Schulz of the gradient, times 0.2 √(larger side) (Liu et al. 2025, eq. 4), and decay."""
     params, gradients = random_tree(0), [random_tree(1), random_tree(2)]
-    built = optimizer.build("muon", optimizer.schedule("constant", 0.1, 0, 10, 0.1), AXES, **DEFAULTS)
+    built = build.optimizer("muon", build.schedule("constant", 0.1, 0, 10, 0.1), AXES, **DEFAULTS)
     first, second = optimize(built, params, gradients)
     for w, g, after in zip(matrices(params), matrices(gradients[0]), matrices(first), strict=True):
         expected = 0.2 * math.sqrt(max(w.shape)) * oracle.newton_schulz(g.astype(np.float64))
@@ -142,9 +142,9 @@ def not_matrices(tree):
 
 def test_muon_gives_embedding_biases_and_norms_the_update_of_adamw():
     params, gradients = random_tree(0), [random_tree(1), random_tree(2), random_tree(3)]
-    schedule = optimizer.schedule("constant", 0.1, 0, 10, 0.1)
-    with_muon = optimize(optimizer.build("muon", schedule, AXES, **DEFAULTS), params, gradients)
-    with_adamw = optimize(optimizer.build("adamw", schedule, AXES, **DEFAULTS), params, gradients)
+    schedule = build.schedule("constant", 0.1, 0, 10, 0.1)
+    with_muon = optimize(build.optimizer("muon", schedule, AXES, **DEFAULTS), params, gradients)
+    with_adamw = optimize(build.optimizer("adamw", schedule, AXES, **DEFAULTS), params, gradients)
     for a, b in zip(with_muon, with_adamw, strict=True):
         for name, got in not_matrices(a).items():
             np.testing.assert_allclose(got, not_matrices(b)[name], atol=1e-6, err_msg=name)
@@ -153,7 +153,7 @@ def test_muon_gives_embedding_biases_and_norms_the_update_of_adamw():
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
 def test_weight_decay_spares_biases_and_scales(name):
     params, zero = random_tree(0), jax.tree.map(np.zeros_like, random_tree(0))
-    built = optimizer.build(name, optimizer.schedule("constant", 0.1, 0, 10, 0.1), AXES, **DEFAULTS)
+    built = build.optimizer(name, build.schedule("constant", 0.1, 0, 10, 0.1), AXES, **DEFAULTS)
     after = optimize(built, params, [zero])[0]
 
     def check(path, w, got):
@@ -180,7 +180,7 @@ def test_weight_decay_spares_biases_and_scales(name):
 )
 def test_schedules(kind, warmup, expected):
     """lr 2, 100 steps, to a tenth of it. Warm-up reaches lr at its last step and never wastes one at 0."""
-    schedule = optimizer.schedule(kind, 2.0, warmup, 100, 0.1)
+    schedule = build.schedule(kind, 2.0, warmup, 100, 0.1)
     for step, lr in expected.items():
         assert float(schedule(jnp.int32(step))) == pytest.approx(lr, rel=1e-5), step
 
@@ -274,7 +274,7 @@ def test_an_optimizer_s_state_has_our_names_whatever_the_chain_is():
     for name, slots in {"adamw": {"first", "second"}, "lion": {"first"}, "sgd": {"momentum"}}.items():
         for decay in (0.0, 0.1):
             options = DEFAULTS | {"weight_decay": decay}
-            built = optimizer.build(name, optimizer.schedule("constant", 0.1, 0, 10, 0.1), AXES, **options)
+            built = build.optimizer(name, build.schedule("constant", 0.1, 0, 10, 0.1), AXES, **options)
             state = built.init(params)
             assert set(state["blocks"]["mlp"]["up"]) == slots and set(state) <= {*params, "count"}
             again = optimizer.named(optimizer.as_optax(built.transform.init(params), state))

@@ -20,9 +20,8 @@ from parallel.exchange import exchange as exchanges
 from parallel.exchange import residuals, units
 from parallel.exchange.codecs import CODECS
 from parallel.layout import mesh as meshes
-from parallel.layout.norms import norms
 from parallel.strategies import eager, local, stale
-from parallel.strategies.base import Strategy
+from parallel.strategies.base import Strategy, norms
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
 from recipes import methods

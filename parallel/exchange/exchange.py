@@ -62,8 +62,6 @@ class Exchange:
 
     def mean(self, tree_R: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
         """(leaves [R, …] float32 -> […], replicated over `replica`, sharded over the fast axes as before; state)."""
-        if self.replicas == 1:
-            return jax.tree.map(lambda x: x[0], tree_R), state  # there is nobody to exchange with
         body = lambda tree, state, step: self._finish(*self._start(tree, state, step), step)
         return self._on_devices(body, self._sharded(SLOW), self._sharded())(tree_R, state, step)
 

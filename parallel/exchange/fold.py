@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from parallel.exchange.residuals import of_weights
-from parallel.exchange.units import Leaf, members
+from parallel.exchange.units import SMALL_UNIT, Leaf
+from parallel.layout.rules import of
 
 FRAGMENTS = "codec/fragments/server/"
 SERVERS = (FRAGMENTS, "codec/rest/server/", "codec/server/")
@@ -22,8 +23,16 @@ def owners(server_names: list[str], leaves: list[Leaf]) -> dict[str, list[Leaf]]
     for name in server_names:
         prefix, unit = server_of(name) or ("", "")
         units = {other.removeprefix(prefix) for other in server_names if other.startswith(prefix)}
-        found[name] = members(unit, units, [leaf for leaf in leaves if _belongs(leaf, prefix)])
+        found[name] = _members(unit, units, [leaf for leaf in leaves if _belongs(leaf, prefix)])
     return found
+
+
+def _members(unit: str, units: set[str], leaves: list[Leaf]) -> list[Leaf]:
+    """The leaves of a unit, by its name: one array, or all over the same axes that are no unit by themselves."""
+    if unit.split(" ")[0] != SMALL_UNIT:
+        return [leaf for leaf in leaves if leaf.name == unit]
+    axes = sorted(unit.split(" ")[1:])
+    return [leaf for leaf in leaves if leaf.name not in units and sorted(of(leaf.spec)) == axes]
 
 
 def _belongs(leaf: Leaf, prefix: str) -> bool:

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from parallel.exchange.codecs.base import is_round
 from parallel.exchange.units import Leaf
 from parallel.layout import roles
-from parallel.layout.axes import FAST, SLOW, names
+from parallel.layout.axes import FAST, SLOW
+from parallel.layout.rules import names
 
 
 def nothing() -> dict[str, Any]:

@@ -14,8 +14,7 @@ from jax.tree_util import keystr
 from parallel.exchange.codecs import rounds
 from parallel.exchange.codecs.base import is_round
 from parallel.exchange.codecs.plain import Identity
-from parallel.layout.axes import of, shards
-from parallel.layout.rules import spec
+from parallel.layout.rules import of, shards, spec
 
 SMALL = 2**14  # shards of fewer elements share one unit: a collective costs about as much as 64 KiB more to send
 SMALL_UNIT = "small"
@@ -106,14 +105,6 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
         shapes = tuple(local.shape for local in locals_)
         units.append(Unit(name, numbers, shapes, axes, whole.size, whole, own, _salt(name), 1, whole.shape))
     return tuple(units)
-
-
-def members(unit: str, units: set[str], leaves: list[Leaf]) -> list[Leaf]:
-    """The leaves of a unit, by its name: one array, or all over the same axes that are no unit by themselves."""
-    if unit.split(" ")[0] != SMALL_UNIT:
-        return [leaf for leaf in leaves if leaf.name == unit]
-    axes = sorted(unit.split(" ")[1:])
-    return [leaf for leaf in leaves if leaf.name not in units and sorted(of(leaf.spec)) == axes]
 
 
 def _piece(shape: tuple[int, ...], pieces: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Builds and validates the device mesh, of the axes in axes.py."""
+"""Builds the device mesh, of the axes in axes.py, and says what does not fit it."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.tree_util import keystr
 
+from parallel.layout import rules
 from parallel.layout.axes import SLOW, USED
 
 
@@ -63,6 +65,26 @@ def _factorings(n: int, limit: int = 12) -> str:
     rows = sorted(factorings(n), key=lambda row: (row[0], row[-1]))
     text = ", ".join("×".join(map(str, row)) for row in rows[:limit])
     return f"{'×'.join(USED)} = {text}{', …' if len(rows) > limit else ''}"
+
+
+def check_divisible(
+    shapes_tree: Any, axes_tree: Any, sizes: Mapping[str, int], least: Mapping[str, int] | None = None
+) -> None:
+    """Raises ValueError for the first parameter with a dimension that its mesh axis does not divide. least: the
+    smallest size that a logical axis may have for other reasons; none below is offered."""
+    axes_leaves = dict(jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=lambda x: isinstance(x, tuple)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_tree):
+        for size, axis in zip(leaf.shape, axes_leaves[path], strict=True):
+            over, count = rules.cut(axis, sizes) if axis else ("", 1)
+            if size % count:
+                below, above = size // count * count, -(-size // count) * count
+                legal = f"{below} or {above}" if below >= max(1, (least or {}).get(axis, 1)) else f"{above}"
+                fits = ", ".join(str(d) for d in range(1, count + 1) if size % d == 0)
+                name = keystr(path, simple=True, separator="/")
+                raise ValueError(
+                    f"parameter {name}: its dimension '{axis}' of size {size} cannot be cut over "
+                    f"{over}={count}. Nearest legal sizes: {legal}; or {over} in {{{fits}}}"
+                )
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
-"""From logical axes to mesh axes: one table, and errors that name the parameter."""
+"""From logical axes to mesh axes: one table; and what PartitionSpecs say."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import keystr
-
-from parallel.layout.axes import of, shards
 
 Axes = Sequence[str | None]
 
@@ -50,6 +48,21 @@ def cut(axis: str, sizes: Mapping[str, int]) -> tuple[str, int]:
     return " × ".join(f"mesh.{name}" for name in RULES[axis]), shards(entry(axis), sizes)
 
 
+def names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec: None, an axis, or several."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def of(spec: Any) -> tuple[str, ...]:
+    """All mesh axes of a PartitionSpec."""
+    return tuple(axis for entry in spec for axis in names(entry))
+
+
+def shards(entry: Any, sizes: Mapping[str, int]) -> int:
+    """Into how many parts a dimension with this entry is cut, on a mesh of these sizes."""
+    return math.prod(sizes[axis] for axis in names(entry))
+
+
 def specs(axes_tree: Any) -> Any:
     """PartitionSpecs for a tree of logical axes."""
     return jax.tree.map(spec, axes_tree, is_leaf=lambda x: isinstance(x, tuple))
@@ -57,26 +70,6 @@ def specs(axes_tree: Any) -> Any:
 
 def shardings(mesh: Mesh, specs_tree: Any) -> Any:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs_tree, is_leaf=lambda x: isinstance(x, P))
-
-
-def check_divisible(
-    shapes_tree: Any, axes_tree: Any, sizes: Mapping[str, int], least: Mapping[str, int] | None = None
-) -> None:
-    """Raises ValueError for the first parameter with a dimension that its mesh axis does not divide. least: the
-    smallest size that a logical axis may have for other reasons; none below is offered."""
-    axes_leaves = dict(jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=lambda x: isinstance(x, tuple)))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_tree):
-        for size, axis in zip(leaf.shape, axes_leaves[path], strict=True):
-            over, count = cut(axis, sizes) if axis else ("", 1)
-            if size % count:
-                below, above = size // count * count, -(-size // count) * count
-                legal = f"{below} or {above}" if below >= max(1, (least or {}).get(axis, 1)) else f"{above}"
-                fits = ", ".join(str(d) for d in range(1, count + 1) if size % d == 0)
-                name = keystr(path, simple=True, separator="/")
-                raise ValueError(
-                    f"parameter {name}: its dimension '{axis}' of size {size} cannot be cut over "
-                    f"{over}={count}. Nearest legal sizes: {legal}; or {over} in {{{fits}}}"
-                )
 
 
 class Constrain:

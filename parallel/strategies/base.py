@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from parallel.exchange.exchange import Exchange
 from parallel.layout import roles
 from parallel.layout.axes import SLOW
-from parallel.layout.norms import norms
-from parallel.layout.rules import Constrain
+from parallel.layout.rules import Constrain, of
 
 Batch = dict[str, jax.Array]
 TINY = 1e-30  # instead of a rate of 0
@@ -64,6 +64,11 @@ class Strategy:
     def steps_per_call(self) -> int:
         """K."""
         return 1
+
+    @property
+    def replicas(self) -> int:
+        """R."""
+        return self.exchange.net.replicas
 
     @classmethod
     def divide(cls, leaves: Any, **own: Any) -> dict[str, Any]:
@@ -146,11 +151,17 @@ class Strategy:
         """Over all replicas: these sums [R], and the root mean square of the replicas' norms, before anything is
         encoded. One message of a few scalars: nothing else crosses `replica` but the exchange, and every device decides
         by the same bits."""
-        R = self.exchange.replicas
+        R = self.replicas
         squares_R = jax.vmap(lambda tree: optax.tree.norm(tree, squared=True), spmd_axis_name=SLOW)(tree_R)
         scalars_RM = jnp.stack([*sums_R, squares_R], axis=1)
         *sums, squares = scalars_RM[0] if R == 1 else self.exchange.scalars(scalars_RM, name)
         return *sums, jnp.sqrt(squares / R)
+
+    def mean(self, tree_R: Any, codec: Any, step: jax.Array) -> tuple[Any, Any]:
+        """Exchanges a tree [R, …] like the parameters: (its mean, what the exchange remembers)."""
+        if self.replicas == 1:  # there is nobody to exchange with
+            return take(tree_R, 0), codec
+        return self.exchange.mean(tree_R, codec, step)
 
     def settle(
         self, counters: Any, apply: Callable, specs: Any, mean: Any, before: tuple, ready: Any, rate: Any, judged: bool
@@ -194,3 +205,27 @@ def length(batch: Any) -> int:
 def per_step(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Of one step, [1]."""
     return jax.tree.map(lambda x: x[None], metrics)
+
+
+def norms(mesh: Mesh, *trees: tuple[Any, Any]) -> tuple[jax.Array, ...]:
+    """The L2 norm of each (specs, tree), float32, the same bits on every device. Left to XLA, each group of replicas
+    would add up its own devices' parts, in an order of its own, and replicas might decide differently on the last bit.
+    Here the parts of the fast axes are gathered and added up in one order everywhere; nothing crosses `replica`."""
+    fast = tuple(axis for axis in mesh.axis_names if axis != SLOW and mesh.shape[axis] > 1)
+
+    def share(x: jax.Array, spec: P) -> jax.Array:
+        """This device's part of the sum of squares: copies count on the first of their holders."""
+        copies = [lax.axis_index(axis) for axis in fast if axis not in of(spec)]
+        square = jnp.sum(jnp.square(x.astype(jnp.float32)))
+        return jnp.where(sum(copies) == 0, square, 0.0) if copies else square
+
+    def body(*found: Any) -> jax.Array:
+        sums = [sum(jax.tree.leaves(jax.tree.map(share, x, specs))) for x, (specs, _) in zip(found, trees, strict=True)]
+        parts_DM = jnp.stack(sums)[None]
+        for axis in fast:
+            parts_DM = lax.all_gather(parts_DM, axis, tiled=True)
+        return jnp.sqrt(jnp.sum(parts_DM, axis=0))
+
+    in_specs = tuple(specs for specs, _ in trees)
+    found_M = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)(*(t for _, t in trees))
+    return tuple(found_M)

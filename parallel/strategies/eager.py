@@ -90,7 +90,7 @@ class Eager(Local):
     def _apply(self, state: State, mean: Any, codec: Any, fresh_R: Any, new: Any, fresh: bool) -> State:
         """The outer step of what all replicas share, and each replica's own. A mean that is refused is left out of
         both. new: the verdict on the fresh pseudo-gradients, if there are any."""
-        own, due, R = state.strategy, state.strategy["finite"], self.exchange.replicas
+        own, due, R = state.strategy, state.strategy["finite"], self.replicas
         before = (state.params, own["outer"]["shared"])
         (params, shared), _, usable, used = self.settle(
             own["rounds"], self.outer.apply, self.specs, mean, before, due, self.rate(state.step), judged=True

@@ -21,9 +21,8 @@ from parallel.exchange import residuals
 from parallel.exchange.exchange import Exchange
 from parallel.layout import roles
 from parallel.layout.axes import SLOW
-from parallel.layout.norms import norms
 from parallel.strategies import overlap
-from parallel.strategies.base import TINY, Batch, State, Strategy, length, part, per_step, take
+from parallel.strategies.base import TINY, Batch, State, Strategy, length, norms, part, per_step, take
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Local(Strategy):
 
     def copies(self, tree: Any) -> Any:
         """One for each replica."""
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.exchange.replicas, *x.shape)), tree)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.replicas, *x.shape)), tree)
 
     def inner_step(self, inner_R: Any, batch_RBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """One step of every replica by itself: nothing crosses `replica`, not even the loss."""
@@ -130,7 +129,7 @@ class Local(Strategy):
 
         Returns ({name: (mean, codec state)}, inner_R, metrics or None without steps)."""
         K = length(batch_KRBT)
-        if not K or self.exchange.replicas == 1:
+        if not K or self.replicas == 1:
             done = {name: exchange.mean(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
             return done, *((inner_R, None) if not K else self.inner_steps(inner_R, batch_KRBT))
         half = -(-K // 2)

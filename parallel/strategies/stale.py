@@ -36,7 +36,7 @@ class Stale(Sync):
         return self.staleness
 
     def init(self, params: Any) -> State:
-        R, state = self.exchange.replicas, super().init(params)
+        R, state = self.replicas, super().init(params)
         zeros_R = lambda: jax.tree.map(lambda x: jnp.zeros((R, *x.shape), x.dtype), params)
         pending = [{"messages": zeros_R(), "finite": jnp.array(False)} for _ in range(self.staleness)]
         if self.compensation:
@@ -52,12 +52,12 @@ class Stale(Sync):
     def step(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
         """Each gradient is judged when it is new, and that verdict travels with it: `finite` says that there is
         something to apply."""
-        batch_RBT, overlapped = take(batch_KRBT, 0), self.staleness and self.exchange.replicas > 1
+        batch_RBT, overlapped = take(batch_KRBT, 0), self.staleness and self.replicas > 1
         done, judged = self._overlapped(state, batch_RBT) if overlapped else (None, self.messages(state, batch_RBT))
         messages_R, opt, new, metrics = judged
         own = {"messages": messages_R, "finite": new.applied} | ({"params": state.params} if self.compensation else {})
         oldest, *pending = [*state.strategy["pending"], own]
-        mean, codec = done or self.exchange.mean(oldest["messages"], state.codec, state.step)
+        mean, codec = done or self.mean(oldest["messages"], state.codec, state.step)
         if self.compensation:
             moved = jax.tree.map(jnp.subtract, state.params, oldest["params"])
             mean = jax.tree.map(lambda g, d: g + self.compensation * g * g * d, mean, moved)

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from parallel.exchange import residuals
 from parallel.layout.axes import SLOW
-from parallel.layout.norms import norms
-from parallel.strategies.base import Batch, State, Strategy, per_step, take
+from parallel.strategies.base import Batch, State, Strategy, norms, per_step, take
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Sync(Strategy):
     """Synchronous data parallelism: every step applies the mean gradient over all tokens of all replicas."""
 
     def init(self, params: Any) -> State:
-        opt = self.optimizer.init(params, self.exchange.replicas)
+        opt = self.optimizer.init(params, self.replicas)
         return State(jnp.int32(0), params, opt, {}, self.guard.init(), residuals.init(self.exchange))
 
     def programs(self) -> dict[str, Callable]:
@@ -29,7 +28,7 @@ class Sync(Strategy):
 
     def step(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
         messages_R, opt, new, metrics = self.messages(state, take(batch_KRBT, 0))
-        mean, codec = self.exchange.mean(messages_R, state.codec, state.step)
+        mean, codec = self.mean(messages_R, state.codec, state.step)
         state, used, more = self.update(replace(state, opt=opt), mean, codec, new.applied)
         state.guard = self.guard.count(state.guard, new, used)
         return state, per_step(metrics | more | self.guard.report(state.guard, new, used))
@@ -44,7 +43,7 @@ class Sync(Strategy):
         of a refused one, zeros, and nothing."""
         loss, tokens, size = self.agree(sums_R, grads_R)
         # Weighted by n_i / mean(n) before a codec sees it, so that the mean over replicas is the mean over tokens.
-        weight = self.exchange.replicas / jnp.maximum(tokens, 1)
+        weight = self.replicas / jnp.maximum(tokens, 1)
         sound = (tokens > 0) & jnp.isfinite(loss)
         new = self.guard.judge(state.guard, state.guard.norms_W, weight * size, sound)
         grads_R = jax.tree.map(lambda g: g * (weight * new.scale), grads_R)
