@@ -12,7 +12,7 @@ if __name__ == "__main__":
     from runtime import early
 
     early.end_at_ctrl_c()
-    gc.disable()  # what imports and tracing make stays: looking through it for garbage takes 0.4 s of a start
+    gc.disable()  # what imports and tracing make stays: looking through it for garbage delays the start
 
 import contextlib
 import functools

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 PATIENCE = 3  # refusals in a row of what is finite; after them it is applied, scaled to the limit
-FLOOR = 0.5  # of the deviation, as a share of the mean: training's own norms have tails of up to four times their mean
+FLOOR = 0.5  # of the deviation, as a share of the mean: training's own norms have long tails
 
 
 @jax.tree_util.register_dataclass

@@ -64,7 +64,7 @@ def compile_init(parts: Parts, given: bool = False) -> Any:
     argument = parts.state.params if given else jax.ShapeDtypeStruct((), np.uint32)
     donated = (0,) if given else ()
     lowered = jax.jit(init, out_shardings=shardings_of(parts.state), donate_argnums=donated).lower(argument)
-    # It runs once: level 1 compiles in a third of the time, to the same bits.
+    # It runs once: level 1 compiles sooner, to the same bits.
     options: Any = {"xla_backend_optimization_level": 1}
     return lowered.compile(compiler_options=options)
 

@@ -5,8 +5,12 @@ pytest --sample    of every slow test function one case, always the same: what C
 pytest -m ""       all
 """
 
+import functools
+import gc
 import hashlib
+import itertools
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,6 +34,26 @@ pytest_plugins = ["counting"]
 
 # A file's tests stay with one worker. These take longest and come first, else one worker ends with one of them alone.
 FIRST = ("test_strategies", "test_parity", "test_processes", "test_exchange", "test_resume", "test_train")
+
+
+# A process may have so many memory mappings (Linux: vm.max_map_count is 65,530), and a compiled program takes up to
+# hundreds of them: a worker that keeps all that tests share would crash.
+MOST_MAPPINGS = 40_000
+counter = itertools.count()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Gives up what tests share when it has become too much; reading the list takes time, so not after each test."""
+    maps = Path("/proc/self/maps")
+    if next(counter) % 16 or not maps.exists() or maps.read_bytes().count(b"\n") < MOST_MAPPINGS:
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith("test_") or name == "helpers":
+            for value in vars(module).values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

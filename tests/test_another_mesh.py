@@ -106,7 +106,7 @@ def test_the_next_losses_are_those_of_the_old_mesh():
         ("int4", "int8", "dropped, for there is no place for it now: codec/server"),
         ("int4", "topk", "nothing owed is lost"),
         ("powersgd", "topk", "dropped, for there is no place for it now: codec/rounds"),
-        ("topk", "powersgd", "begun anew, for it has other shapes or was not there: codec/rounds"),
+        ("topk", "powersgd", "begun anew, for it has another shape or was not there: codec/rounds"),
     ],
 )
 def test_another_codec_keeps_what_is_owed_and_says_what_is_dropped(tmp_path, codec, other, said):

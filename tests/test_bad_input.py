@@ -420,6 +420,7 @@ def test_sync_options_with_one_replica(option, fails):
         ("strategy=eager interval=12", ["steps=20", "sync.interval = 12", "12 or 24"]),
         ("strategy=streaming interval=8 mix=1.5", ["sync.mix=1.5: must be at least 0 and at most 1"]),
         ("codec=int2 stochastic", ["sync.codec=int2", "sync.error_feedback=off"]),
+        ("codec=sign stochastic", ["sync.codec=sign", "sync.error_feedback=off"]),
         ("codec=int44", ["'int44' is none of", "did you mean 'int4'"]),
         ("strategy=dilocco", ["'dilocco' is none of", "did you mean 'diloco'"]),
     ],

@@ -168,7 +168,8 @@ def test_one_bad_batch_at_any_phase_of_a_round_leaves_no_lasting_trace(name, rec
         return
     record_property("cells", 1)
     start = 3 * WINDOW + 8
-    steps = start + 8 + 2 * WINDOW * STRATEGIES[name[0]].get("interval", 1)
+    interval = STRATEGIES[name[0]].get("interval", 1)
+    steps = start + 8 + 2 * WINDOW * interval
     steps -= steps % 4
     undisturbed, calm, _, _ = run(name, steps, None)
     count = 0
@@ -181,7 +182,7 @@ def test_one_bad_batch_at_any_phase_of_a_round_leaves_no_lasting_trace(name, rec
                 assert np.all(np.isfinite(x)), (*where, key)
             assert applied[steps - 1] > applied[at], (*where, "updates are applied again")
             assert int(np.max(metrics["skipped_in_a_row"])) == 0, where
-            tail = slice(-8, None)
+            tail = slice(-WINDOW * interval, None)  # so many rounds: over one, the loss of a local strategy is noise
             assert np.mean(losses[tail]) <= 1.5 * np.mean(calm[tail]) + 0.05, (*where, losses[tail], calm[tail])
             never = np.abs(state.params["never"] - undisturbed.params["never"]).max()
             assert never <= 3 * LR * np.sqrt(steps) if name[1] == "sign" else never == 0, (

@@ -118,7 +118,7 @@ class Net:
 
     def _sum_in_order(self, message_R: Any, codec: Any) -> jax.Array:
         """Decodes and adds replica 0, 1, …, R−1. The barriers keep XLA from reassociating or fusing the chain: a
-        plain mean differs in the last bit between layouts in a third of the outputs."""
+        plain mean differs in the last bit between layouts."""
         codec = FLOAT32 if self.devices == 1 else codec
         total, *others = [jax.tree.map(lambda m, r=r: m[r], message_R) for r in range(self.replicas)]
         total = lax.optimization_barrier(codec.decode(total))
@@ -143,7 +143,7 @@ class Net:
 
 def round_trip(codec: Any, x_N: jax.Array, key: jax.Array | None) -> tuple[Any, jax.Array]:
     """(message, what it decodes to). A codec may know a way that unpacks nothing: XLA:CPU would fuse packing and
-    unpacking into one loop that takes ten times as long as the two."""
+    unpacking into one loop that takes longer than the two."""
     if hasattr(codec, "round_trip"):
         return codec.round_trip(x_N, key)
     message = codec.encode(x_N, key)

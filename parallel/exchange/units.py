@@ -16,7 +16,7 @@ from parallel.exchange.codecs.base import is_round
 from parallel.exchange.codecs.plain import Identity
 from parallel.layout.rules import of, shards, spec
 
-SMALL = 2**14  # shards of fewer elements share one unit: a collective costs about as much as 64 KiB more to send
+SMALL = 2**14  # shards of fewer elements share one unit: a collective has a price of its own
 SMALL_UNIT = "small"
 
 

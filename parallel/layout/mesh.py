@@ -89,7 +89,7 @@ def check_divisible(
 
 def keep_freed_memory() -> None:
     """XLA:CPU allocates its temporaries anew at each call. glibc would give them back to the system in between, and
-    every page would fault again: a quarter of a small model's step. For one training run; a process that compiles many
+    every page would fault again, for much of a small model's step. For one training run; a process that compiles many
     programs would grow. Nothing is done on accelerators, or with other C libraries."""
     if jax.default_backend() != "cpu":
         return

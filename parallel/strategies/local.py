@@ -73,7 +73,8 @@ class Local(Strategy):
         inner = {"params": params, "opt": self.optimizer.init(params), "guard": self.guard.init()}
         outer = {"shared": self.outer.init(params)}
         strategy = {"replicas": self.copies(inner), "outer": outer, "rounds": self.guard.init()}
-        return State(jnp.int32(0), params, {}, strategy, {}, residuals.init(self.exchange))
+        codec = residuals.init(self.exchange)
+        return State(step=jnp.int32(0), params=params, opt={}, strategy=strategy, guard={}, codec=codec)
 
     def declare(self, state: State) -> Any:
         own = state.strategy["replicas"]
@@ -144,7 +145,7 @@ class Local(Strategy):
         done = {name: exchanges[name][0].finish(flight, own, step) for name, (flight, own) in flights.items()}
         if half < K:
             inner_R, more = self.inner_steps(inner_R, part(batch_KRBT, half, K))
-            metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), metrics, more)
+            metrics = jax.tree.map(joined, metrics, more)
         done, inner_R = lax.optimization_barrier((done, inner_R))
         return done, inner_R, metrics
 
@@ -181,6 +182,11 @@ class Local(Strategy):
         return jax.tree.map(put, self.copies(tree), specs)
 
 
+def joined(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Of steps that follow each other, [K]."""
+    return jnp.concatenate([a, b])
+
+
 @dataclass(frozen=True)
 class DiLoCo(Local):
     """H inner steps; Δ = mean over replicas of θ_global − θ_i; θ_global ← outer(θ_global, Δ); θ_i ← θ_global.
@@ -211,7 +217,7 @@ class DiLoCo(Local):
     def inner_and_exchange(self, state: State, batch_KRBT: Batch) -> tuple[State, dict[str, jax.Array]]:
         state, metrics = self._inner(state, batch_KRBT)
         own, rate = state.strategy, self.rate(state.step)
-        delta_R = jax.tree.map(lambda ours, theirs_R: ours - theirs_R, state.params, own["replicas"]["params"])
+        delta_R = jax.tree.map(jnp.subtract, state.params, own["replicas"]["params"])
         delta_R, new = self.judge_round(own["rounds"], delta_R, rate)
         mean, codec = self.exchange.mean(delta_R, state.codec, state.step)
         before = (state.params, own["outer"]["shared"])

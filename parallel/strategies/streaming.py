@@ -15,7 +15,7 @@ from parallel.exchange import residuals
 from parallel.exchange.exchange import Exchange
 from parallel.layout import roles
 from parallel.strategies.base import Batch, State, part
-from parallel.strategies.local import Local
+from parallel.strategies.local import Local, joined
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Streaming(Local):
         fragment = functools.partial(self._fragment, p=p, with_rest=with_rest)
         ours, theirs_R = fragment(state.params), fragment(inner_R["params"], axis=1)
         guard = _pick(own["rounds"], p)
-        delta_R = jax.tree.map(lambda x, x_R: x - x_R, ours, theirs_R)
+        delta_R = jax.tree.map(jnp.subtract, ours, theirs_R)
         delta_R, new = self.judge_round(guard, delta_R, self.rate(state.step + K - self.overlap))
         exchanges = {"own": (self.exchange, {"blocks": delta_R["blocks"]})}
         if with_rest:
@@ -93,7 +93,7 @@ class Streaming(Local):
         done, inner_R, during = self.exchange_meanwhile(
             state.step, exchanges, codec, inner_R, part(batch_KRBT, K - self.overlap, K)
         )
-        metrics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), metrics, during) if during else metrics
+        metrics = jax.tree.map(joined, metrics, during) if during else metrics
         mean = {name: x for found, _ in done.values() for name, x in found.items()}
         new_codec = {name: found for name, (_, found) in done.items()}
         outer = self._outer(own["outer"]["shared"], fragment, p)
@@ -108,16 +108,15 @@ class Streaming(Local):
         mix = jnp.where(used.applied, self.mix, 0.0)
         mixed_R = jax.tree.map(lambda x_R, x: jnp.where(mix > 0, mix * x_R, 0) + (1 - mix) * x, later_R, after)
         inner_R = inner_R | {"params": self._with_fragment(inner_R["params"], mixed_R, p, axis=1)}
-        state = State(
+        state = replace(
+            state,
             step=state.step + K,
             params=self._with_fragment(state.params, after, p),
-            opt=state.opt,
             strategy={
                 "replicas": inner_R,
                 "outer": {"shared": self._with_outer(own["outer"]["shared"], outer, p)},
                 "rounds": _put(own["rounds"], self.guard.count(guard, new, used), p),
             },
-            guard={},
             codec=self._with_codec(state.codec, codec, p),
         )
         return state, self.report(state, K, metrics)

@@ -18,7 +18,8 @@ class Sync(Strategy):
 
     def init(self, params: Any) -> State:
         opt = self.optimizer.init(params, self.replicas)
-        return State(jnp.int32(0), params, opt, {}, self.guard.init(), residuals.init(self.exchange))
+        guard, codec = self.guard.init(), residuals.init(self.exchange)
+        return State(step=jnp.int32(0), params=params, opt=opt, strategy={}, guard=guard, codec=codec)
 
     def programs(self) -> dict[str, Callable]:
         return {"step": self.step}

@@ -108,10 +108,10 @@ def _sync_relations(flat: dict[str, Any], offer: bool) -> Iterator[str]:
         yield f"optimizer.name=onebit_adam has two phases of sync.strategy=sync, not of {strategy}"
     if flat["sync.error_feedback"] == "on" and codec == "none":
         yield "sync.error_feedback=on: sync.codec=none loses nothing that could be fed back"
-    if codec == "int2" and flat["sync.stochastic"] and feedback != "off":
+    if codec in ("int2", "sign") and flat["sync.stochastic"] and feedback != "off" and name != "signum":
         yield (
-            "sync.codec=int2 with sync.stochastic rounds to values larger than the error it leaves, so residuals would "
-            "grow: set sync.error_feedback=off, or leave sync.stochastic out"
+            f"sync.codec={codec} with sync.stochastic rounds to values larger than the error it leaves, so residuals "
+            "would grow: set sync.error_feedback=off, or leave sync.stochastic out"
         )
     if strategy == "eager":
         yield from _whole_rounds(flat, flat["sync.interval"], "sync.interval", offer)
