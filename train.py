@@ -15,7 +15,6 @@ if __name__ == "__main__":
     gc.disable()  # what imports and tracing make stays: looking through it for garbage delays the start
 
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -25,7 +24,6 @@ import jax
 from jax.sharding import Mesh
 
 from data.corpus import cache_directory
-from data.loader import threads_beside_grain
 from parallel.layout import mesh as meshes
 from recipes import begin, build, describe, finish, fit, methods, programs
 from runtime import agree, exits, library_log, preemption
@@ -51,50 +49,25 @@ def main(argv: list[str]) -> int:
     if flags.dry_run:
         return describe.dry_run(flags.config_name, config, parts, console, phases)
 
-    # ── Workdir ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Begin, or go on: compile while the data is read; restore, or make the first state ────────────────────────
     workdir = begin.open_workdir(config, flags, console)
-    origin = begin.origin(config, workdir)
-
-    # ── Compile, while the data is read ──────────────────────────────────────────────────────────────────────────
-    background = threads_beside_grain(2)
-    compiling = background.submit(programs.compile_steps, parts)
-    initializing = None if workdir.resuming else background.submit(programs.compile_init, parts, bool(origin))
-    corpus, prompt_P = begin.load_data(config, workdir, console, facts, origin)
-    loader = fit.make_loader(config, corpus, config.seed)
-    checkpoints = begin.open_checkpoints(config, parts, workdir, console)
-    phases.mark("data", then="compiling the training step")
-    compiled = compiling.result()
-    phases.mark("compile", then="restoring a checkpoint" if workdir.resuming else "making the weights")
-
-    # ── Restore, or begin ────────────────────────────────────────────────────────────────────────────────────────
-    start, begun, others = None, {}, {}
-    if workdir.resuming and workdir.must_restore(checkpoints.steps()):
-        state, start = begin.restore(config, parts, workdir, checkpoints, console, facts)
-    else:
-        others["init"] = initializing.result() if initializing else programs.compile_init(parts, bool(origin))
-        state, begun = begin.first_state(parts, config.seed, origin, others["init"], workdir, console)
-    phases.mark("restore", then="making the first step")
-    text = corpus.describe(fit.num_tokens(config))
-    wire_bytes = describe.start(f"{workdir.path}", config, parts, compiled, others, phases.seconds, console, text)
+    run, state = begin.begin(config, parts, workdir, console, phases, facts)
 
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
-    recorder = begin.make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
-    begin.write_down(config, workdir, corpus, start, begun)
-    tell = functools.partial(describe.beside, config, parts, console)
-    beside = programs.Later(parts, config.sample, background, tell)
-    run = fit.Run(config, parts, beside, corpus, workdir, checkpoints, recorder, console, phases, facts)
-    agree.everyone("ready to train")
-    with contextlib.closing(recorder):
-        outcome = fit.train(run, compiled, state, start, loader, notice)
+    meshes.keep_freed_memory()
+    gc.freeze()  # what the start has made stays
+    gc.enable()
+    with contextlib.closing(run.recorder):
+        outcome = fit.train(run, state, notice)
         if not outcome.interrupted:
-            recorder.finish()
-    checkpoints.close()
+            run.recorder.finish()
+    run.checkpoints.close()
     if outcome.interrupted:
         console.say(f"stopped by SIGTERM after step {outcome.step}, saved; the same command goes on from there")
         return EXIT_CODE
 
     # ── Tell ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    return finish.finish(run, outcome.state.params, outcome.evaluated, prompt_P)
+    return finish.finish(run, outcome.state.params, outcome.evaluated)
 
 
 def start_devices(config, flags) -> tuple[PreemptionNotice, dict[str, Any], Console, Mesh]:

@@ -1,6 +1,7 @@
 """The beginning of a run: its text is read, and its state is restored, or made from weights that are drawn or those of
 another run."""
 
+import functools
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,20 +11,22 @@ import jax
 import numpy as np
 
 from data import corpus as corpora
+from data.loader import threads_beside_grain
 from parallel.cost import flops
 from parallel.cost.hardware import peak_flops
 from parallel.exchange import units
 from parallel.strategies import resume
+from recipes import describe, programs
 from recipes.build import Parts, build_schedule
 from recipes.finish import try_prompt
-from recipes.programs import compile_init
+from recipes.fit import Run, make_loader, num_tokens
 from runtime import agree, library_log, steps
 from runtime import config as configuration
 from runtime.config import bad_input
 from runtime.console import Console
 from runtime.digest import named_arrays
 from runtime.metrics import MetricsLog, optional_writers, read
-from runtime.progress import Recorder
+from runtime.progress import Phases, Recorder
 from runtime.workdir import Workdir, choose
 
 
@@ -44,6 +47,42 @@ def open_workdir(config: Any, flags: Any, console: Console) -> Workdir:
     for change in workdir.open(config, flags.resume):
         console.say(f"config changed since this run began: {change}")
     return workdir
+
+
+def begin(
+    config: Any, parts: Parts, workdir: Workdir, console: Console, phases: Phases, facts: dict[str, Any]
+) -> tuple[Run, Any]:
+    """Everything between the parts of a run and its first step: (the run, its state). What takes long goes side by
+    side: the step is compiled while the data is read. facts: of code and versions; what the data is joins them."""
+    given = origin(config, workdir)
+    background = threads_beside_grain(2)
+    compiling = background.submit(programs.compile_steps, parts)
+    initializing = None if workdir.resuming else background.submit(programs.compile_init, parts, bool(given))
+    corpus, prompt_P = load_data(config, workdir, console, facts, given)
+    loader = make_loader(config, corpus, config.seed)
+    checkpoints = open_checkpoints(config, parts, workdir, console)
+    phases.mark("data", then="compiling the training step")
+    compiled = compiling.result()
+    phases.mark("compile", then="restoring a checkpoint" if workdir.resuming else "making the weights")
+    start, begun, others = None, {}, {}
+    if workdir.resuming and workdir.must_restore(checkpoints.steps()):
+        state, start = restore(config, parts, workdir, checkpoints, console, facts)
+    else:
+        others["init"] = initializing.result() if initializing else programs.compile_init(parts, bool(given))
+        state, begun = first_state(parts, config.seed, given, others["init"], workdir, console)
+    phases.mark("restore", then="making the first step")
+    text = corpus.describe(num_tokens(config))
+    wire_bytes = describe.start(f"{workdir.path}", config, parts, compiled, others, phases.seconds, console, text)
+    recorder = make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
+    write_down(config, workdir, corpus, start, begun)
+    tell = functools.partial(describe.beside, config, parts, console)
+    beside = programs.Later(parts, config.sample, background, tell)
+    run = Run(
+        *(config, parts, compiled, beside, corpus, loader, prompt_P),
+        *(workdir, checkpoints, start, recorder, console, phases, facts),
+    )
+    agree.everyone("ready to train")
+    return run, state
 
 
 def origin(config: Any, workdir: Workdir) -> Path | None:
@@ -117,7 +156,7 @@ def adapter(parts: Parts, seed: int) -> Any:
     leaves = units.leaves(parts.param_shapes, parts.model.axes)
 
     def fresh(names: Iterable[str]) -> dict[str, Any]:
-        begun = named_arrays(compile_init(parts)(np.uint32(seed)))
+        begun = named_arrays(programs.compile_init(parts)(np.uint32(seed)))
         return {name: begun[name] for name in names}
 
     return lambda saved, wanted: resume.adapt(saved, wanted, kinds(parts), leaves, fresh, parts.mesh)

@@ -180,9 +180,11 @@ class Runner:
         losses: dict[int, float] = {}
         ended = ""
         try:
-            for done, trained in fit.steps(parts, programs, state, loader, 0, config.steps, recorder):
-                if fit.due(done, config.eval_every, config.steps):
-                    losses[done] = evaluate(trained.params).loss
+            updates = fit.Steps(parts, programs, state, loader, 0, config.steps)
+            for trained, metrics in updates:
+                recorder.step(updates.done, metrics, updates.tokens)
+                if fit.due(updates.done, config.eval_every, config.steps):
+                    losses[updates.done] = evaluate(trained.params).loss
             recorder.flush()
         except RunError as error:  # its row says so; the others go on
             ended = str(error)

@@ -33,7 +33,7 @@ def try_prompt(sample: Any, tokenizer: Any, seq_len: int) -> np.ndarray | None:
     return prompt_P
 
 
-def finish(run: Run, params: Any, evaluated: Evaluation, prompt_P: np.ndarray | None) -> int:
+def finish(run: Run, params: Any, evaluated: Evaluation) -> int:
     """summary.json, then samples.txt, then plots/loss.png: a later one that fails costs only itself.
 
     Called by every process: the parameters stay in their shards. Returns the exit code, 1 if something failed.
@@ -52,8 +52,8 @@ def finish(run: Run, params: Any, evaluated: Evaluation, prompt_P: np.ndarray | 
     if run.workdir.leader:
         baselines = attempt("baselines", lambda: corpora.ngram_bits_per_byte(run.corpus)) or (None, None)
         summarise(run, digest, evaluated, *baselines)
-    if prompt_P is not None:
-        text = attempt("sample", lambda: sample(run, params, prompt_P))
+    if run.prompt_P is not None:
+        text = attempt("sample", lambda: sample(run, params))
         if text and run.workdir.leader:
             attempt("samples.txt", lambda: (folder / "samples.txt").write_text(text + "\n", encoding="utf-8"))
             console.say(f"a sample:\n{text}")
@@ -92,9 +92,10 @@ def summarise(run: Run, digest: str, evaluated: Evaluation, unigram: Any, bigram
     )
 
 
-def sample(run: Run, params: Any, prompt_P: np.ndarray) -> str:
+def sample(run: Run, params: Any) -> str:
+    assert run.prompt_P is not None
     seq_len, seed, tokenizer = run.config.data.seq_len, run.config.seed, run.corpus.tokenizer
-    return sample_text(run.beside["sample"], params, prompt_P, seq_len, seed, tokenizer)
+    return sample_text(run.beside["sample"], params, run.prompt_P, seq_len, seed, tokenizer)
 
 
 def plot(run: Run, evaluated: Evaluation, unigram: Any, bigram: Any) -> None:

@@ -1,22 +1,20 @@
 """The loop that trains: one for train.py, for compare.py and for whoever calls it from Python."""
 
 import functools
-import gc
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from data.corpus import Corpus
 from data.loader import Loader, eval_batches
-from parallel.layout import mesh as meshes
 from parallel.layout import placement
 from recipes.build import Parts
 from recipes.programs import NOT_EVALUATED, Evaluation, Evaluator, Later
 from runtime.config import RunError
 from runtime.console import Console
-from runtime.preemption import PreemptionNotice
 from runtime.progress import Phases, Profiler, Recorder
 from runtime.workdir import Workdir
 
@@ -47,48 +45,44 @@ def due(done: int, every: int, last: int) -> bool:
     return done == last or bool(every and done % every == 0)
 
 
-def do_nothing(done: int, state: Any, steps_per_call: int) -> None:
-    pass
+class Steps:
+    """Makes the updates after `start` up to `last`, one call of a program at a time: iterating gives (state, metrics
+    [K]) after each call. `state` may be set between two calls: the next one begins with it, and takes it over."""
 
+    def __init__(self, parts: Parts, programs: dict[str, Any], state: Any, loader: Loader, start: int, last: int):
+        self.parts, self.programs, self.state, self.loader = parts, programs, state, loader
+        self.done, self.last = start, last  # updates made
+        self.tokens = 0  # that the last call has read
+        self.before: Callable[[int, Any, int], None] | None = None  # of each call: updates made, state, K
 
-def steps(
-    parts: Parts,
-    programs: dict[str, Any],
-    state: Any,
-    loader: Loader,
-    start: int,
-    last: int,
-    recorder: Recorder,
-    before: Callable[[int, Any, int], None] = do_nothing,
-) -> Generator[tuple[int, Any], None, None]:
-    """Makes the updates after `start` up to `last`, one call of a program at a time: (updates made, state) after each.
-
-    The state before a call is donated to it. before(updates made, state, updates of a call) runs before each call.
-    Raises RunError where the recorder finds that too many updates in a row were refused.
-    """
-    strategy, K = parts.strategy, parts.strategy.steps_per_call
-    place = functools.partial(placement.place_train, parts.mesh, parts.replicas, loader.batch_size)
-    done = start
-    for batch in loader.batches(start, last, place, K):
-        before(done, state, K)
-        program = programs[strategy.program_at(done, last)]
-        with jax.transfer_guard("disallow"):
-            state, metrics = program(state, batch)
-        done += K
-        recorder.step(done, metrics, batch["tokens"].size)  # reads the step before: the device never waits for the host
-        yield done, state
+    def __iter__(self) -> Generator[tuple[Any, dict[str, jax.Array]], None, None]:
+        parts, strategy, K = self.parts, self.parts.strategy, self.parts.strategy.steps_per_call
+        place = functools.partial(placement.place_train, parts.mesh, parts.replicas, self.loader.batch_size)
+        for batch in self.loader.batches(self.done, self.last, place, K):
+            if self.before:
+                self.before(self.done, self.state, K)
+            program = self.programs[strategy.program_at(self.done, self.last)]
+            with jax.transfer_guard("disallow"):
+                self.state, metrics = program(self.state, batch)
+            self.done += K
+            self.tokens = batch["tokens"].size
+            yield self.state, metrics
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop and the end of a run share."""
+    """A run that has begun: what its loop and its end need."""
 
     config: Any
     parts: Parts
+    programs: dict[str, Any]
     beside: Later
     corpus: Corpus
+    loader: Loader
+    prompt_P: np.ndarray | None  # of the sample; None: there is none
     workdir: Workdir
     checkpoints: Any
+    start: int | None  # the step of the checkpoint that it goes on from; None: it begins
     recorder: Recorder
     console: Console
     phases: Phases
@@ -103,24 +97,23 @@ class Outcome:
     evaluated: Evaluation
 
 
-def train(
-    run: Run, programs: dict[str, Any], state: Any, start: int | None, loader: Loader, notice: PreemptionNotice
-) -> Outcome:
-    """Trains to the last step, or to where the notice says; evaluates and saves. A checkpoint's number is the updates
-    that it contains. start: the step of the checkpoint that the state is from, None if it is a fresh one."""
-    notice.training_begins(start or 0)
-    meshes.keep_freed_memory()
-    gc.freeze()  # what the start has made stays
-    gc.enable()
-    config, recorder, checkpoints = run.config, run.recorder, run.checkpoints
+def train(run: Run, state: Any, notice: Any) -> Outcome:
+    """Trains to the last step, or to where the notice (as in runtime/preemption.py) says; evaluates and saves. A
+    checkpoint's number is the updates that it contains."""
+    config, recorder, checkpoints, done = run.config, run.recorder, run.checkpoints, run.start or 0
+    notice.training_begins(done)
     evaluate = make_evaluator(config, run.parts, run.corpus, lambda: run.beside["evaluation"])
     profiler = Profiler(config.profile.steps, run.workdir.path)
-    if start is None and config.checkpoint.every:
+    if run.start is None and config.checkpoint.every:
         checkpoints.save(0, state, None, run.facts | recorder.counted())
-    done, evaluated, stopping = start or 0, NOT_EVALUATED, False
+    evaluated, stopping = NOT_EVALUATED, False
     recorder.resume_clock()
-    updates = steps(run.parts, programs, state, loader, done, config.steps, recorder, profiler.before)
-    for done, state in updates:
+    updates = Steps(run.parts, run.programs, state, run.loader, done, config.steps)
+    updates.before = profiler.before
+    calls = iter(updates)
+    for state, metrics in calls:
+        done = updates.done
+        recorder.step(done, metrics, updates.tokens)  # reads the step before: the device never waits for the host
         if "first step" not in run.phases.seconds:
             recorder.flush()
             run.phases.mark("first step")
@@ -145,7 +138,7 @@ def train(
         if checkpoints.poll():
             run.workdir.note_commit()
         if stopping:
-            updates.close()
+            calls.close()
     profiler.stop(state)
     recorder.flush()
     run.console.doing("waiting for the checkpoint to be on the disk")
@@ -153,6 +146,6 @@ def train(
         raise RunError(f"step {done} is not among the checkpoints in {checkpoints.directory}, so it was not saved")
     run.workdir.note_commit()
     run.console.doing("evaluating")
-    if start == config.steps:  # the run was complete already
+    if run.start == config.steps:  # the run was complete already
         evaluated = evaluate(state.params)
     return Outcome(state, done, stopping and done < config.steps, evaluated)

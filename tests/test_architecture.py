@@ -223,7 +223,7 @@ def test_there_is_one_loop_that_trains():
         for node in ast.walk(parsed(file))
         if isinstance(node, ast.Attribute) and node.attr == "batches" and room(file) not in FREE
     }
-    assert loops == {"recipes/fit.py"}, "batches of training are asked for by fit.steps only: iterate over it"
+    assert loops == {"recipes/fit.py"}, "batches of training are asked for by fit.Steps only: iterate over it"
 
 
 # ── 3. files and functions stay short ────────────────────────────────────────────────────────────────────────────
