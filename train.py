@@ -14,7 +14,6 @@ if __name__ == "__main__":
     early.end_at_ctrl_c()
     gc.disable()  # what imports and tracing make stays: looking through it for garbage delays the start
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -50,23 +49,19 @@ def main(argv: list[str]) -> int:
         return describe.dry_run(flags.config_name, config, parts, console, phases)
 
     # ── Begin, or go on: compile while the data is read; restore, or make the first state ────────────────────────
-    workdir = begin.open_workdir(config, flags, console)
+    workdir = begin.open_workdir(config, flags.workdir, flags.config_name, flags.resume, console)
     run, state = begin.begin(config, parts, workdir, console, phases, facts)
 
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
     meshes.keep_freed_memory()
     gc.freeze()  # what the start has made stays
     gc.enable()
-    with contextlib.closing(run.recorder):
-        outcome = fit.train(run, state, notice)
-        if not outcome.interrupted:
-            run.recorder.finish()
-    run.checkpoints.close()
+    outcome = fit.train(run, state, notice)
+
+    # ── Tell ─────────────────────────────────────────────────────────────────────────────────────────────────────
     if outcome.interrupted:
         console.say(f"stopped by SIGTERM after step {outcome.step}, saved; the same command goes on from there")
         return EXIT_CODE
-
-    # ── Tell ─────────────────────────────────────────────────────────────────────────────────────────────────────
     return finish.finish(run, outcome.state.params, outcome.evaluated)
 
 
@@ -81,7 +76,7 @@ def start_devices(config, flags) -> tuple[PreemptionNotice, dict[str, Any], Cons
         )
     library_log.begin()
     notice, facts = preemption.notice(), agree.same_start(config, flags)
-    console = begin.make_console(config, flags, agree.leader(), warning)
+    console = begin.make_console(config, flags.simulate, flags.notes, warning)
     with bad_input():
         mesh = meshes.build(meshes.fill_sizes(config.mesh, len(jax.devices())))
     return notice, facts, console, mesh

@@ -16,7 +16,7 @@ from parallel.cost import flops
 from parallel.cost.hardware import peak_flops
 from parallel.exchange import units
 from parallel.strategies import resume
-from recipes import describe, programs
+from recipes import describe, methods, programs
 from recipes.build import Parts, build_schedule
 from recipes.finish import try_prompt
 from recipes.fit import Run, make_loader, num_tokens
@@ -30,21 +30,21 @@ from runtime.progress import Phases, Recorder
 from runtime.workdir import Workdir, choose
 
 
-def make_console(config: Any, flags: Any, leader: bool, warning: str | None) -> Console:
-    console = Console(config.steps, config.log_every, quiet=not leader)
-    if flags.simulate:
-        console.say(f"simulating {flags.simulate} devices on the CPU: right results, no speed-up")
-    for note in flags.notes:
+def make_console(config: Any, simulate: int | None, notes: Iterable[str], warning: str | None = None) -> Console:
+    console = Console(config.steps, config.log_every, quiet=not agree.leader())
+    if simulate:
+        console.say(f"simulating {simulate} devices on the CPU: right results, no speed-up")
+    for note in notes:
         console.say(note)
     if warning:
         console.warn(warning)
     return console
 
 
-def open_workdir(config: Any, flags: Any, console: Console) -> Workdir:
-    """The workdir that the flags name, or a new one; it is this run's from here on."""
-    workdir = Workdir(*choose(flags.workdir, flags.config_name, config), agree.leader())
-    for change in workdir.open(config, flags.resume):
+def open_workdir(config: Any, asked: str | None, name: str, resume: bool, console: Console) -> Workdir:
+    """The workdir that is asked for, or a new one by this name; it is this run's from here on."""
+    workdir = Workdir(*choose(asked, name, config), agree.leader())
+    for change in workdir.open(config, resume):
         console.say(f"config changed since this run began: {change}")
     return workdir
 
@@ -74,7 +74,7 @@ def begin(
     text = corpus.describe(num_tokens(config))
     wire_bytes = describe.start(f"{workdir.path}", config, parts, compiled, others, phases.seconds, console, text)
     recorder = make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
-    write_down(config, workdir, corpus, start, begun)
+    write_down(config, parts.own, workdir, corpus, start, begun)
     tell = functools.partial(describe.beside, config, parts, console)
     beside = programs.Later(parts, config.sample, background, tell)
     run = Run(
@@ -209,11 +209,13 @@ def first_state(parts: Parts, seed: int, origin: Path | None, init: Any, workdir
 # ── what the run leaves while it trains ───────────────────────────────────────────────────────────────────────────────
 
 
-def write_down(config: Any, workdir: Workdir, corpus: corpora.Corpus, start: int | None, begun: dict[str, Any]) -> None:
+def write_down(
+    config: Any, own: methods.Own, workdir: Workdir, corpus: corpora.Corpus, start: int | None, begun: dict[str, Any]
+) -> None:
     """The workdir says from here on what this run is and trains on. begun: of `first_state`."""
     if workdir.leader:
         corpus.keep(workdir.path)
-    workdir.begin(config, start)
+    workdir.begin(config, start, own.describe())
     library_log.keep(workdir.path, jax.process_index())
     workdir.update_summary(data_digest=corpus.digest, **begun)
 

@@ -44,6 +44,7 @@ class Parts:
     state: Any  # abstract: shapes, dtypes, shardings
     batch: Any  # abstract
     eval_batch: Any  # abstract; as large as a micro-step's, so that evaluation never needs more memory than training
+    own: methods.Own  # objects of the caller's
 
 
 def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
@@ -80,7 +81,7 @@ def build_optimizer(c: Any, axes: Any) -> Optimizer:
     return optim.optimizer(o.name, schedule, axes, **{name: o[name] for name in names})
 
 
-def build(c: Any, mesh: Mesh) -> Parts:
+def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
     """Checks everything that depends on the mesh, then puts the parts together.
 
     Raises UsageError for a dimension or batch that the mesh does not divide.
@@ -99,7 +100,7 @@ def build(c: Any, mesh: Mesh) -> Parts:
     try:
         least = {"vocab": configuration.SMALLEST_VOCABULARY.get(c.data.tokenizer, 1)}
         check_divisible(shapes, model.axes, mesh.shape, least)
-        strategy = build_strategy(c, model, mesh, replicas, shapes)
+        strategy = build_strategy(c, model, mesh, replicas, shapes, own)
     except ValueError as error:
         raise UsageError(str(error)) from error
     state = jax.eval_shape(lambda key: strategy.init(model.init(key)), key)
@@ -110,10 +111,10 @@ def build(c: Any, mesh: Mesh) -> Parts:
     batch = placement.abstract_batch(mesh, leading, replicas, *sizes, placement.TRAIN, masked)
     micro = (c.data.batch_size // c.optimizer.accumulate, c.data.seq_len)
     eval_batch = placement.abstract_batch(mesh, (), mesh.shape[SLOW], *micro, placement.EVAL, masked)
-    return Parts(model, attention, mesh, replicas, strategy, shapes, state, batch, eval_batch)
+    return Parts(model, attention, mesh, replicas, strategy, shapes, state, batch, eval_batch, own)
 
 
-def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any) -> Strategy:
+def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any, own: methods.Own) -> Strategy:
     """The strategy of config group `sync`, with its exchange. Raises ValueError, with the config's keys."""
     s = c.sync
     if replicas == 1 and (s.strategy, s.codec, s.algorithm) != ("sync", "none", "auto"):
@@ -121,7 +122,7 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
             f"sync.strategy={s.strategy}, sync.codec={s.codec}, sync.algorithm={s.algorithm} with one replica: nothing "
             "is exchanged. Set mesh.replica or sync.replicas to 2 or more, or leave these three as they are by default"
         )
-    codec, (kind, own) = methods.codec(s), methods.strategy(s)
+    codec, (kind, fields) = methods.codec(s, own), methods.strategy(s, own)
     wanted = codec.wants_error_feedback if s.error_feedback == "auto" else s.error_feedback == "on"
     feedback = Feedback(s.decay, s.residual_dtype) if wanted and replicas > 1 else None
     leaves = units.leaves(shapes, model.axes)
@@ -141,8 +142,8 @@ def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes
         exact = exchanges.build(Identity(), s.algorithm, mesh, replicas, leaves)
         warm = Sync(exchange=exact, **shared | {"optimizer": dataclasses.replace(shared["optimizer"], frozen=False)})
         return Warmed(exchange=exchange(leaves), warm=warm, warm_steps=c.optimizer.freeze_steps, **shared)
-    parts = {field: exchange(part) for field, part in kind.divide(leaves, **own).items()}
-    return kind(**parts, **own, **shared)
+    parts = {field: exchange(part) for field, part in kind.divide(leaves, **fields).items()}
+    return kind(**parts, **fields, **shared)
 
 
 def num_parameters(parts: Parts) -> int:

@@ -95,11 +95,16 @@ def beside(config: Any, parts: Parts, console: Console, programs: dict[str, Any]
 
 def dry_run(name: str, config: Any, parts: Parts, console: Console, phases: Phases) -> int:
     """Compiles every program of a run and shows what they need. Returns the exit code."""
-    programs, others = compile_steps(parts), compile_beside(parts, config.sample)
-    others["init"] = compile_init(parts, bool(config.init.workdir))
+    programs, others = compile_all(config, parts)
     phases.mark("compile")
     start(f"{name}, dry run", config, parts, programs, others, phases.seconds, console, last=rows_beside(others))
     return 0
+
+
+def compile_all(config: Any, parts: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the strategy's programs, those beside them)."""
+    others = compile_beside(parts, config.sample) | {"init": compile_init(parts, bool(config.init.workdir))}
+    return compile_steps(parts), others
 
 
 def rows(
@@ -139,7 +144,8 @@ def rows(
         for name in programs:
             rows.append((f"  {name}", f"{human_bytes(found[name].per_axis['replica'])} over replica per call"))
     rows.append(("stray, replica", stray_row(found)))
-    rows.append(("start-up", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())))
+    if phases:
+        rows.append(("start-up", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())))
     return rows
 
 

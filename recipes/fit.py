@@ -1,5 +1,6 @@
 """The loop that trains: one for train.py, for compare.py and for whoever calls it from Python."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -98,8 +99,18 @@ class Outcome:
 
 
 def train(run: Run, state: Any, notice: Any) -> Outcome:
-    """Trains to the last step, or to where the notice (as in runtime/preemption.py) says; evaluates and saves. A
-    checkpoint's number is the updates that it contains."""
+    """Trains to the last step, or to where the notice (as in runtime/preemption.py) says, and closes what it has
+    written to."""
+    with contextlib.closing(run.recorder):
+        outcome = _train(run, state, notice)
+        if not outcome.interrupted:
+            run.recorder.finish()
+    run.checkpoints.close()
+    return outcome
+
+
+def _train(run: Run, state: Any, notice: Any) -> Outcome:
+    """Evaluates and saves where it is due. A checkpoint's number is the updates that it contains."""
     config, recorder, checkpoints, done = run.config, run.recorder, run.checkpoints, run.start or 0
     notice.training_begins(done)
     evaluate = make_evaluator(config, run.parts, run.corpus, lambda: run.beside["evaluation"])

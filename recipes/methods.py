@@ -1,13 +1,17 @@
 """What `sync.strategy` and `sync.codec` may be. Each is registered once: its class, whose fields are its keys of the
-config's group `sync`. Codecs are listed where they are, in parallel/exchange/codecs."""
+config's group `sync`. Codecs are listed where they are, in parallel/exchange/codecs. From Python, objects of the
+caller's stand beside them."""
 
 import dataclasses
+import hashlib
+import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from parallel.exchange import net
 from parallel.exchange.codecs import CODECS
-from parallel.exchange.codecs.base import is_round
+from parallel.exchange.codecs.base import BlockCodec, RoundCodec, is_round
 from parallel.strategies.base import Strategy
 from parallel.strategies.eager import Eager
 from parallel.strategies.local import DiLoCo, Outer
@@ -15,7 +19,7 @@ from parallel.strategies.stale import Stale
 from parallel.strategies.streaming import Streaming
 from parallel.strategies.sync import Sync
 from runtime import config as configuration
-from runtime.config import bad_input
+from runtime.config import UsageError, bad_input
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "sync": Sync,
@@ -26,11 +30,65 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-def known() -> configuration.Methods:
-    """The keys of each, as the config's checks want them."""
+@dataclass(frozen=True)
+class Own:
+    """Objects of the caller's, where a config has names: a codec, and the class of a strategy (an object of it cannot
+    exist before its mesh). A config names them by their classes."""
+
+    codec: Any = None
+    strategy: type[Strategy] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what is neither."""
+        if self.codec is not None and not isinstance(self.codec, BlockCodec | RoundCodec):
+            raise UsageError(
+                f"sync.codec={self.codec!r}: expected a name, or an object of a class derived from BlockCodec or "
+                "RoundCodec (parallel/exchange/codecs/base.py): docs/add-a-method.md"
+            )
+        if self.strategy is not None and not (isinstance(self.strategy, type) and issubclass(self.strategy, Strategy)):
+            raise UsageError(
+                f"sync.strategy={self.strategy!r}: expected a name, or a class derived from Strategy "
+                "(parallel/strategies/base.py): docs/add-a-method.md"
+            )
+
+    def codecs(self) -> dict[str, type]:
+        return CODECS | ({type(self.codec).__name__: type(self.codec)} if self.codec is not None else {})
+
+    def strategies(self) -> dict[str, type[Strategy]]:
+        return STRATEGIES | ({self.strategy.__name__: self.strategy} if self.strategy else {})
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json keeps of them: {key: {class, fields, digest of the source}}."""
+        kinds = {"sync.codec": type(self.codec), "sync.strategy": self.strategy}
+        kinds = {key: kind for key, kind in kinds.items() if kind not in (None, type(None))}
+        fields = {"sync.codec": {name: repr(x) for name, x in vars(self.codec).items()}} if self.codec else {}
+        return {
+            key: {
+                "class": f"{kind.__module__}.{kind.__qualname__}",
+                "fields": fields.get(key, {}),
+                "source": _source(kind),
+            }
+            for key, kind in kinds.items()
+        }
+
+
+NONE = Own()
+
+
+def _source(kind: type) -> str | None:
+    """A digest of the text of a class; None where there is none, as of a class that was typed at a prompt."""
+    try:
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
+
+
+def known(own: Own = NONE) -> configuration.Methods:
+    """The keys of each, as the config's checks want them. An own codec has its values already."""
+    codecs = {name: frozenset(_keys(kind)) for name, kind in CODECS.items()}
     return configuration.Methods(
-        {name: frozenset(_keys(kind)) for name, kind in STRATEGIES.items()},
-        {name: frozenset(_keys(kind)) for name, kind in CODECS.items()},
+        {name: frozenset(_keys(kind)) for name, kind in own.strategies().items()},
+        {name: codecs.get(name, frozenset()) for name in own.codecs()},
     )
 
 
@@ -45,15 +103,17 @@ def parse(argv: Sequence[str], doc: str) -> tuple[Any, Any]:
     return configuration.parse(argv, doc, known())
 
 
-def validate(config: Any) -> None:
+def validate(config: Any, own: Own = NONE) -> None:
     """Every check that needs no device. Raises UsageError."""
-    configuration.validate(config, known())
+    configuration.validate(config, known(own))
     with bad_input():
-        net.check(config.sync.algorithm, codec(config.sync))
+        net.check(config.sync.algorithm, codec(config.sync, own))
 
 
-def codec(s: Any) -> Any:
+def codec(s: Any, own: Own = NONE) -> Any:
     """The codec of config group `sync`. Raises ValueError for options that it does not take."""
+    if own.codec is not None:
+        return own.codec
     kind = CODECS[s.codec]
     return kind(**{key: s[key] for key in _keys(kind) if s[key] != -1})
 
@@ -64,8 +124,8 @@ def draws(s: Any) -> bool:
     return is_round(found) or found.uses_key
 
 
-def strategy(s: Any) -> tuple[type[Strategy], dict[str, Any]]:
+def strategy(s: Any, own: Own = NONE) -> tuple[type[Strategy], dict[str, Any]]:
     """The class that config group `sync` names, and its own fields."""
-    kind = STRATEGIES[s.strategy]
-    own = {key.partition(".")[0] for key in _keys(kind)}
-    return kind, {key: Outer(**s.outer.to_dict()) if key == "outer" else s[key] for key in own}
+    kind = own.strategies()[s.strategy]
+    fields = {key.partition(".")[0] for key in _keys(kind)}
+    return kind, {key: Outer(**s.outer.to_dict()) if key == "outer" else s[key] for key in fields}

@@ -1,6 +1,7 @@
 """Draws the loss curve of a run from the rows of its metrics.jsonl."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,13 @@ BASELINES = ("#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 
 
 def plot_loss(rows: list[dict], path: Path, title: str, baselines: dict[str, float] | None = None) -> None:
-    """Writes a 1200x700 PNG: train and eval loss with `baselines` (name -> nats per token), the learning rate below.
+    """Writes `draw_loss` as a PNG."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    draw_loss(rows, title, baselines).savefig(path, format="png")
+
+
+def draw_loss(rows: list[dict], title: str, baselines: dict[str, float] | None = None) -> Any:
+    """A figure of 1200x700: train and eval loss with `baselines` (name -> nats per token), the learning rate below.
 
     A row may have loss, lr, eval_loss and skipped (updates skipped so far, so a red tick stands where it grows).
     Values that are missing or null are gaps.
@@ -35,8 +42,7 @@ def plot_loss(rows: list[dict], path: Path, title: str, baselines: dict[str, flo
     if loss_axes.get_legend_handles_labels()[0]:  # above the frame: inside it would cover a curve or a baseline
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.4, "ncols": 4}
         loss_axes.legend(**place, fontsize=11, frameon=False, labelcolor=INK, borderpad=0, handlelength=1.8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def smooth(steps: np.ndarray, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

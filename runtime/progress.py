@@ -57,6 +57,7 @@ class Recorder:
         self.flops_per_token, self.peak = flops_per_token, flops_per_second_at_full_speed
         self.train_seconds = train_seconds  # of all starts of this run
         self.last: dict[str, Any] = {}
+        self.losses: list[float] = []  # of every update that this process has made
         self._pending: tuple[int, Any, int] | None = None
         self._clock = time.perf_counter()
         self._recent: list[float] = []
@@ -112,6 +113,7 @@ class Recorder:
             "train_seconds": round(self.train_seconds, 3),
         }
         self.last = row
+        self.losses.append(float(values["loss"]))
         self.console.step(row)
         if step % self.log_every == 0:
             self._recent = []

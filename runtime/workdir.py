@@ -81,11 +81,13 @@ class Workdir:
                 f"{path} is damaged ({error}). Restore it from a backup, or start a new run with another --workdir."
             ) from error
 
-    def begin(self, config: Any, restored_step: int | None) -> None:
-        """Writes config.json and notes this start of a process in summary.json."""
+    def begin(self, config: Any, restored_step: int | None, objects: dict[str, Any]) -> None:
+        """Writes config.json and notes this start of a process in summary.json. objects: what is to be kept of those
+        that the config names by their classes; {key: {class, …}}."""
         if self.leader:
             starts = [*self.summary().get("starts", []), {"time": time.time(), "restored_step": restored_step}]
-            write_json(self.path / "config.json", config.to_dict())
+            kept = {configuration.OBJECTS: objects} if objects else {}
+            write_json(self.path / "config.json", config.to_dict() | kept)
             self.update_summary(starts=starts)
 
     def seconds_since_first_start(self) -> float:

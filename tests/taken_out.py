@@ -549,7 +549,7 @@ CASES = [
     TakenOut(
         "config: a shorter run has a shorter warm-up",
         "runtime/config/flags.py",
-        "    notes += _shorten_warm_up(before, flat, overridden)\n",
+        "    notes += _shorten_warm_up(before, flat, typed)\n",
         "",
         "tests/test_bad_input.py::test_a_run_made_shorter_keeps_the_share_of_its_warm_up",
     ),

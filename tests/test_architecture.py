@@ -183,6 +183,7 @@ MAY_IMPORT = {
     "recipes": {"recipes", "model", "optim", *PARALLEL, "data", "runtime"},
     "compare": {"recipes", "data", *PARALLEL, "runtime"},
     "train": {"recipes", "data", *PARALLEL, "runtime"},
+    "slackline": {"recipes", "data", "runtime"},
 }
 FREE = {"tests", "bench"}  # these may use everything, and nothing may use them
 
@@ -325,7 +326,7 @@ MAY_LOOK = {
     ("runtime/workdir.py", "summary"): "inside a decision of process 0, or of process 0",
 }
 # The one room for it; tools that never train; a comparison, which has no processes beside it.
-ALONE = {"runtime/agree.py", "runtime/launch.py", "runtime/verify.py", "recipes/compare.py"}
+ALONE = {"runtime/agree.py", "runtime/launch.py", "runtime/verify.py", "recipes/compare.py", "recipes/door.py"}
 
 
 def looks(tree: ast.Module) -> set[str]:

@@ -24,8 +24,8 @@ def simulate(num_devices: int, num_processes: int = 1) -> None:
     # XLA:CPU runs each device on a thread of one pool, as large as the machine has cores, and independent collectives
     # in no fixed order: with one thread a device, two devices can wait for each other in two collectives for ever.
     os.environ["NPROC"] = str(max(os.cpu_count() or 1, 4 * local))
+    jax.config.update("jax_num_cpu_devices", local)  # refuses where devices were asked for, before anything changes
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", local)
 
 
 def fill_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ while a run goes on.
 
 from runtime.config.check import check_batch, profile_range, validate
 from runtime.config.errors import RunError, UsageError, bad_input
-from runtime.config.flags import define_flags, execute, parse, version
+from runtime.config.flags import checked, define_flags, execute, override, parse, version
 from runtime.config.keys import (
     CHOICES,
     SMALLEST_VOCABULARY,
@@ -18,14 +18,24 @@ from runtime.config.keys import (
     expand_home,
     flatten,
     local_path,
+    nested,
 )
-from runtime.config.resume import changes_schedule, check_goal, check_resume, difference, read_json
+from runtime.config.resume import (
+    OBJECTS,
+    changes_schedule,
+    check_goal,
+    check_resume,
+    difference,
+    objects_of,
+    read_json,
+)
 from runtime.config.suggest import nearest_multiples
 
 __all__ = [
     "CHOICES",
     "SMALLEST_VOCABULARY",
     "UNREAD",
+    "OBJECTS",
     "Methods",
     "RunError",
     "UsageError",
@@ -35,6 +45,7 @@ __all__ = [
     "check_batch",
     "check_goal",
     "check_resume",
+    "checked",
     "convert",
     "converted",
     "define_flags",
@@ -44,6 +55,9 @@ __all__ = [
     "flatten",
     "local_path",
     "nearest_multiples",
+    "nested",
+    "objects_of",
+    "override",
     "parse",
     "profile_range",
     "read_json",

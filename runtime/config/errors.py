@@ -4,11 +4,18 @@ import contextlib
 from collections.abc import Iterator
 
 
-class RunError(Exception):
+class Said(Exception):
+    """Its message is for the user, who needs no traceback: notebooks show it without one, too."""
+
+    def _render_traceback_(self) -> list[str]:  # asked for by IPython
+        return [f"{type(self).__name__}: {self}"]
+
+
+class RunError(Said):
     """Training cannot go on; the message says why and what to do. No traceback is shown."""
 
 
-class UsageError(Exception):
+class UsageError(Said):
     """Bad input, in one message for the user. No traceback is shown."""
 
 

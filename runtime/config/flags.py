@@ -28,7 +28,7 @@ from runtime.config.keys import (
     read_text,
 )
 from runtime.config.origin import take_origin
-from runtime.config.resume import read_json
+from runtime.config.resume import objects_of, read_json
 from runtime.config.suggest import nearest_name, unknown_key
 
 
@@ -89,19 +89,25 @@ def parse(argv: Sequence[str], doc: str, methods: Methods) -> tuple[Any, Any]:
                 setattr(values, name.removeprefix("no"), not _flag_value(name, text, flags.BooleanParser()))
         except ValueError as error:
             wrong.append(f"--{error}" if key == name else f"--config.{error}")
-    flat = before | overridden
     workdir = expand_home(given.get("workdir") or "") or None
-    notes, clashes = take_origin(flat, overridden, workdir)
-    notes += _shorten_warm_up(before, flat, overridden)
-    wrong += clashes
-    wrong += unread(flat, [key for key, value in overridden.items() if value != before[key]], methods)
-    if wrong:
+    flat, notes, clashes = override(before, overridden, workdir, methods)
+    if wrong := wrong + clashes:
         raise UsageError("\n".join(wrong))
     values.workdir = workdir
     flags.DEFINE_string("config_name", config_file or workdir, "", flag_values=values)
     flags.DEFINE_multi_string("notes", notes, "", flag_values=values)
     values.mark_as_parsed()
     return nested(flat).lock(), values
+
+
+def override(
+    before: dict[str, Any], typed: dict[str, Any], workdir: str | None, methods: Methods
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """(the config's values with those typed in place of some, what must be said of that, what is wrong)."""
+    flat = before | typed
+    notes, wrong = take_origin(flat, typed, workdir)
+    notes += _shorten_warm_up(before, flat, typed)
+    return flat, notes, wrong + [*unread(flat, [key for key, x in typed.items() if x != before[key]], methods)]
 
 
 def split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -136,6 +142,12 @@ def _start(given: dict[str, str | None]) -> tuple[str | None, dict[str, Any]]:
     if config_file is not None:
         return config_file, dict(flatten(execute(config_file)[0]))
     if workdir and (Path(workdir) / "config.json").is_file():
+        if objects := objects_of(Path(workdir)):
+            named = ", ".join(f"{key}: {x['class']}" for key, x in objects.items())
+            raise UsageError(
+                f"--workdir={workdir}: this run was made from Python with objects that a command line cannot name "
+                f"({named}). Go on with slackline.fit, given these and workdir={workdir!r}"
+            )
         return None, dict(flatten(read_json(Path(workdir))))
     if workdir:
         raise UsageError(f"--workdir={workdir} has no config.json to resume from: give a --config=configs/….py")
@@ -189,10 +201,15 @@ def execute(config_file: str) -> tuple[Any, dict[str, Any]]:
         raise UsageError(f"{where} fails{line}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UsageError(f"{where}: get_config() returns {config!r}, not a config: see configs/tiny.py")
+    return checked(config, where), names
+
+
+def checked(config: Any, where: str) -> Any:
+    """The config with every value as its key holds it. Raises UsageError for keys that do not exist, or are missing."""
     flat = converted(dict(flatten(config)), f"{where} sets")
     if missing := [key for key in base_values() if key not in flat]:
         raise UsageError(f"{where} has no {', '.join(missing)}: start from base.get_config()")
-    return nested(flat), names
+    return nested(flat)
 
 
 def _check_names(given: Mapping[str, str | None], config: dict[str, Any], values: flags.FlagValues) -> None:

@@ -45,8 +45,22 @@ def change_of(key: str) -> Change:
     return rows[0]
 
 
+OBJECTS = "objects"  # in config.json beside the groups: of a run from Python, the objects that its config names
+
+
 def read_json(workdir: Path) -> Any:
     """The config of the run in `workdir`. A key that came later than the run has its default."""
+    config, path = _read(workdir), workdir / "config.json"
+    config.pop(OBJECTS, None)
+    return nested(base_values() | converted(dict(flatten(config)), f"{path} has"))
+
+
+def objects_of(workdir: Path) -> dict[str, Any]:
+    """{key: {class, fields, source}} of the objects with which the run in `workdir` was made."""
+    return _read(workdir).get(OBJECTS, {})
+
+
+def _read(workdir: Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -56,7 +70,7 @@ def read_json(workdir: Path) -> Any:
         raise UsageError(
             f"{path} is damaged ({error}). Restore it from a backup, or start a new run with another --workdir."
         ) from error
-    return nested(base_values() | converted(dict(flatten(config)), f"{path} has"))
+    return config
 
 
 def difference(old: Any, new: Any) -> list[tuple[str, Any, Any]]:

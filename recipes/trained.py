@@ -1,0 +1,89 @@
+"""What training leaves in a Python session: losses, weights, text, and pictures that a notebook shows."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import corpus as corpora
+from data.loader import eval_batches
+from recipes.build import Parts
+from recipes.programs import Evaluation, Evaluator, compile_evaluation, compile_sample, sample_text
+from runtime.config import bad_input
+from runtime.metrics import read
+from runtime.plot import draw_loss
+
+
+class Picture:
+    """A figure of matplotlib, as a PNG that a notebook shows."""
+
+    def __init__(self, figure: Any):
+        self.figure = figure
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png")
+        return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that has been trained, by this process or another.
+
+    losses: float32, of every update that this call has made. state: None where only the parameters were read.
+    wire_bytes: {mesh axis: bytes that a device sends a step}.
+    """
+
+    config: Any
+    parts: Parts
+    params: Any
+    tokenizer: Any
+    workdir: Path
+    state: Any = None
+    losses: Any = ()
+    wire_bytes: Any = None
+    interrupted: bool = False
+    _programs: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return read(self.workdir / "metrics.jsonl")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.workdir / "summary.json").read_text())
+
+    def sample(self, prompt: str, tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
+        """The prompt and so many tokens more. temperature 0: the likeliest token each time."""
+        prompt_P = corpora.encode_prompt(self.tokenizer, prompt)[-max(1, self.config.data.seq_len - 1) :]
+        program = self._program((tokens, temperature), lambda: compile_sample(self.parts, tokens, temperature))
+        return sample_text(program, self.params, prompt_P, self.config.data.seq_len, seed, self.tokenizer)
+
+    def evaluate(self, text: str) -> Evaluation:
+        """The loss, and bits per byte, of a text: of the whole windows in it. Raises UsageError for too short a one."""
+        data, ids_N = self.config.data, self.tokenizer.encode(text)
+        shape = {"seq_len": data.seq_len, "batch_size": data.batch_size, "document_mask": data.document_mask}
+        with bad_input():
+            batches = eval_batches(ids_N, **shape, num_batches=len(ids_N), eos=self.tokenizer.eos)
+        bytes_V = self.tokenizer.token_bytes()  # where it changes the text, or lacks tokens: scaled to what was read
+        bytes_V = bytes_V * (len(text.encode()) / max(1, float(np.sum(bytes_V[ids_N]))))
+        program = lambda: self._program("evaluation", lambda: compile_evaluation(self.parts))
+        return Evaluator(self.parts, batches, bytes_V, program)(self.params)
+
+    def _program(self, name: Any, compile: Callable[[], Any]) -> Any:
+        if name not in self._programs:
+            self._programs[name] = compile()
+        return self._programs[name]
+
+    def plot(self) -> Picture:
+        """The losses of all that the run has logged."""
+        return Picture(draw_loss(self.metrics, self.workdir.name))
+
+    def __repr__(self) -> str:
+        step = self.summary.get("step", len(self.losses))
+        return f"<a run in {self.workdir}: {step} of {self.config.steps} steps{', interrupted' * self.interrupted}>"

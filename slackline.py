@@ -1,0 +1,126 @@
+"""Slackline from Python, for notebooks and scripts: the loop, the checks and the messages of the command line.
+
+    import slackline as sl
+    run = sl.fit("quickstart", steps=200, simulate=8, mesh={"replica": 4, "fsdp": 2}, sync={"strategy": "diloco"})
+    run.losses, run.wire_bytes, run.sample("def "), run.plot()
+
+docs/python.md shows all of it. Everywhere, `config` is the name of one in configs/, the path of a config file, or a
+ConfigDict; `simulate` asks for so many simulated CPU devices; and `changes` are keys of the config: a dictionary
+changes keys of its group, and `**{"optimizer.lr": 1e-3}` one by its dotted name. `sync.codec` may be a codec object,
+and `sync.strategy` a class. What is wrong is a UsageError.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import record
+from recipes import begin, describe, door, finish, programs
+from recipes import build as recipe
+from recipes import fit as loop
+from recipes.trained import Picture, Trained
+from runtime import agree, lock
+from runtime import config as configuration
+from runtime.config import RunError, UsageError, bad_input
+from runtime.console import plain_table
+from runtime.progress import Phases
+
+__all__ = ["Picture", "RunError", "Trained", "UsageError", "build", "fit", "open", "steps"]
+
+
+def fit(config: Any, *, simulate: int | None = None, workdir: str | Path | None = None, **changes: Any) -> Trained:
+    """Trains, as `python train.py` does, and returns the run. Ctrl-C ends it after the call under way, saved.
+
+    workdir: where the run lives; it goes on there if it has begun, to the same bits as without a stop.
+    Raises RunError where training cannot go on.
+    """
+    phases, where = Phases(time.time()), door.folder(workdir)
+    asked = door.configure(config, changes, where)
+    mesh = door.mesh_of(asked.config, simulate)
+    console = phases.console = begin.make_console(asked.config, simulate, asked.notes)
+    parts, notice = recipe.build(asked.config, mesh, asked.own), door.Interrupt()
+    try:
+        opened = begin.open_workdir(asked.config, where, asked.name, True, console)
+        door.tell_changed(opened, asked.own, console)
+        run, state = begin.begin(asked.config, parts, opened, console, phases, agree.code_facts())
+        outcome = loop.train(run, state, notice)
+        if outcome.interrupted:
+            console.say(f"stopped by Ctrl-C after step {outcome.step}, saved; the same call with its workdir goes on")
+        else:
+            finish.finish(run, outcome.state.params, outcome.evaluated)
+    finally:
+        notice.close()
+        lock.release()
+    return Trained(
+        config=asked.config,
+        parts=parts,
+        params=outcome.state.params,
+        tokenizer=run.corpus.tokenizer,
+        workdir=opened.path,
+        state=outcome.state,
+        losses=np.array(run.recorder.losses, np.float32),
+        wire_bytes=run.recorder.wire_bytes,
+        interrupted=outcome.interrupted,
+    )
+
+
+def open(workdir: str | Path, *, simulate: int | None = None, **changes: Any) -> Trained:
+    """The newest parameters of a run, its model and its tokenizer, whether it has ended or not: on one device, or on
+    the mesh that `changes` say.
+
+    Raises UsageError for a folder that holds no run, or one without a checkpoint.
+    """
+    from runtime.checkpoint import load_params  # slow to import
+
+    path = Path(door.folder(workdir) or "")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"workdir={path}: there is no config.json of a run in this folder")
+    config = door.configure(door.alone(configuration.read_json(path)), changes).config
+    parts = recipe.build(config, door.mesh_of(config, simulate))
+    given = load_params(path / "checkpoints", parts.state.params, print)
+    with bad_input():
+        kept = record.read(path, config.data.tokenizer)
+        if kept is None:
+            raise UsageError(f"workdir={path}: this run keeps no tokenizer, as those of earlier releases")
+        named = (config.data.tokenizer, config.data.end_of_document)
+        tokenizer = record.tokenizer_of(path, kept, *named, accept=True)
+    if given.step < config.steps:
+        print(f"{path} has made {given.step} of its {config.steps} steps")
+    return Trained(config=config, parts=parts, params=given.params, tokenizer=tokenizer, workdir=path)
+
+
+class Built:
+    """The parts of a run, of which nothing is allocated. `parts` is what recipes/build.py makes."""
+
+    def __init__(self, name: str, config: Any, parts: recipe.Parts):
+        self.name, self.config, self.parts = name, config, parts
+
+    def table(self) -> str:
+        """Compiles every program and says what they need, as a dry run does."""
+        found, others = describe.compile_all(self.config, self.parts)
+        sent = describe.traffic(self.parts, found) | describe.traffic_beside(self.parts, others)
+        per_step = describe.wire_bytes(self.parts, sent, self.config.steps)
+        rows = describe.rows(self.parts, found, sent, per_step, {})
+        return door.Text(plain_table(self.name, [*rows, *describe.rows_beside(others)]))
+
+
+def build(config: Any, *, simulate: int | None = None, **changes: Any) -> Built:
+    """What a config describes, on its mesh: model, optimizer, strategy, the shapes and shardings of its state."""
+    asked = door.configure(config, changes)
+    parts = recipe.build(asked.config, door.mesh_of(asked.config, simulate), asked.own)
+    return Built(asked.name, asked.config, parts)
+
+
+def steps(config: Any, *, simulate: int | None = None, **changes: Any) -> loop.Steps:
+    """A loop of one's own: iterating makes the updates and gives (state, metrics [K]) after each call; nothing is
+    saved or shown. `.state` may be set between two calls; a state is valid until the next one takes it over.
+    """
+    found = build(config, simulate=simulate, **changes)
+    config, parts = found.config, found.parts
+    with bad_input():
+        corpus = begin.read_corpus(config.data)
+    state = programs.compile_init(parts)(np.uint32(config.seed))
+    loader = loop.make_loader(config, corpus, config.seed)
+    return loop.Steps(parts, programs.compile_steps(parts), state, loader, 0, config.steps)
