@@ -10,6 +10,7 @@ import gc
 import hashlib
 import itertools
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,9 @@ CACHE.mkdir(mode=0o700, exist_ok=True)
 os.environ["SLACKLINE_CACHE"] = str(CACHE)
 
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its compiler runs in several pytest workers at once
+
+# A shell's background job ignores Ctrl-C, and would hand that on to the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
