@@ -21,8 +21,8 @@ from typing import Any
 
 from data.corpus import cache_directory
 from parallel.layout import mesh as meshes
+from recipes import compare as comparing
 from recipes import table
-from recipes.compare import Plan, Runner
 from recipes.programs import use_compilation_cache
 from runtime import config as configuration
 from runtime import exits, lock
@@ -35,17 +35,11 @@ def main(argv: list[str]) -> int:
         meshes.simulate(args.simulate)
     meshes.keep_freed_memory()
     use_compilation_cache(cache_directory())
-    plan = Plan.read(configuration.expand_home(args.config), args.only)
+    plan = comparing.Plan.read(configuration.expand_home(args.config), args.only)
     with bad_input():
         workdir = Path(configuration.local_path("--workdir", args.workdir or f"runs/compare-{Path(args.config).stem}"))
     lock.hold(workdir)  # exits.guarded lets go of it
-    runner = Runner(plan, workdir)
-    for row in plan.rows:
-        best = runner.tune(row)
-        for seed in plan.seeds:
-            runner.result(row, best, seed, plan.steps)
-        found = table.tabulate([runner.summary(r) for r in plan.rows if runner.finished(r)], plan.about())
-        table.write(found, workdir)
+    found = comparing.run(plan, workdir)
     print(f"\n{table.markdown(found)}\nin {workdir}: table.md, table.csv, table.json, plots/")
     return 0
 

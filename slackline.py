@@ -11,14 +11,16 @@ and `sync.strategy` a class. What is wrong is a UsageError.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data import record
-from recipes import begin, describe, door, finish, programs
+from recipes import begin, describe, door, finish, programs, table
 from recipes import build as recipe
+from recipes import compare as comparing
 from recipes import fit as loop
 from recipes.trained import Picture, Trained
 from runtime import agree, lock
@@ -27,7 +29,7 @@ from runtime.config import RunError, UsageError, bad_input
 from runtime.console import plain_table
 from runtime.progress import Phases
 
-__all__ = ["Picture", "RunError", "Trained", "UsageError", "build", "fit", "open", "steps"]
+__all__ = ["Picture", "RunError", "Trained", "UsageError", "build", "compare", "fit", "open", "steps"]
 
 
 def fit(config: Any, *, simulate: int | None = None, workdir: str | Path | None = None, **changes: Any) -> Trained:
@@ -106,6 +108,19 @@ class Built:
         return door.Text(plain_table(self.name, [*rows, *describe.rows_beside(others)]))
 
 
+class Compared:
+    """A comparison: its table, whose rows are `rows`; the files are in `workdir`."""
+
+    def __init__(self, found: dict[str, Any], workdir: Path):
+        self.rows, self.about, self.workdir, self._text = found["rows"], found["about"], workdir, table.markdown(found)
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def _repr_markdown_(self) -> str:
+        return self._text
+
+
 def build(config: Any, *, simulate: int | None = None, **changes: Any) -> Built:
     """What a config describes, on its mesh: model, optimizer, strategy, the shapes and shardings of its state."""
     asked = door.configure(config, changes)
@@ -124,3 +139,30 @@ def steps(config: Any, *, simulate: int | None = None, **changes: Any) -> loop.S
     state = programs.compile_init(parts)(np.uint32(config.seed))
     loader = loop.make_loader(config, corpus, config.seed)
     return loop.Steps(parts, programs.compile_steps(parts), state, loader, 0, config.steps)
+
+
+def compare(
+    config: Any,
+    *,
+    rows: Sequence[dict[str, Any]] | None = None,
+    seeds: Sequence[int] | None = None,
+    simulate: int | None = None,
+    workdir: str | Path | None = None,
+    **changes: Any,
+) -> Compared:
+    """Trains every row with every seed, as `python compare.py` does, and returns the table. What is in the workdir
+    already, by default runs/compare-<config>, is not trained again.
+
+    config: as everywhere; of a file with ROWS and SEEDS these are the defaults. rows: dictionaries with `name`,
+    `changes` ({key: value}) and perhaps `tune` ((key, values)); the first one is the baseline. seeds: three or more.
+    """
+    own = door.named(config)
+    asked = door.configure(config, changes)
+    plan = comparing.Plan.of(asked.config, own.get("ROWS", ()) if rows is None else rows, seeds or own.get("SEEDS", ()))
+    devices = door.devices(simulate, asked.config.sync.replicas)
+    folder = Path(door.folder(workdir) or f"runs/compare-{asked.name}")
+    try:
+        lock.hold(folder)
+        return Compared(comparing.run(plan, folder, devices), folder)
+    finally:
+        lock.release()

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from parallel.cost.bytes import bytes_per_step
 from parallel.cost.utilisation import Method
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
-from recipes import describe, fit, methods
+from recipes import describe, fit, methods, table
 from recipes.begin import read_corpus
 from recipes.build import Parts, build, num_parameters
 from recipes.programs import compile_evaluation, compile_init, compile_steps, shardings_of
@@ -34,9 +34,11 @@ PERTURBATION = 1e-6  # of the weights, relative: the noise floor of a comparison
 
 @dataclass(frozen=True)
 class Row:
+    """changes: {key: value}, to the config of all rows. tune: a key, and what is tried of it."""
+
     name: str
     changes: dict[str, Any]
-    tune: tuple[str, tuple[float, ...]] | None
+    tune: tuple[str, tuple[float, ...]] | None = None
     perturbed: bool = False
 
     @property
@@ -46,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the config file says."""
+    """What is compared: a config, and rows that change it. The first row is the baseline."""
 
     base: Any
     rows: list[Row]
@@ -64,14 +66,25 @@ class Plan:
 
     @classmethod
     def read(cls, file: str, only: str) -> "Plan":
-        """Raises UsageError for a file, a row or a number of seeds that cannot be compared; checks every row."""
+        """Of a config file with ROWS and SEEDS. Raises UsageError."""
         base, found = configuration.execute(file)
         if missing := {"ROWS", "SEEDS"} - found.keys():
             raise UsageError(f"--config={file} has no {', '.join(sorted(missing))}: see configs/compare/quickstart.py")
-        seeds = tuple(found["SEEDS"])
+        return cls.of(base, found["ROWS"], found["SEEDS"], only)
+
+    @classmethod
+    def of(cls, base: Any, rows: Iterable[dict[str, Any]], seeds: Iterable[int], only: str = "") -> "Plan":
+        """Raises UsageError for a row or a number of seeds that cannot be compared; checks every row."""
+        seeds, found = tuple(seeds), []
         if len(set(seeds)) < max(3, len(seeds)):
-            raise UsageError(f"--config={file}: SEEDS={seeds}; an interval needs 3 seeds or more, all different")
-        plan = cls(base, [Row(**row) for row in found["ROWS"]], seeds)
+            raise UsageError(f"SEEDS={seeds}: an interval needs 3 seeds or more, all different")
+        for row in rows:
+            if not isinstance(row, dict) or not {"name", "changes"} <= row.keys() <= {"name", "changes", "tune"}:
+                raise UsageError(f"row {row!r}: expected a dictionary with name, changes and perhaps tune")
+            found.append(Row(**row))
+        if not found:
+            raise UsageError("ROWS is empty: the first row is the baseline, the others are compared with it")
+        plan = cls(base, found, seeds)
         for row in plan.rows:
             if row.tune and len(row.tune[1]) > 3:
                 raise UsageError(f"row {row.name!r}: {len(row.tune[1])} candidates; every row has at most 3")
@@ -81,9 +94,9 @@ class Plan:
                     methods.validate(config)
                     if config.init.workdir:
                         raise UsageError(f"row {row.name!r} sets init.workdir: a comparison draws its weights by seed")
-        rows = plan.rows
-        floor = Row(f"{rows[0].name}, weights moved by {PERTURBATION:g}", rows[0].changes, rows[0].tune, True)
-        kept = [row for row in [rows[0], floor, *rows[1:]] if only in row.name or row is rows[0]]
+        first, *others = plan.rows
+        floor = Row(f"{first.name}, weights moved by {PERTURBATION:g}", first.changes, first.tune, True)
+        kept = [row for row in [first, floor, *others] if only in row.name or row is first]
         return cls(plan.base, kept, plan.seeds)
 
     def config(self, row: Row, value: Any, steps: int) -> Any:
@@ -104,6 +117,7 @@ class Runner:
 
     plan: Plan
     workdir: Path
+    devices: Sequence[Any] = ()  # all, if none are given
     started: float = field(default_factory=time.time)
     steps_done: int = 0
     _built: dict[str, Any] = field(default_factory=dict)
@@ -206,16 +220,29 @@ class Runner:
         """Compiled programs are shared by the seeds of a candidate, unless they draw; only the last ones are kept."""
         key = config.to_json(sort_keys=True)
         if key not in self._built:
-            R, D = config.sync.replicas, len(jax.devices())
+            devices = self.devices or jax.devices()
+            R, D = config.sync.replicas, len(devices)
             if R % D:
                 raise UsageError(f"sync.replicas={R} replicas cannot be laid over {D} devices: use --simulate={R}")
-            parts = build(config, meshes.build({SLOW: D}))
+            parts = build(config, meshes.build({SLOW: D}, devices))
             corpus = read_corpus(config.data)
             program = functools.cache(functools.partial(compile_evaluation, parts))
             evaluate = fit.make_evaluator(config, parts, corpus, program)
             built = (parts, compile_steps(parts), compile_init(parts), evaluate, corpus)
             self._built = {key: built}
         return self._built[key]
+
+
+def run(plan: Plan, workdir: Path, devices: Sequence[Any] = ()) -> dict[str, Any]:
+    """Trains what is not in the workdir yet, and keeps the table of what is there after each row: the table."""
+    runner, found = Runner(plan, workdir, devices), {}
+    for row in plan.rows:
+        best = runner.tune(row)
+        for seed in plan.seeds:
+            runner.result(row, best, seed, plan.steps)
+        found = table.tabulate([runner.summary(r) for r in plan.rows if runner.finished(r)], plan.about())
+        table.write(found, workdir)
+    return found
 
 
 def _read_result(file: Path) -> dict[str, Any]:

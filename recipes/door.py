@@ -67,14 +67,25 @@ def configure(config: Any, changes: Mapping[str, Any], workdir: str | None = Non
 def _start(config: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(config, ConfigDict):
         return "config", dict(configuration.flatten(configuration.checked(config, "this config")))
+    path = _file(config)
+    return path.stem, dict(configuration.flatten(configuration.execute(str(path))[0]))
+
+
+def named(config: Any) -> dict[str, Any]:
+    """The names in a config file: a comparison has ROWS and SEEDS there."""
+    return {} if isinstance(config, ConfigDict) else configuration.execute(str(_file(config)))[1]
+
+
+def _file(config: Any) -> Path:
     if not isinstance(config, str | Path):
         raise UsageError(f"config={config!r}: expected the name of a config, its path, or a ConfigDict")
-    named = CONFIGS / f"{config}.py"
-    path = named if named.is_file() else Path(configuration.expand_home(str(config)))
+    known = CONFIGS / f"{config}.py"
+    path = known if known.is_file() else Path(configuration.expand_home(str(config)))
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.py") if file.stem not in ("__init__", "base")))
+        files = sorted(file.relative_to(CONFIGS).with_suffix("") for file in CONFIGS.rglob("*.py"))
+        names = ", ".join(str(name) for name in files if name.name not in ("__init__", "base"))
         raise UsageError(f"config={str(config)!r} is neither a file nor one of {names}")
-    return path.stem, dict(configuration.flatten(configuration.execute(str(path))[0]))
+    return path
 
 
 def tell_changed(workdir: Workdir, own: methods.Own, console: Console) -> None:
@@ -113,12 +124,18 @@ def mesh_of(config: Any, simulate: int | None) -> Mesh:
     with bad_input():
         sizes = [size for size in config.mesh.values() if size != -1]
         fixed, whole = math.prod(sizes), len(sizes) == len(config.mesh)
-        devices = _devices(simulate, simulate or max(1, fixed))
-        on_cpu = devices[0].platform == "cpu"
-        devices = devices[: fixed if whole and fixed > 0 else simulate or (max(1, fixed) if on_cpu else None)]
-        mesh = meshes.build(meshes.fill_sizes(config.mesh, len(devices)), devices)
+        found = _devices(simulate, simulate or max(1, fixed))
+        on_cpu = found[0].platform == "cpu"
+        found = found[: fixed if whole and fixed > 0 else simulate or (max(1, fixed) if on_cpu else None)]
+        mesh = meshes.build(meshes.fill_sizes(config.mesh, len(found)), found)
     programs.use_compilation_cache(cache_directory())
     return mesh
+
+
+def devices(simulate: int | None, replicas: int) -> list[Any]:
+    """For a comparison: all that there are; on a CPU those that are simulated, or one for each replica."""
+    found = _devices(simulate, simulate or max(1, replicas))
+    return found[: simulate or max(1, replicas)] if found[0].platform == "cpu" else found
 
 
 def _devices(simulate: int | None, need: int) -> list[Any]:

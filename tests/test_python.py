@@ -124,6 +124,9 @@ def test_an_object_that_has_changed_is_said(tmp_path, capsys):
         (lambda: sl.fit("tiny", sync={"staleness": 2}), ["sync.staleness=2 is not read"]),
         (lambda: sl.fit("tiny", workdir="gs://bucket/run"), ["workdir=gs://bucket/run", "not supported"]),
         (lambda: sl.open("/"), ["workdir=/", "config.json"]),
+        (lambda: sl.compare("tiny", rows=[], seeds=[0, 1, 2]), ["ROWS is empty", "baseline"]),
+        (lambda: sl.compare("tiny", rows=[{"name": "a", "change": {}}], seeds=[0, 1, 2]), ["'change'", "changes"]),
+        (lambda: sl.compare("tiny", rows=[{"name": "a", "changes": {}}], seeds=[0, 1]), ["SEEDS=(0, 1)", "3 seeds"]),
     ],
 )
 def test_what_is_wrong_is_one_sentence(call, parts):
