@@ -85,7 +85,8 @@ def existing(path: str) -> Path:
         siblings = [p.name for p in found.parent.iterdir()] if found.parent.is_dir() else []
         near = difflib.get_close_matches(found.name, siblings, n=1)
         raise FileNotFoundError(
-            f"data.path {path!r} does not exist." + (f" Did you mean {str(found.parent / near[0])!r}?" if near else "")
+            f"data.path {path!r} does not exist."
+            + (f" Did you mean {str(found.parent / near[0])!r}?" if near else " Give a file or a folder that does.")
         )
     status = found.stat()
     if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):

@@ -59,28 +59,24 @@ class Own:
 
     def describe(self) -> dict[str, Any]:
         """What config.json keeps of them: {key: {class, fields, digest of the source}}."""
-        kinds = {"sync.codec": type(self.codec), "sync.strategy": self.strategy}
-        kinds = {key: kind for key, kind in kinds.items() if kind not in (None, type(None))}
-        fields = {"sync.codec": {name: repr(x) for name, x in vars(self.codec).items()}} if self.codec else {}
-        return {
-            key: {
-                "class": f"{kind.__module__}.{kind.__qualname__}",
-                "fields": fields.get(key, {}),
-                "source": _source(kind),
-            }
-            for key, kind in kinds.items()
-        }
+        found = {}
+        if self.codec is not None:
+            found["sync.codec"] = _described(type(self.codec), vars(self.codec))
+        if self.strategy is not None:
+            found["sync.strategy"] = _described(self.strategy, {})
+        return found
 
 
 NONE = Own()
 
 
-def _source(kind: type) -> str | None:
-    """A digest of the text of a class; None where there is none, as of a class that was typed at a prompt."""
+def _described(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
     try:
-        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return None
+        source = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
+    except (OSError, TypeError):  # there is no text of a class that was typed at a prompt
+        source = None
+    plain = {name: repr(value) for name, value in fields.items()}
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "fields": plain, "source": source}
 
 
 def known(own: Own = NONE) -> configuration.Methods:
