@@ -10,6 +10,7 @@ changes keys of its group, and `**{"optimizer.lr": 1e-3}` one by its dotted name
 and `sync.strategy` a class. What is wrong is a UsageError.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,13 +48,13 @@ def fit(config: Any, *, simulate: int | None = None, workdir: str | Path | None 
         opened = begin.open_workdir(asked.config, where, asked.name, True, console)
         door.tell_changed(opened, asked.own, console)
         run, state = begin.begin(asked.config, parts, opened, console, phases, agree.code_facts())
-        outcome = loop.train(run, state, notice)
+        with contextlib.closing(notice):
+            outcome = loop.train(run, state, notice)
         if outcome.interrupted:
             console.say(f"stopped by Ctrl-C after step {outcome.step}, saved; the same call with its workdir goes on")
         else:
             finish.finish(run, outcome.state.params, outcome.evaluated)
     finally:
-        notice.close()
         lock.release()
     return Trained(
         config=asked.config,
@@ -61,6 +62,7 @@ def fit(config: Any, *, simulate: int | None = None, workdir: str | Path | None 
         params=outcome.state.params,
         tokenizer=run.corpus.tokenizer,
         workdir=opened.path,
+        step=outcome.step,
         state=outcome.state,
         losses=np.array(run.recorder.losses, np.float32),
         wire_bytes=run.recorder.wire_bytes,
@@ -90,7 +92,7 @@ def open(workdir: str | Path, *, simulate: int | None = None, **changes: Any) ->
         tokenizer = record.tokenizer_of(path, kept, *named, accept=True)
     if given.step < config.steps:
         print(f"{path} has made {given.step} of its {config.steps} steps")
-    return Trained(config=config, parts=parts, params=given.params, tokenizer=tokenizer, workdir=path)
+    return Trained(config=config, parts=parts, params=given.params, tokenizer=tokenizer, workdir=path, step=given.step)
 
 
 class Built:
@@ -102,9 +104,7 @@ class Built:
     def table(self) -> str:
         """Compiles every program and says what they need, as a dry run does."""
         found, others = describe.compile_all(self.config, self.parts)
-        sent = describe.traffic(self.parts, found) | describe.traffic_beside(self.parts, others)
-        per_step = describe.wire_bytes(self.parts, sent, self.config.steps)
-        rows = describe.rows(self.parts, found, sent, per_step, {})
+        rows, *_ = describe.read(self.config, self.parts, found, others, {})
         return door.Text(plain_table(self.name, [*rows, *describe.rows_beside(others)]))
 
 
@@ -156,9 +156,10 @@ def compare(
     config: as everywhere; of a file with ROWS and SEEDS these are the defaults. rows: dictionaries with `name`,
     `changes` ({key: value}) and perhaps `tune` ((key, values)); the first one is the baseline. seeds: three or more.
     """
-    own = door.named(config)
     asked = door.configure(config, changes)
-    plan = comparing.Plan.of(asked.config, own.get("ROWS", ()) if rows is None else rows, seeds or own.get("SEEDS", ()))
+    given = {"ROWS": rows, "SEEDS": seeds}
+    found = {name: asked.file.get(name, ()) if x is None else x for name, x in given.items()}
+    plan = comparing.Plan.of(asked.config, found["ROWS"], found["SEEDS"])
     devices = door.devices(simulate, asked.config.sync.replicas)
     folder = Path(door.folder(workdir) or f"runs/compare-{asked.name}")
     try:

@@ -6,8 +6,8 @@ python bench/gpu.py --models=gpt2_124m --lengths=1024 --torch=VENV/bin/python
 tokens/s counts whole steps with the read of their loss. Model FLOPs per token, training:
   full   6 · (weights of matrix products, the head once) + 12 · L · H · K · T
   causal the same with 6 · L · H · K · T: only the half of the T × T scores that is needed
-MFU is tokens/s times one of them, over the bf16 peak of parallel/cost/bytes.py. The batch is halved until it fits. bf16
-compute, float32 weights and AdamW, no accumulation.
+MFU is tokens/s times one of them, over the bf16 peak of parallel/cost/hardware.py. The batch is halved until it fits.
+bf16 compute, float32 weights and AdamW, no accumulation.
 """
 
 import argparse

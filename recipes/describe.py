@@ -79,11 +79,19 @@ def start(
 
     Raises UsageError, below the table, where a program sends over `replica` what is not ours.
     """
-    found = traffic(parts, programs) | traffic_beside(parts, others)
-    per_step = wire_bytes(parts, found, config.steps)
-    console.table(title, [*first, *rows(parts, programs, found, per_step, seconds), *last])
+    own, found, per_step = read(config, parts, programs, others, seconds)
+    console.table(title, [*first, *own, *last])
     refuse_stray(found, config.sync.allow_stray_bytes)
     return per_step
+
+
+def read(
+    config: Any, parts: Parts, programs: dict[str, Any], others: dict[str, Any], seconds: dict[str, float]
+) -> tuple[list[tuple[str, str]], dict[str, stray.Traffic], dict[str, float]]:
+    """What compiled programs say of themselves: (rows, what each sends, what `wire_bytes` makes of that)."""
+    found = traffic(parts, programs) | traffic_beside(parts, others)
+    per_step = wire_bytes(parts, found, config.steps)
+    return rows(parts, programs, found, per_step, seconds), found, per_step
 
 
 def beside(config: Any, parts: Parts, console: Console, programs: dict[str, Any]) -> None:

@@ -36,12 +36,14 @@ def folder(workdir: str | Path | None) -> str | None:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a call asks for. notes: what was changed without being asked for."""
+    """What a call asks for. notes: what was changed without being asked for. file: the names in the config's file: a
+    comparison has ROWS and SEEDS there."""
 
     name: str
     config: Any
     own: methods.Own
     notes: list[str]
+    file: dict[str, Any]
 
 
 def configure(config: Any, changes: Mapping[str, Any], workdir: str | None = None) -> Asked:
@@ -50,7 +52,7 @@ def configure(config: Any, changes: Mapping[str, Any], workdir: str | None = Non
 
     Raises UsageError as the command line does.
     """
-    name, before = _start(config)
+    name, before, file = _start(config)
     values = dict(configuration.flatten(changes))
     given = {key: values[key] for key in ("sync.codec", "sync.strategy") if not isinstance(values.get(key, ""), str)}
     own = methods.Own(given.get("sync.codec"), given.get("sync.strategy"))
@@ -61,19 +63,16 @@ def configure(config: Any, changes: Mapping[str, Any], workdir: str | None = Non
         raise UsageError("\n".join(wrong))
     found = configuration.nested(flat)
     methods.validate(found, own)
-    return Asked(name, found.lock(), own, notes)
+    return Asked(name, found.lock(), own, notes, file)
 
 
-def _start(config: Any) -> tuple[str, dict[str, Any]]:
+def _start(config: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(its name, its values, the names in its file)."""
     if isinstance(config, ConfigDict):
-        return "config", dict(configuration.flatten(configuration.checked(config, "this config")))
+        return "config", dict(configuration.flatten(configuration.checked(config, "this config"))), {}
     path = _file(config)
-    return path.stem, dict(configuration.flatten(configuration.execute(str(path))[0]))
-
-
-def named(config: Any) -> dict[str, Any]:
-    """The names in a config file: a comparison has ROWS and SEEDS there."""
-    return {} if isinstance(config, ConfigDict) else configuration.execute(str(_file(config)))[1]
+    found, file = configuration.execute(str(path))
+    return path.stem, dict(configuration.flatten(found)), file
 
 
 def _file(config: Any) -> Path:
@@ -123,10 +122,8 @@ def mesh_of(config: Any, simulate: int | None) -> Mesh:
     """
     with bad_input():
         sizes = [size for size in config.mesh.values() if size != -1]
-        fixed, whole = math.prod(sizes), len(sizes) == len(config.mesh)
-        found = _devices(simulate, simulate or max(1, fixed))
-        on_cpu = found[0].platform == "cpu"
-        found = found[: fixed if whole and fixed > 0 else simulate or (max(1, fixed) if on_cpu else None)]
+        need, is_whole = max(1, math.prod(sizes)), len(sizes) == len(config.mesh)
+        found = _devices(simulate, need)[: need if is_whole else None]
         mesh = meshes.build(meshes.fill_sizes(config.mesh, len(found)), found)
     programs.use_compilation_cache(cache_directory())
     return mesh
@@ -134,11 +131,12 @@ def mesh_of(config: Any, simulate: int | None) -> Mesh:
 
 def devices(simulate: int | None, replicas: int) -> list[Any]:
     """For a comparison: all that there are; on a CPU those that are simulated, or one for each replica."""
-    found = _devices(simulate, simulate or max(1, replicas))
-    return found[: simulate or max(1, replicas)] if found[0].platform == "cpu" else found
+    return _devices(simulate, max(1, replicas))
 
 
 def _devices(simulate: int | None, need: int) -> list[Any]:
+    """All of an accelerator's; on a CPU the first `simulate`, or the first that are needed."""
+    count = simulate or need
     if simulate:
         try:
             meshes.simulate(simulate)
@@ -148,10 +146,12 @@ def _devices(simulate: int | None, need: int) -> list[Any]:
                     f"simulate={simulate}: this process computes on {jax.devices()[0].device_kind} already. Simulate "
                     "in a new one (in a notebook: restart the session), or leave simulate out"
                 ) from None
-    if jax.default_backend() == "cpu" and jax.process_count() == 1 and len(jax.devices()) < need:
+    if jax.default_backend() != "cpu" or jax.process_count() > 1:
+        return jax.devices()
+    if len(jax.devices()) < count:
         backend.clear_backends()
-        meshes.simulate(need)
-    return jax.devices()
+        meshes.simulate(count)
+    return jax.devices()[:count]
 
 
 # ── Ctrl-C ────────────────────────────────────────────────────────────────────────────────────────────────────────────

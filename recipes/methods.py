@@ -51,9 +51,6 @@ class Own:
                 "(parallel/strategies/base.py): docs/add-a-method.md"
             )
 
-    def codecs(self) -> dict[str, type]:
-        return CODECS | ({type(self.codec).__name__: type(self.codec)} if self.codec is not None else {})
-
     def strategies(self) -> dict[str, type[Strategy]]:
         return STRATEGIES | ({self.strategy.__name__: self.strategy} if self.strategy else {})
 
@@ -80,12 +77,11 @@ def _described(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def known(own: Own = NONE) -> configuration.Methods:
-    """The keys of each, as the config's checks want them. An own codec has its values already."""
+    """The keys of each, as the config's checks want them. An own codec has its values already, and reads none."""
     codecs = {name: frozenset(_keys(kind)) for name, kind in CODECS.items()}
-    return configuration.Methods(
-        {name: frozenset(_keys(kind)) for name, kind in own.strategies().items()},
-        {name: codecs.get(name, frozenset()) for name in own.codecs()},
-    )
+    if own.codec is not None:
+        codecs[type(own.codec).__name__] = frozenset()
+    return configuration.Methods({name: frozenset(_keys(kind)) for name, kind in own.strategies().items()}, codecs)
 
 
 def _keys(kind: type) -> list[str]:

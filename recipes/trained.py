@@ -34,7 +34,8 @@ class Picture:
 class Trained:
     """A run that has been trained, by this process or another.
 
-    losses: float32, of every update that this call has made. state: None where only the parameters were read.
+    step: updates in these parameters. losses: float32, of every update that this call has made. state: None where only
+    the parameters were read.
     wire_bytes: {mesh axis: bytes that a device sends a step}.
     """
 
@@ -43,6 +44,7 @@ class Trained:
     params: Any
     tokenizer: Any
     workdir: Path
+    step: int
     state: Any = None
     losses: Any = ()
     wire_bytes: Any = None
@@ -66,9 +68,10 @@ class Trained:
 
     def evaluate(self, text: str) -> Evaluation:
         """The loss, and bits per byte, of a text: of the whole windows in it. Raises UsageError for too short a one."""
-        data, ids_N = self.config.data, self.tokenizer.encode(text)
+        data = self.config.data
         shape = {"seq_len": data.seq_len, "batch_size": data.batch_size, "document_mask": data.document_mask}
         with bad_input():
+            ids_N = self.tokenizer.encode(text)
             batches = eval_batches(ids_N, **shape, num_batches=len(ids_N), eos=self.tokenizer.eos)
         bytes_V = self.tokenizer.token_bytes()  # where it changes the text, or lacks tokens: scaled to what was read
         bytes_V = bytes_V * (len(text.encode()) / max(1, float(np.sum(bytes_V[ids_N]))))
@@ -85,5 +88,5 @@ class Trained:
         return Picture(draw_loss(self.metrics, self.workdir.name))
 
     def __repr__(self) -> str:
-        step = self.summary.get("step", len(self.losses))
-        return f"<a run in {self.workdir}: {step} of {self.config.steps} steps{', interrupted' * self.interrupted}>"
+        interrupted = ", interrupted" if self.interrupted else ""
+        return f"<a run in {self.workdir}: {self.step} of {self.config.steps} steps{interrupted}>"

@@ -27,6 +27,10 @@ class Mine(Int4):
     """A codec of a test's."""
 
 
+class int4(Int4):
+    """A codec of a test's that has its values already."""
+
+
 class Yours(DiLoCo):
     """A strategy of a test's."""
 
@@ -58,6 +62,7 @@ def test_ctrl_c_ends_at_the_border_of_a_call_and_the_same_call_goes_on(whole, tm
     assert stopped.interrupted and len(stopped.losses) == 3 and "interrupted" in repr(stopped)
     gone_on = fit(tmp_path / "run")
     assert not gone_on.interrupted and len(gone_on.losses) == 5
+    assert (stopped.step, gone_on.step, sl.open(tmp_path / "run").step) == (3, 8, 8) and "3 of 8" in repr(stopped)
     np.testing.assert_array_equal([*stopped.losses, *gone_on.losses], whole.losses)
     assert gone_on.summary["params_digest"] == whole.summary["params_digest"]
 
@@ -121,6 +126,7 @@ def test_an_object_that_has_changed_is_said(tmp_path, capsys):
         (lambda: sl.fit("tiny", sync={"codec": object()}), ["sync.codec=<object", "BlockCodec", "add-a-method"]),
         (lambda: sl.fit("tiny", sync={"codec": Mine}), ["sync.codec=<class", "an object of a class"]),
         (lambda: sl.fit("tiny", sync={"strategy": object}), ["sync.strategy=<class 'object'>", "Strategy"]),
+        (lambda: sl.fit("tiny", mesh={"replica": 2}, sync={"codec": int4(), "block": 64}), ["sync.block=64", "read"]),
         (lambda: sl.fit("tiny", sync={"staleness": 2}), ["sync.staleness=2 is not read"]),
         (lambda: sl.fit("tiny", workdir="gs://bucket/run"), ["workdir=gs://bucket/run", "not supported"]),
         (lambda: sl.open("/"), ["workdir=/", "config.json"]),
