@@ -1,11 +1,10 @@
 """Checkpoints of format 1 are read by today's names. One of them is kept here: an eager run, whose state has every kind
 of array; the others are made by the release that wrote them, out of the repository's history."""
 
-import io
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import helpers
@@ -31,8 +30,7 @@ def config():
 
 
 def restored(folder, mesh):
-    with tarfile.open(KEPT) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(KEPT, folder)
     parts, notes = helpers.build(config(), mesh), []
     state, step = Checkpoints(folder / "format1").restore(parts.state, notes.append, begin.adapter(parts, 0))
     return parts, state, step, notes, read_record(folder / "format1" / "8")["arrays"]
@@ -43,8 +41,7 @@ def test_the_kept_checkpoint_is_small():
 
 
 def test_a_run_starts_from_its_parameters(tmp_path):
-    with tarfile.open(KEPT) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(KEPT, tmp_path)
     parts = helpers.build(config(), (2, 2, 1))
     given = load_params(tmp_path / "format1", parts.state.params, pytest.fail)
     record = read_record(tmp_path / "format1" / "8")
@@ -83,13 +80,11 @@ def test_every_array_is_found_and_has_its_digest(tmp_path, mesh):
     ["codec=none", "strategy=stale codec=int4", "strategy=diloco codec=int4 interval=4", "strategy=eager interval=4"],
 )
 def test_runs_of_the_release_before_go_on_from_their_step(tmp_path, options):
-    release, workdir = tmp_path / "release", tmp_path / "run"
-    release.mkdir()
-    archive = subprocess.run(["git", "archive", LAST_RELEASE], cwd=helpers.ROOT, capture_output=True)
-    if archive.returncode:
+    release, workdir, archive = tmp_path / "release", tmp_path / "run", tmp_path / "release.tar"
+    done = subprocess.run(["git", "archive", f"--output={archive}", LAST_RELEASE], cwd=helpers.ROOT)
+    if done.returncode:
         pytest.skip(f"needs the repository's history back to {LAST_RELEASE}")
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-        files.extractall(release, filter="data")
+    shutil.unpack_archive(archive, release)
     chosen = [f"--config.sync.{option}" for option in options.split()]
     chosen += ["--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.sample.tokens=0", f"--workdir={workdir}"]
     command = [sys.executable, "train.py", "--config=configs/tiny.py", "--simulate=4", *chosen]
