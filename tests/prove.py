@@ -6,8 +6,8 @@ python tests/prove.py --list           what there is, and how it went
 python tests/prove.py --write          docs/proofs.md from what is there
 
 A piece is a test file with all its cases, or one edit of tests/taken_out.py. Its result is
-runs/prove/COMMIT/PYTHON/PIECE.json. A working tree with changes proves nothing about a commit: its results are kept
-apart, and each time made anew.
+runs/prove/COMMIT/PYTHON/PIECE.json, and the report says of every piece how it went last, and at which commit. A working
+tree with changes proves nothing about a commit: its results are kept apart, and each time made anew.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as xml
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,23 +30,27 @@ import taken_out
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "runs" / "prove"
 REPORT = ROOT / "docs" / "proofs.md"
+CORES = 2
 TORCH = "torch==2.13.0"  # its hook is the oracle of PowerSGD
 
 
 class Piece(NamedTuple):
-    """command: of a process that ends with 0 if all is well; {junit} in it is a file for pytest's results."""
+    """command: of a process that ends with 0 if all is well; {junit} in it is a file for pytest's results. cores: that
+    it keeps busy."""
 
     name: str
     command: list[str]
+    cores: int = CORES
 
 
 def pieces() -> list[Piece]:
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "", "-n", "2", "--dist", "worksteal", "--junitxml={junit}"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "", "-n", f"{CORES}", "--dist", "worksteal"]
+    pytest += ["--junitxml={junit}"]
     files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_*.py"))
     edits = [case.name for case in taken_out.CASES]
     return [
         *(Piece(file, [*pytest, file]) for file in files),
-        *(Piece(f"taken out, {name}", [sys.executable, "tests/taken_out.py", name]) for name in edits),
+        *(Piece(f"taken out, {name}", [sys.executable, "tests/taken_out.py", name], cores=1) for name in edits),
     ]
 
 
@@ -78,7 +82,7 @@ class Store:
 
     def get(self, piece: str) -> dict[str, Any] | None:
         path = self._path(piece)
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read(path) if path.exists() else None
 
     def put(self, result: dict[str, Any]) -> None:
         path = self._path(result["piece"])
@@ -86,6 +90,12 @@ class Store:
         new = path.with_suffix(".new")
         new.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         new.replace(path)
+
+    def last(self, piece: str) -> dict[str, Any] | None:
+        """The newest result, at whatever commit; none of a working tree with changes."""
+        every = self.root.glob(f"*/{self.python}/{self._path(piece).name}")
+        found = [file for file in every if not file.parent.parent.name.endswith("-changed")]
+        return max(map(_read, found), key=lambda result: result["date"], default=None)
 
     def is_proven(self, piece: str) -> bool:
         found = self.get(piece)
@@ -95,41 +105,69 @@ class Store:
         """What the piece took when it ran last, of whatever commit."""
         name = self._path(piece).name
         found = sorted(self.root.glob(f"*/*/{name}"), key=lambda path: path.stat().st_mtime)
-        return json.loads(found[-1].read_text())["seconds"] if found else None
+        return _read(found[-1])["seconds"] if found else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(piece: Piece, commit: str) -> dict[str, Any]:
-    """Its result. Stopped, it stops what it has started, and there is none."""
-    started = time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "junit.xml"
-        command = [part.format(junit=junit) if "{junit}" in part else part for part in piece.command]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-        counted = read_junit(junit) if junit.exists() else {"passed": int(process.returncode == 0)}
-    # pytest's 5: nothing was collected, because what the whole file needs is not installed
-    if process.returncode not in (0, 5) and not counted.get("failed"):
-        counted["failed"] = 1
-    return {
-        "piece": piece.name,
-        **{"passed": 0, "failed": 0, "skipped": 0, "counted": {}, "skips": []},
-        **counted,
-        "seconds": round(time.time() - started, 1),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit,
-        "python": sys.version.split()[0],
-        "jax": version_of("jax"),
-        "output": "" if process.returncode == 0 else output[-20_000:],
-    }
+class Running:
+    """A piece under way."""
+
+    def __init__(self, piece: Piece):
+        self.piece, self.started = piece, time.time()
+        self._folder = tempfile.TemporaryDirectory()
+        self._junit, self._output = (Path(self._folder.name) / name for name in ("junit.xml", "output"))
+        command = [part.format(junit=self._junit) if "{junit}" in part else part for part in piece.command]
+        with self._output.open("w") as output:
+            pipes = {"stdout": output, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+
+    def result(self, commit: str) -> dict[str, Any]:
+        code, output = self.process.returncode, self._output.read_text(errors="replace")
+        counted = read_junit(self._junit) if self._junit.exists() else {"passed": int(code == 0)}
+        # pytest's 5: nothing was collected, because what the whole file needs is not installed
+        if code not in (0, 5) and not counted.get("failed"):
+            counted["failed"] = 1
+        return {
+            "piece": self.piece.name,
+            **{"passed": 0, "failed": 0, "skipped": 0, "counted": {}, "skips": []},
+            **counted,
+            "seconds": round(time.time() - self.started, 1),
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "commit": commit,
+            "python": sys.version.split()[0],
+            "jax": version_of("jax"),
+            "output": "" if code == 0 else output[-20_000:],
+        }
+
+    def close(self) -> None:
+        """Nothing is left of it, whether it has ended or not."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self._folder.cleanup()
+
+
+def results(todo: Iterable[Piece], commit: str) -> Iterator[dict[str, Any]]:
+    """Of each piece as it ends. Side by side where one does not keep the machine busy. Stopped, it stops them."""
+    waiting, running = list(todo), []
+    try:
+        while waiting or running:
+            while waiting and sum(other.piece.cores for other in running) + waiting[0].cores <= CORES:
+                running.append(Running(waiting.pop(0)))
+            for ended in [other for other in running if other.process.poll() is not None]:
+                yield ended.result(commit)
+                ended.close()
+                running.remove(ended)
+            time.sleep(0.05)
+    finally:
+        for other in running:
+            other.close()
 
 
 def read_junit(path: Path) -> dict[str, Any]:
@@ -159,13 +197,14 @@ def prove(wanted: list[Piece], store: Store) -> int:
     known = {piece.name: store.seconds_before(piece.name) for piece in todo}
     usual = [seconds for seconds in known.values() if seconds is not None] or [60.0]
     expected = {name: sum(usual) / len(usual) if s is None else s for name, s in known.items()}
+    left = {piece.name: expected[piece.name] * piece.cores / CORES for piece in todo}
     failures = 0
-    for i, piece in enumerate(todo):
-        result = run(piece, store.commit)
+    for result in results(todo, store.commit):
         store.put(result)
         failures += bool(result["failed"])
-        left = sum(expected[later.name] for later in todo[i + 1 :])
-        print(f"[{i + 1}/{len(todo)}] {tell(result)}; about {left / 60:.0f} min left", flush=True)
+        del left[result["piece"]]
+        done, minutes = len(todo) - len(left), sum(left.values()) / 60
+        print(f"[{done}/{len(todo)}] {tell(result)}; about {minutes:.0f} min left", flush=True)
         if result["failed"]:
             print(result["output"][-3000:], flush=True)
     return failures
@@ -200,38 +239,41 @@ that a test notices. `make test` runs the part of it that fits into minutes, and
 """
 
 
-def report(commit: str, names: Iterable[str], stores: list[Store]) -> str:
-    """The page: for each Python a table of its pieces, then what is missing."""
+def report(names: Iterable[str], stores: list[Store]) -> str:
+    """The page: for each Python a table of its pieces, each as it went last, then what is missing."""
     names, parts = list(names), [HEAD]
-    if not any(store.get(name) for store in stores for name in names):
-        parts += [f"Nothing has been run at commit {commit}.\n"]
     for store in stores:
-        found = [result for name in names if (result := store.get(name))]
+        found = [result for name in names if (result := store.last(name))]
         if not found:
             continue
         total = {kind: sum(result[kind] for result in found) for kind in ("passed", "failed", "skipped")}
+        commits = sorted({result["commit"] for result in found}, key=[result["commit"] for result in found].count)
         parts += [
-            f"## Python {found[0]['python']}, JAX {found[0]['jax']}\n",
-            f"Commit {commit}: {len(found)} of {len(names)} pieces, {total['passed']:,} passed, "
-            f"{total['failed']:,} failed, {total['skipped']:,} skipped, "
-            f"{sum(result['seconds'] for result in found) / 3600:.1f} hours.\n",
-            "| piece | passed | failed | skipped | counted | seconds | date |",
-            "|---|---|---|---|---|---|---|",
+            f"## Python {found[-1]['python']}, JAX {found[-1]['jax']}\n",
+            f"{len(found)} of {len(names)} pieces, {total['passed']:,} passed, {total['failed']:,} failed, "
+            f"{total['skipped']:,} skipped, {sum(result['seconds'] for result in found) / 3600:.1f} hours, at commit "
+            f"{' and '.join(reversed(commits))}.\n",
+            "| piece | passed | failed | skipped | counted | seconds | commit | date |",
+            "|---|---|---|---|---|---|---|---|",
             *(row(result) for result in found),
             "",
         ]
         skips = sorted({reason for result in found for reason in result["skips"]})
         if skips:
             parts += ["Skipped, because:\n", *(f"- {' '.join(reason.split())}" for reason in skips), ""]
-        if missing := [name for name in names if not store.get(name)]:
+        if missing := [name for name in names if not store.last(name)]:
             parts += ["Missing:\n", *(f"- {name}" for name in missing), ""]
-    return "\n".join(parts)
+    return "\n".join(parts if len(parts) > 1 else [HEAD, "Nothing has been run.\n"])
 
 
 def row(result: dict[str, Any]) -> str:
     counted = ", ".join(f"{number:,} {name}" for name, number in result["counted"].items())
     cells = (result[key] for key in ("piece", "passed", "failed", "skipped"))
-    return "| " + " | ".join(map(str, (*cells, counted, round(result["seconds"]), result["date"]))) + " |"
+    return (
+        "| "
+        + " | ".join(map(str, (*cells, counted, round(result["seconds"]), result["commit"], result["date"])))
+        + " |"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -262,8 +304,8 @@ def main(argv: list[str]) -> int:
             return 130
     if options.only and not options.write:
         return int(failures > 0)
-    pythons = sorted({path.name for path in (RESULTS / at).glob("*")})
-    REPORT.write_text(report(at, [piece.name for piece in every], [Store(RESULTS, at, name) for name in pythons]))
+    pythons = sorted({path.name for path in RESULTS.glob("*/*")})
+    REPORT.write_text(report([piece.name for piece in every], [Store(RESULTS, at, name) for name in pythons]))
     print(f"{f'{failures} pieces failed; ' if failures else ''}{REPORT.relative_to(ROOT)} is written")
     return int(failures > 0)
 

@@ -20,8 +20,12 @@ def test_three(): pass
 """
 
 
-def piece(name: str, code: str) -> prove.Piece:
-    return prove.Piece(name, [sys.executable, "-c", code])
+def piece(name: str, code: str, cores: int = prove.CORES) -> prove.Piece:
+    return prove.Piece(name, [sys.executable, "-c", code], cores)
+
+
+def run(command: list[str]) -> dict:
+    return next(prove.results([prove.Piece("made", command)], "abc"))
 
 
 @pytest.fixture
@@ -33,14 +37,14 @@ def test_a_piece_of_pytest_is_counted(tmp_path, store):
     (tmp_path / "test_made.py").write_text(CASES)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={junit}", str(tmp_path)]
-    result = prove.run(prove.Piece("made", command), "abc")
+    result = run(command)
     assert [result[kind] for kind in ("passed", "failed", "skipped")] == [2, 0, 1]
     assert result["counted"] == {"events": 7} and result["skips"] == ["no such machine"]
     (tmp_path / "test_made.py").write_text("def test_one(): assert False, 'as it happens'")
-    result = prove.run(prove.Piece("made", command), "abc")
+    result = run(command)
     assert result["failed"] == 1 and "as it happens" in result["output"]
     (tmp_path / "test_made.py").write_text("no python")
-    assert prove.run(prove.Piece("made", command), "abc")["failed"] == 1, "what cannot be collected"
+    assert run(command)["failed"] == 1, "what cannot be collected"
 
 
 def test_what_has_passed_is_not_run_again_and_what_has_failed_is(tmp_path, store, capsys):
@@ -75,10 +79,27 @@ def test_stopped_it_leaves_nothing_behind_and_goes_on(tmp_path, store):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_the_report_has_every_piece_and_what_is_missing(store):
-    prove.prove([piece("good", "")], store)
-    page = prove.report("abc", ["good", "later"], [store])
-    assert "| good | 1 | 0 | 0 |" in page and "1 of 2 pieces" in page and "\n- later\n" in page
+def test_pieces_of_one_core_go_side_by_side(tmp_path, store):
+    """Each waits for the other."""
+    wait = "import pathlib, time\npathlib.Path({own!r}).touch()\n"
+    wait += "while not pathlib.Path({other!r}).exists(): time.sleep(0.01)"
+    a, b = (str(tmp_path / name) for name in "ab")
+    pair = [piece("a", wait.format(own=a, other=b), 1), piece("b", wait.format(own=b, other=a), 1)]
+    assert prove.prove([*pair, piece("whole", "")], store) == 0
+    assert all(store.is_proven(name) for name in ("a", "b", "whole"))
+
+
+def test_the_report_has_the_last_result_of_every_piece_and_what_is_missing(store):
+    prove.prove([piece("good", ""), piece("mended", "raise SystemExit(1)")], store)
+    page = prove.report(["good", "mended", "later"], [store])
+    assert "| good | 1 | 0 | 0 |" in page and "| mended | 0 | 1 | 0 |" in page
+    assert "2 of 3 pieces" in page and "\n- later\n" in page
+    other = prove.Store(store.root, "newer", store.python)
+    other.put(store.get("mended") | {"passed": 1, "failed": 0, "commit": "newer", "date": "9"})
+    prove.Store(store.root, "abc-changed", store.python).put(store.get("good") | {"failed": 1, "date": "99"})
+    page = prove.report(["good", "mended"], [other])
+    assert "2 passed, 0 failed" in page and re.search(r"\| mended .*\| newer \| 9 \|", page)
+    assert "at commit abc and newer" in page or "at commit newer and abc" in page
 
 
 def test_every_test_file_and_every_edit_is_a_piece():
