@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data import record
-from recipes import begin, describe, door, finish, programs, table
+from recipes import begin, describe, door, finish, once, programs, table
 from recipes import build as recipe
 from recipes import compare as comparing
 from recipes import fit as loop
@@ -100,12 +100,30 @@ class Built:
 
     def __init__(self, name: str, config: Any, parts: recipe.Parts):
         self.name, self.config, self.parts = name, config, parts
+        self._once = once.Once(parts, config.seed)
 
     def table(self) -> str:
         """Compiles every program and says what they need, as a dry run does."""
         found, others = describe.compile_all(self.config, self.parts)
         rows, *_ = describe.read(self.config, self.parts, found, others, {})
         return door.Text(plain_table(self.name, [*rows, *describe.rows_beside(others)]))
+
+    def gradients(self, params: Any = None, step: int = 0) -> Any:
+        """Each replica's gradient [R, …] of its mean loss over its rows of the batch of a step. params: of a state on
+        this mesh; None: those that the seed gives."""
+        with bad_input():
+            corpus = begin.read_corpus(self.config.data)
+        return self._once.gradients(loop.make_loader(self.config, corpus, self.config.seed), params, step)
+
+    def exchange(self, tree_R: Any, memory: Any = None, step: int = 0) -> tuple[Any, Any]:
+        """(the mean of a tree [R, …] like the parameters, by way of the codec; what the exchange remembers: what is
+        owed, and a codec's own state). memory: what it remembered before. step: of codecs that draw."""
+        return self._once.mean(tree_R, memory, step)
+
+    @property
+    def exchange_bytes(self) -> float:
+        """That a device sends over `replica` in one exchange, in closed form."""
+        return self._once.bytes
 
 
 class Compared:

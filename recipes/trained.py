@@ -84,8 +84,17 @@ class Trained:
         return self._programs[name]
 
     def plot(self) -> Picture:
-        """The losses of all that the run has logged."""
-        return Picture(draw_loss(self.metrics, self.workdir.name))
+        """The losses of all that the run has logged; once it has ended, beside what counting letters and pairs of
+        letters achieves."""
+        return Picture(draw_loss(self.metrics, self.workdir.name, self._baselines()))
+
+    def _baselines(self) -> dict[str, float]:
+        """{name: nats per token}."""
+        found = self.summary
+        bits = {name: found.get(f"{name}_bits_per_byte") for name in ("unigram", "bigram")}
+        if not found.get("final_eval_bits_per_byte") or None in bits.values():
+            return {}
+        return {name: x * found["final_eval_loss"] / found["final_eval_bits_per_byte"] for name, x in bits.items()}
 
     def __repr__(self) -> str:
         interrupted = ", interrupted" if self.interrupted else ""

@@ -1,7 +1,7 @@
 """What the user sees: a start-up table, one status line, warnings. Silent unless process 0.
 
-On a terminal the status line is live: it is rewritten in place. Anywhere else (a Slurm log, a pipe) it is a plain
-line every `every` steps, without colours, boxes or carriage returns, so that `grep` and `less` work on it.
+On a terminal and in a notebook the status line is live: it is rewritten in place. Anywhere else (a Slurm log, a pipe)
+it is a plain line every `every` steps, without colours, boxes or carriage returns: `grep` and `less` work on it.
 """
 
 import io
@@ -15,6 +15,7 @@ from collections import deque
 ERASE_LINE = "\r\x1b[2K"
 REDRAW_SECONDS = 0.1  # steps of a few ms would flood a slow ssh link with redraws nobody can read
 SILENCE_SECONDS = 3.0  # longer than this nobody waits without being told for what
+NOTEBOOK_COLUMNS = 110
 MIN_STEPS_FOR_ETA = 3  # the first steps contain the compilation
 
 
@@ -28,7 +29,9 @@ class Console:
         self._total_steps = total_steps
         self._every = max(1, every)
         self._quiet = quiet
-        self._live_terminal = is_terminal(sys.stdout)
+        self._terminal, self._notebook = is_terminal(sys.stdout), is_notebook(sys.stdout)
+        self._live = self._terminal or self._notebook
+        self._drawn = ""  # the live line on the screen
         self._lock = threading.RLock()  # a checkpoint thread may warn while the loop prints
         self._step_seconds: deque[float] = deque(maxlen=101)
         self._latest: list[tuple[int, str]] | None = None  # fields of the newest status line
@@ -68,7 +71,7 @@ class Console:
         with self._lock:
             if self._quiet:
                 return
-            text = boxed_table(title, rows) if self._live_terminal else plain_table(title, rows)
+            text = boxed_table(title, rows) if self._terminal else plain_table(title, rows)
             self._print_above_live_line(text, sys.stdout)
 
     def step(self, row: dict) -> None:
@@ -85,7 +88,7 @@ class Console:
             self._latest = status_fields(row, self._total_steps, self._eta(row["step"]))
             self._latest_shown = False
             is_last = row["step"] >= self._total_steps
-            if self._live_terminal:
+            if self._live:
                 self._draw_live_line(force=is_last)
             elif is_last or row["step"] % self._every == 0:
                 self._show_latest_plain()
@@ -101,17 +104,18 @@ class Console:
         with self._lock:
             if self._quiet or self._latest is None:
                 return
-            if self._live_terminal:
+            if self._live:
                 self._draw_live_line(force=True)
                 print(flush=True)
+                self._drawn = ""
             elif not self._latest_shown:
                 self._show_latest_plain()
             self._latest = None
 
     def _print_above_live_line(self, text: str, stream) -> None:
-        redraw = self._live_terminal and self._latest is not None
+        redraw = self._live and self._latest is not None
         if redraw:  # stderr may be the same screen: the live line must be gone from it before either stream writes
-            print(ERASE_LINE, end="", flush=True)
+            print(self._erase_line(), end="", flush=True)
         print(text, file=stream, flush=True)
         if redraw:
             self._draw_live_line(force=True)
@@ -119,8 +123,14 @@ class Console:
     def _draw_live_line(self, force: bool) -> None:
         if self._latest is None or (not force and time.monotonic() - self._drawn_at < REDRAW_SECONDS):
             return
-        print(ERASE_LINE + fit_fields(self._latest, terminal_columns() - 1), end="", flush=True)
+        columns = NOTEBOOK_COLUMNS if self._notebook else terminal_columns() - 1
+        erase, self._drawn = self._erase_line(), fit_fields(self._latest, columns)
+        print(erase + self._drawn, end="", flush=True)
         self._drawn_at = time.monotonic()
+
+    def _erase_line(self) -> str:
+        """A notebook knows no escape code for it: there the line is written over."""
+        return f"\r{' ' * len(self._drawn)}\r" if self._notebook else ERASE_LINE
 
     def _show_latest_plain(self) -> None:
         if self._latest is not None:
@@ -198,6 +208,11 @@ def boxed_table(title: str, rows: list[tuple[str, str]]) -> str:
 
 def is_terminal(stream) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def is_notebook(stream) -> bool:
+    """Whether what is written appears below a cell of Jupyter, Colab or the like."""
+    return type(stream).__module__.startswith("ipykernel.")
 
 
 def terminal_columns() -> int:

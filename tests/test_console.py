@@ -1,5 +1,6 @@
 """runtime/console.py: plain lines in a log file, one live line on a terminal, nothing on other processes."""
 
+import io
 import os
 import pty
 import re
@@ -170,6 +171,34 @@ def test_on_a_terminal_the_live_line_stays_below_everything_else():
     assert screen[8:] == [""]
     assert "\x1b[33mwarning" in received  # yellow
     assert "step 1/4" in received and "step 3/4" in received and "step 2/4" not in received
+
+
+def below_the_cell(received: str) -> list[str]:
+    """What a notebook shows: after a carriage return the line is written over, character by character."""
+    lines = []
+    for line in received.split("\n"):
+        shown = ""
+        for piece in line.split("\r"):
+            shown = piece + shown[len(piece) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_in_a_notebook_the_status_is_one_line_that_changes(monkeypatch):
+    """A stream of the class that ipykernel puts there; tests/test_notebooks.py asks a real kernel."""
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(console_module, "REDRAW_SECONDS", 0.0)
+    console = Console(total_steps=4, every=1)
+    console.step(row(1, skipped=3))
+    console.say("saved")
+    console.step(row(2, skipped=3))
+    console.step(row(4))
+    console.close()
+    console.say("complete")
+    lines = below_the_cell(stream.getvalue())
+    assert "\x1b" not in stream.getvalue() and lines[0] == "saved" and lines[2:] == ["complete", ""]
+    assert lines[1].startswith("step 4/4 100.0%") and "skipped" not in lines[1] and lines[1].count("step ") == 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import helpers
+import jax
 import numpy as np
 import pytest
 
@@ -14,12 +15,13 @@ from parallel.exchange.codecs.quantized import Int4
 from parallel.strategies.local import DiLoCo
 from recipes import door
 from runtime import config as configuration
-from runtime.digest import params_digest
+from runtime.digest import named_arrays, params_digest
 from runtime.metrics import read
 
 PAGE = helpers.ROOT / "docs" / "python.md"
 SMALL = {"steps": 8, "log_every": 1, "eval_every": 4, "eval_batches": 1, "sample": {"tokens": 0}}
 DILOCO = {"strategy": "diloco", "codec": "int4", "interval": 4}
+STREAMING = {"strategy": "streaming", "interval": 4}
 MESH = {"replica": 2, "fsdp": 2, "tensor": 1}
 
 
@@ -83,6 +85,34 @@ def test_a_loop_of_one_s_own_makes_the_same_updates(whole):
     assert updates.done == 8 and params_digest(updates.state.params) == whole.summary["params_digest"]
 
 
+def test_one_gradient_goes_through_a_round_codec_in_three_lines():
+    """What is applied and what is owed add up to what was given, also where it is sent again with what is owed."""
+    parts = sl.build("tiny", mesh=MESH, sync={"codec": "powersgd"})
+    gradients = parts.gradients()
+    mean, memory = parts.exchange(gradients)
+
+    exact = jax.tree.map(lambda g_R: np.mean(jax.device_get(g_R), axis=0), gradients)
+    twice, memory = parts.exchange(gradients, memory, step=1)
+    owed = jax.tree.map(lambda e_R: np.mean(jax.device_get(e_R), axis=0), memory["worker"])
+    given = jax.tree.map(lambda *x: sum(map(jax.device_get, x)), mean, twice, owed)
+    jax.tree.map(lambda x, g: np.testing.assert_allclose(x, 2 * g, atol=2e-6), given, exact)
+    left_out = max(jax.tree.leaves(jax.tree.map(lambda m, g: np.abs(jax.device_get(m) - g).max(), mean, exact)))
+    assert left_out > 1e-4 and parts.exchange_bytes > 0
+
+    plain = sl.build("tiny", mesh=MESH)
+    wanted = helpers.first_gradients(plain.config, plain.parts)
+    found, _ = plain.exchange(plain.gradients())
+    for name, x in named_arrays(found).items():
+        np.testing.assert_allclose(x, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_plot_shows_what_counting_letters_achieves(whole):
+    """As plots/loss.png does: in nats per token, which of bytes are ln 2 times the bits."""
+    labels = [text.get_text() for text in whole.plot().figure.axes[0].texts]
+    bits = whole.summary["bigram_bits_per_byte"]
+    assert f"bigram  {bits * np.log(2):.3f}" in labels and any(label.startswith("unigram") for label in labels)
+
+
 @pytest.mark.slow
 def test_a_state_that_is_set_is_where_the_next_call_begins():
     updates = sl.steps("tiny", mesh={"fsdp": 2}, **SMALL)
@@ -130,6 +160,8 @@ def test_an_object_that_has_changed_is_said(tmp_path, capsys):
         (lambda: sl.fit("tiny", sync={"staleness": 2}), ["sync.staleness=2 is not read"]),
         (lambda: sl.fit("tiny", workdir="gs://bucket/run"), ["workdir=gs://bucket/run", "not supported"]),
         (lambda: sl.open("/"), ["workdir=/", "config.json"]),
+        (lambda: sl.build("tiny", mesh={"replica": 2}).exchange({"embed": np.zeros(3)}), ["blocks", "found nothing"]),
+        (lambda: sl.build("tiny", mesh={"replica": 2}, sync=STREAMING).exchange({}), ["Streaming exchanges", "=sync"]),
         (lambda: sl.compare("tiny", rows=[], seeds=[0, 1, 2]), ["ROWS is empty", "baseline"]),
         (lambda: sl.compare("tiny", rows=[{"name": "a", "change": {}}], seeds=[0, 1, 2]), ["'change'", "changes"]),
         (lambda: sl.compare("tiny", rows=[{"name": "a", "changes": {}}], seeds=[0, 1]), ["SEEDS=(0, 1)", "3 seeds"]),
