@@ -150,7 +150,8 @@ def measure_replicas(report: common.Report, name: str, pairs: int) -> None:
     parts = build(config)
     strategy = parts.strategy
     plain = NoReplicas(**{f.name: getattr(strategy, f.name) for f in dataclasses.fields(strategy)})
-    ours, without = Ours(parts, batches), Ours(dataclasses.replace(parts, strategy=plain), batches)
+    phase = dataclasses.replace(parts.phases[0], strategy=plain)
+    ours, without = Ours(parts, batches), Ours(dataclasses.replace(parts, phases=(phase,)), batches)
     check_same_losses(name, ours, without)
     timing = common.in_turn(lambda: common.clock(ours)[0], lambda: common.clock(without)[0], pairs)
     report.row(f"{name}: with the vmap over replicas / without", timing["ratio"], at_most=1.02)

@@ -95,6 +95,7 @@ def get_config() -> Any:
     c.sync.codec = "none"  # none (float32), bf16, fp8, fp4, int8, int4, int2, sign, topk, randk, powersgd, demo
     c.sync.algorithm = "auto"  # gather, two_stage, psum; auto: gather for 2 replicas, else two_stage
     c.sync.error_feedback = "auto"  # on, off; auto: as the codec wants
+    c.sync.warm_steps = 0  # steps before the strategy and the codec begin: synchronous, float32 (post-local SGD)
     c.sync.allow_stray_bytes = False  # go on where XLA sends more over the slow axis than the exchange asked for
     c.sync.decay = 1.0  # of the residuals of error feedback
     c.sync.residual_dtype = "float32"  # float32, bfloat16

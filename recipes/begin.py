@@ -14,9 +14,7 @@ from data import corpus as corpora
 from data.loader import threads_beside_grain
 from parallel.cost import flops
 from parallel.cost.hardware import peak_flops
-from parallel.exchange import units
-from parallel.strategies import resume
-from recipes import describe, methods, programs
+from recipes import describe, methods, phases, programs
 from recipes.build import Parts, build_schedule
 from recipes.finish import try_prompt
 from recipes.fit import Run, make_loader, num_tokens
@@ -24,7 +22,6 @@ from runtime import agree, library_log, steps
 from runtime import config as configuration
 from runtime.config import bad_input
 from runtime.console import Console
-from runtime.digest import named_arrays
 from runtime.metrics import MetricsLog, optional_writers, read
 from runtime.progress import Phases, Recorder
 from runtime.workdir import Workdir, choose
@@ -50,7 +47,7 @@ def open_workdir(config: Any, asked: str | None, name: str, resume: bool, consol
 
 
 def begin(
-    config: Any, parts: Parts, workdir: Workdir, console: Console, phases: Phases, facts: dict[str, Any]
+    config: Any, parts: Parts, workdir: Workdir, console: Console, times: Phases, facts: dict[str, Any]
 ) -> tuple[Run, Any]:
     """Everything between the parts of a run and its first step: (the run, its state). What takes long goes side by
     side: the step is compiled while the data is read. facts: of code and versions; what the data is joins them."""
@@ -61,25 +58,25 @@ def begin(
     corpus, prompt_P = load_data(config, workdir, console, facts, given)
     loader = make_loader(config, corpus, config.seed)
     checkpoints = open_checkpoints(config, parts, workdir, console)
-    phases.mark("data", then="compiling the training step")
+    times.mark("data", then="compiling the training step")
     compiled = compiling.result()
-    phases.mark("compile", then="restoring a checkpoint" if workdir.resuming else "making the weights")
+    times.mark("compile", then="restoring a checkpoint" if workdir.resuming else "making the weights")
     start, begun, others = None, {}, {}
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
         state, start = restore(config, parts, workdir, checkpoints, console, facts)
     else:
         others["init"] = initializing.result() if initializing else programs.compile_init(parts, bool(given))
         state, begun = first_state(parts, config.seed, given, others["init"], workdir, console)
-    phases.mark("restore", then="making the first step")
+    times.mark("restore", then="making the first step")
     text = corpus.describe(num_tokens(config))
-    wire_bytes = describe.start(f"{workdir.path}", config, parts, compiled, others, phases.seconds, console, text)
+    wire_bytes = describe.start(f"{workdir.path}", config, parts, compiled, others, times.seconds, console, text)
     recorder = make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
     write_down(config, parts.own, workdir, corpus, start, begun)
     tell = functools.partial(describe.beside, config, parts, console)
     beside = programs.Later(parts, config.sample, background, tell)
     run = Run(
         *(config, parts, compiled, beside, corpus, loader, prompt_P),
-        *(workdir, checkpoints, start, recorder, console, phases, facts),
+        *(workdir, checkpoints, start, recorder, console, times, facts),
     )
     agree.everyone("ready to train")
     return run, state
@@ -141,34 +138,21 @@ def open_checkpoints(config: Any, parts: Parts, workdir: Workdir, console: Conso
     from runtime.checkpoint import Checkpoints  # slow to import
 
     kept = (config.checkpoint.keep, config.checkpoint.keep_every)
-    checkpoints = Checkpoints(workdir.checkpoints, *kept, console.warn, kinds(parts))
+    kinds = {name: kind for phase in parts.phases for name, kind in phases.kinds(phase).items()}
+    checkpoints = Checkpoints(workdir.checkpoints, *kept, console.warn, kinds)
     configuration.check_goal(config.steps, checkpoints.newest())
     return checkpoints
-
-
-def kinds(parts: Parts) -> dict[str, str]:
-    """What each array of the state is (parallel/layout/roles.py), by name."""
-    return {name: role.kind for name, role in named_arrays(parts.strategy.declare(parts.state)).items()}
-
-
-def adapter(parts: Parts, seed: int) -> Any:
-    """What makes this run's state out of one with another codec, strategy, mesh or number of replicas."""
-    leaves = units.leaves(parts.param_shapes, parts.model.axes)
-
-    def fresh(names: Iterable[str]) -> dict[str, Any]:
-        begun = named_arrays(programs.compile_init(parts)(np.uint32(seed)))
-        return {name: begun[name] for name in names}
-
-    return lambda saved, wanted: resume.adapt(saved, wanted, kinds(parts), leaves, fresh, parts.mesh)
 
 
 def restore(
     config: Any, parts: Parts, workdir: Workdir, checkpoints: Any, console: Console, facts: dict[str, Any]
 ) -> tuple[Any, int]:
     """(the state of the newest checkpoint that is whole, its step). facts: of code, versions and data, today's."""
-    state, start = checkpoints.restore(parts.state, console.warn, adapter(parts, config.seed))
+    state_at = lambda step: phases.at(parts, step).state
+    state, start = checkpoints.restore(state_at, console.warn, phases.adapter(parts))
     with bad_input():
-        parts.strategy.check_begin(start, config.steps)
+        for phase, last in phases.spans(parts, start, config.steps):
+            phase.strategy.check_begin(max(start, phase.first), last)
     say_resumed(config, workdir, start, console, agree.changed(checkpoints.facts(), facts))
     return state, start
 

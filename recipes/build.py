@@ -32,6 +32,17 @@ from runtime.config import UsageError, check_batch, nearest_multiples
 
 
 @dataclass(frozen=True)
+class Phase:
+    """The steps of a run that one strategy makes: those from `first` on."""
+
+    first: int
+    strategy: Strategy
+    state: Any  # abstract: shapes, dtypes, shardings
+    batch: Any  # abstract
+    prefix: str = ""  # of the names of its programs
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a run is made of, before anything is compiled or any array exists."""
 
@@ -39,12 +50,15 @@ class Parts:
     attention: str  # the kernel, and why that one
     mesh: Mesh
     replicas: int
-    strategy: Strategy
+    phases: tuple[Phase, ...]  # one, or with sync.warm_steps two
     param_shapes: Any
-    state: Any  # abstract: shapes, dtypes, shardings
-    batch: Any  # abstract
     eval_batch: Any  # abstract; as large as a micro-step's, so that evaluation never needs more memory than training
     own: methods.Own  # objects of the caller's
+
+    # Of the last phase: what the run is about.
+    strategy = property(lambda self: self.phases[-1].strategy)
+    state = property(lambda self: self.phases[-1].state)
+    batch = property(lambda self: self.phases[-1].batch)
 
 
 def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
@@ -100,29 +114,39 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
     try:
         least = {"vocab": configuration.SMALLEST_VOCABULARY.get(c.data.tokenizer, 1)}
         check_divisible(shapes, model.axes, mesh.shape, least)
-        strategy = build_strategy(c, model, mesh, replicas, shapes, own)
+        strategy = build_strategy(c, model, mesh, replicas, shapes, methods.chosen(c.sync, own))
+        warm = build_strategy(c, model, mesh, replicas, shapes, methods.EXACT) if c.sync.warm_steps else None
+        strategy.check_begin(c.sync.warm_steps, c.steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    state = jax.eval_shape(lambda key: strategy.init(model.init(key)), key)
-    shardings = rules.shardings(mesh, roles.specs_of(strategy.declare(state)))
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    sizes, masked = (c.data.batch_size, c.data.seq_len), c.data.document_mask
-    leading = (strategy.steps_per_call,)
-    batch = placement.abstract_batch(mesh, leading, replicas, *sizes, placement.TRAIN, masked)
+    masked = c.data.document_mask
+
+    def phase(first: int, strategy: Strategy, prefix: str = "") -> Phase:
+        state = jax.eval_shape(lambda key: strategy.init(model.init(key)), key)
+        shardings = rules.shardings(mesh, roles.specs_of(strategy.declare(state)))
+        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        leading, sizes = (strategy.steps_per_call,), (c.data.batch_size, c.data.seq_len)
+        batch = placement.abstract_batch(mesh, leading, replicas, *sizes, placement.TRAIN, masked)
+        return Phase(first, strategy, state, batch, prefix)
+
+    phases = (phase(0, warm, "warm "),) if warm else ()
     micro = (c.data.batch_size // c.optimizer.accumulate, c.data.seq_len)
     eval_batch = placement.abstract_batch(mesh, (), mesh.shape[SLOW], *micro, placement.EVAL, masked)
-    return Parts(model, attention, mesh, replicas, strategy, shapes, state, batch, eval_batch, own)
+    phases += (phase(c.sync.warm_steps, strategy),)
+    return Parts(model, attention, mesh, replicas, phases, shapes, eval_batch, own)
 
 
-def build_strategy(c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any, own: methods.Own) -> Strategy:
-    """The strategy of config group `sync`, with its exchange. Raises ValueError, with the config's keys."""
+def build_strategy(
+    c: Any, model: Transformer, mesh: Mesh, replicas: int, shapes: Any, chosen: methods.Chosen
+) -> Strategy:
+    """The strategy that was chosen, with its exchange. Raises ValueError, with the config's keys."""
     s = c.sync
     if replicas == 1 and (s.strategy, s.codec, s.algorithm) != ("sync", "none", "auto"):
         raise ValueError(
             f"sync.strategy={s.strategy}, sync.codec={s.codec}, sync.algorithm={s.algorithm} with one replica: nothing "
             "is exchanged. Set mesh.replica or sync.replicas to 2 or more, or leave these three as they are by default"
         )
-    codec, (kind, fields) = methods.codec(s, own), methods.strategy(s, own)
+    codec, kind, fields = chosen
     wanted = codec.wants_error_feedback if s.error_feedback == "auto" else s.error_feedback == "on"
     feedback = Feedback(s.decay, s.residual_dtype) if wanted and replicas > 1 else None
     leaves = units.leaves(shapes, model.axes)

@@ -18,7 +18,7 @@ from parallel.cost.bytes import bytes_per_step
 from parallel.cost.utilisation import Method
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
-from recipes import describe, fit, methods, table
+from recipes import describe, fit, methods, phases, table
 from recipes.begin import read_corpus
 from recipes.build import Parts, build, num_parameters
 from recipes.programs import compile_evaluation, compile_init, compile_steps, shardings_of
@@ -202,8 +202,8 @@ class Runner:
             recorder.flush()
         except RunError as error:  # its row says so; the others go on
             ended = str(error)
-        K = parts.strategy.steps_per_call
-        steps = [n for n in range(K, config.steps + 1, K) if fit.due(n, config.eval_every, config.steps)]
+        done = [call.step + call.steps for call in phases.calls(parts, config.steps)]
+        steps = [n for n in done if fit.due(n, config.eval_every, config.steps)]
         size, source = _wire_bytes(parts, programs, config)
         return {
             "steps": steps,
@@ -271,13 +271,20 @@ def _wire_bytes(parts: Parts, programs: dict[str, Any], config: Any) -> tuple[fl
         counted = describe.wire_bytes(parts, describe.traffic(parts, programs), config.steps)
         if counted:
             return counted[SLOW], "compiled program"
-    return bytes_per_step(parts.strategy, config.steps, a_device_per_replica=True), "closed form"
+    sent = [
+        (last - phase.first) * bytes_per_step(phase.strategy, last, a_device_per_replica=True, first=phase.first)
+        for phase, last in phases.spans(parts, 0, config.steps)
+    ]
+    return sum(sent) / config.steps, "closed form"
 
 
 def _method(parts: Parts, steps: int) -> dict[str, Any]:
     """The row as the utilisation simulator takes it."""
-    strategy = parts.strategy
-    whole = bytes_per_step(strategy, steps, a_device_per_replica=True) * strategy.interval
+    strategy, first = (
+        parts.strategy,
+        parts.phases[-1].first,
+    )  # what comes before is of this run's length, not of the method
+    whole = bytes_per_step(strategy, steps, a_device_per_replica=True, first=first) * strategy.interval
     method = Method(
         bytes_per_parameter=whole / num_parameters(parts),
         interval=strategy.interval,

@@ -10,6 +10,7 @@ from parallel.cost import flops, stray
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
+from recipes import phases
 from recipes.build import Parts, num_parameters
 from recipes.programs import compile_beside, compile_init, compile_steps
 from runtime.config import UsageError
@@ -25,8 +26,11 @@ DIGEST = 16  # bytes of an array: four sums, which every device may tell every o
 
 def traffic(parts: Parts, programs: dict[str, Any]) -> dict[str, stray.Traffic]:
     """What each of the strategy's programs sends, and what of it over `replica` is not its exchange's."""
-    exchanges = parts.strategy.exchanges()
-    predicted = {name: sum(sum(exchange_bytes(e).values()) for e in exchanges[name]) for name in programs}
+    predicted = {
+        phase.prefix + name: sum(sum(exchange_bytes(e).values()) for e in exchanges)
+        for phase in parts.phases
+        for name, exchanges in phase.strategy.exchanges().items()
+    }
     return {name: stray.traffic(program, parts.mesh, predicted[name]) for name, program in programs.items()}
 
 
@@ -54,10 +58,9 @@ def wire_bytes(parts: Parts, found: dict[str, stray.Traffic], steps: int) -> dic
     text was not understood. found: of `traffic`."""
     if any(t.not_counted for t in found.values()):
         return {}
-    K = parts.strategy.steps_per_call
-    calls = [parts.strategy.program_at(step, steps) for step in range(0, steps, K)]
-    total = {axis: sum(found[name].per_axis[axis] for name in calls) for axis in parts.mesh.axis_names}
-    return {axis: round(size / (len(calls) * K)) for axis, size in total.items()}
+    calls = list(phases.calls(parts, steps))
+    total = {axis: sum(found[call.program].per_axis[axis] for call in calls) for axis in parts.mesh.axis_names}
+    return {axis: round(size / sum(call.steps for call in calls)) for axis, size in total.items()}
 
 
 # ── tables ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -101,11 +104,11 @@ def beside(config: Any, parts: Parts, console: Console, programs: dict[str, Any]
     refuse_stray(found, config.sync.allow_stray_bytes)
 
 
-def dry_run(name: str, config: Any, parts: Parts, console: Console, phases: Phases) -> int:
+def dry_run(name: str, config: Any, parts: Parts, console: Console, times: Phases) -> int:
     """Compiles every program of a run and shows what they need. Returns the exit code."""
     programs, others = compile_all(config, parts)
-    phases.mark("compile")
-    start(f"{name}, dry run", config, parts, programs, others, phases.seconds, console, last=rows_beside(others))
+    times.mark("compile")
+    start(f"{name}, dry run", config, parts, programs, others, times.seconds, console, last=rows_beside(others))
     return 0
 
 
@@ -120,7 +123,7 @@ def rows(
     programs: dict[str, Any],
     found: dict[str, stray.Traffic],
     per_step: dict[str, float],
-    phases: dict[str, float],
+    seconds: dict[str, float],
 ) -> list[tuple[str, str]]:
     """Rows of the start-up table. Memory and wire bytes are those of the compiled programs, not estimates.
 
@@ -129,12 +132,13 @@ def rows(
     mesh, seq_len = parts.mesh, parts.batch["tokens"].shape[-1]
     need = max((memory(program) for program in programs.values()), key=lambda sizes: sizes[-1])
     per_token = flops.per_token(parts.param_shapes, parts.model.config, seq_len, causal=False)
-    state = sum(_shard_bytes(x) for x in jax.tree.leaves(parts.state))
+    state = max(sum(_shard_bytes(x) for x in jax.tree.leaves(phase.state)) for phase in parts.phases)
     kinds = {d.device_kind for d in mesh.devices.flat}
     rows = [
         ("parameters", human_count(num_parameters(parts))),
         ("mesh", f"{meshes.describe(mesh)} = {mesh.size} devices ({', '.join(sorted(kinds))})"),
         ("replicas", f"{parts.replicas}, {_exchange(parts)}"),
+        *(("", f"the first {phase.first} steps synchronous, in float32") for phase in parts.phases[1:]),
         ("attention", parts.attention),
         ("tokens per step", human_count(math.prod(parts.batch["tokens"].shape[1:]))),
         ("FLOPs per token", f"{human_count(per_token)} (training, full attention)"),
@@ -152,8 +156,8 @@ def rows(
         for name in programs:
             rows.append((f"  {name}", f"{human_bytes(found[name].per_axis['replica'])} over replica per call"))
     rows.append(("stray, replica", stray_row(found)))
-    if phases:
-        rows.append(("start-up", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())))
+    if seconds:
+        rows.append(("start-up", ", ".join(f"{name} {number:.1f} s" for name, number in seconds.items())))
     return rows
 
 

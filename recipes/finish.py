@@ -86,7 +86,7 @@ def summarise(run: Run, digest: str, evaluated: Evaluation, unigram: Any, bigram
         bigram_bits_per_byte=bigram,
         params_digest=digest,
         wire_bytes_per_step=last["wire_bytes"],
-        compiles=len(run.parts.strategy.programs()),  # ahead of time: the executables cannot compile again
+        compiles=len(run.programs),  # ahead of time: the executables cannot compile again
         phases=run.phases.seconds,
         goodput=round(last["train_seconds"] / run.workdir.seconds_since_first_start(), 4),
     )

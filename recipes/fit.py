@@ -12,7 +12,8 @@ import numpy as np
 from data.corpus import Corpus
 from data.loader import Loader, eval_batches
 from parallel.layout import placement
-from recipes.build import Parts
+from recipes import phases
+from recipes.build import Parts, Phase
 from recipes.programs import NOT_EVALUATED, Evaluation, Evaluator, Later
 from runtime.config import RunError
 from runtime.console import Console
@@ -57,12 +58,18 @@ class Steps:
         self.before: Callable[[int, Any, int], None] | None = None  # of each call: updates made, state, K
 
     def __iter__(self) -> Generator[tuple[Any, dict[str, jax.Array]], None, None]:
-        parts, strategy, K = self.parts, self.parts.strategy, self.parts.strategy.steps_per_call
+        for i, (phase, last) in enumerate(phases.spans(self.parts, self.done, self.last)):
+            if i:
+                self.state = phases.cross(self.parts, phase, self.state)
+            yield from self._phase(phase, last)
+
+    def _phase(self, phase: Phase, last: int) -> Generator[tuple[Any, dict[str, jax.Array]], None, None]:
+        parts, strategy, K = self.parts, phase.strategy, phase.strategy.steps_per_call
         place = functools.partial(placement.place_train, parts.mesh, parts.replicas, self.loader.batch_size)
-        for batch in self.loader.batches(self.done, self.last, place, K):
+        for batch in self.loader.batches(self.done, last, place, K):
             if self.before:
                 self.before(self.done, self.state, K)
-            program = self.programs[strategy.program_at(self.done, self.last)]
+            program = self.programs[phase.prefix + strategy.program_at(self.done, last)]
             with jax.transfer_guard("disallow"):
                 self.state, metrics = program(self.state, batch)
             self.done += K
@@ -109,6 +116,18 @@ def train(run: Run, state: Any, notice: Any) -> Outcome:
     return outcome
 
 
+def _before(run: Run, profiler: Profiler, borders: list[int]) -> Callable[[int, Any, int], None]:
+    """Hears of each call before it is made: updates made, state, K."""
+
+    def hear(done: int, state: Any, K: int) -> None:
+        if done in borders:
+            run.console.say(f"{run.config.sync.strategy} {run.config.sync.codec} begins, after step {done}")
+            run.recorder.resume_clock()  # what it took to get there is not step time
+        profiler.before(done, state, K)
+
+    return hear
+
+
 def _train(run: Run, state: Any, notice: Any) -> Outcome:
     """Evaluates and saves where it is due. A checkpoint's number is the updates that it contains."""
     config, recorder, checkpoints, done = run.config, run.recorder, run.checkpoints, run.start or 0
@@ -120,11 +139,14 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
     evaluated, stopping = NOT_EVALUATED, False
     recorder.resume_clock()
     updates = Steps(run.parts, run.programs, state, run.loader, done, config.steps)
-    updates.before = profiler.before
+    borders = [phase.first for phase in run.parts.phases[1:]]
+    updates.before = _before(run, profiler, borders)
     calls = iter(updates)
     for state, metrics in calls:
         done = updates.done
         recorder.step(done, metrics, updates.tokens)  # reads the step before: the device never waits for the host
+        if done in borders:
+            recorder.flush()
         if "first step" not in run.phases.seconds:
             recorder.flush()
             run.phases.mark("first step")

@@ -7,11 +7,12 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from parallel.exchange import net
 from parallel.exchange.codecs import CODECS
 from parallel.exchange.codecs.base import BlockCodec, RoundCodec, is_round
+from parallel.exchange.codecs.plain import Identity
 from parallel.strategies.base import Strategy
 from parallel.strategies.eager import Eager
 from parallel.strategies.local import DiLoCo, Outer
@@ -114,6 +115,22 @@ def draws(s: Any) -> bool:
     """Whether that codec draws random numbers: what it draws follows from `seed`, and is a part of the programs."""
     found = codec(s)
     return is_round(found) or found.uses_key
+
+
+class Chosen(NamedTuple):
+    """A codec, the class of a strategy, and its own fields."""
+
+    codec: Any
+    strategy: type[Strategy]
+    fields: dict[str, Any]
+
+
+EXACT = Chosen(Identity(), Sync, {})  # of the steps before sync.warm_steps
+
+
+def chosen(s: Any, own: Own = NONE) -> Chosen:
+    """What config group `sync` names."""
+    return Chosen(codec(s, own), *strategy(s, own))
 
 
 def strategy(s: Any, own: Own = NONE) -> tuple[type[Strategy], dict[str, Any]]:

@@ -20,7 +20,7 @@ from model.transformer import Transformer
 from parallel.layout import placement
 from parallel.layout.axes import SLOW
 from parallel.layout.rules import Constrain
-from recipes.build import Parts
+from recipes.build import Parts, Phase
 from runtime.digest import digest_all, named_arrays
 
 
@@ -44,26 +44,34 @@ def shardings_of(tree: Any) -> Any:
 
 
 def compile_steps(parts: Parts, options: Any = None) -> dict[str, Any]:
-    """The strategy's programs, compiled ahead of time: calling them can never compile again. options: XLA's."""
-    outputs = (shardings_of(parts.state), None)
+    """The strategies' programs, compiled ahead of time: calling them can never compile again. options: XLA's."""
+
+    def compile_one(phase: Phase, f: Callable) -> Any:
+        outputs = (shardings_of(phase.state), None)
+        lowered = jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(phase.state, phase.batch)
+        return lowered.compile(compiler_options=options)
+
     with ThreadPoolExecutor(2) as pool:
-        lower = lambda f: jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(parts.state, parts.batch)
-        compile_one = lambda f: lower(f).compile(compiler_options=options)
-        found = {name: pool.submit(compile_one, f) for name, f in parts.strategy.programs().items()}
+        found = {
+            phase.prefix + name: pool.submit(compile_one, phase, f)
+            for phase in parts.phases
+            for name, f in phase.strategy.programs().items()
+        }
         return {name: future.result() for name, future in found.items()}
 
 
 def compile_init(parts: Parts, given: bool = False) -> Any:
     """seed (uint32), or with `given` the parameters, which it takes over -> a fresh state. Every array is born in its
     shards: no host ever holds a whole one."""
+    first = parts.phases[0]
 
     def init(seed_or_params: Any) -> Any:
         params = seed_or_params if given else parts.model.init(jax.random.key(seed_or_params))
-        return parts.strategy.init(params)
+        return first.strategy.init(params)
 
-    argument = parts.state.params if given else jax.ShapeDtypeStruct((), np.uint32)
+    argument = first.state.params if given else jax.ShapeDtypeStruct((), np.uint32)
     donated = (0,) if given else ()
-    lowered = jax.jit(init, out_shardings=shardings_of(parts.state), donate_argnums=donated).lower(argument)
+    lowered = jax.jit(init, out_shardings=shardings_of(first.state), donate_argnums=donated).lower(argument)
     # It runs once: level 1 compiles sooner, to the same bits.
     options: Any = {"xla_backend_optimization_level": 1}
     return lowered.compile(compiler_options=options)

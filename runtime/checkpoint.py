@@ -137,11 +137,15 @@ class Checkpoints:
         self._background.shutdown()
 
     def restore(
-        self, abstract_state: Any, warn: Callable[[str], None], adapt: Callable[[dict, dict], Any] | None = None
+        self,
+        state_at: Callable[[int], Any],
+        warn: Callable[[str], None],
+        adapt: Callable[[int, dict, dict], Any] | None = None,
     ) -> tuple[Any, int]:
-        """The newest intact step, verified, in the shardings of `abstract_state`; and its number.
+        """The newest intact step, verified; and its number. state_at(step): the abstract state of that step, with its
+        shardings.
 
-        adapt(saved arrays, wanted arrays) says how to make some of the wanted ones from others
+        adapt(step, saved arrays, wanted arrays) says how to make some of the wanted ones from others
         (parallel/strategies/resume.py); None: they must be the same.
 
         A damaged step is named, with its arrays, through `warn`, and the one before it is tried; once an intact one is
@@ -150,7 +154,7 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in reversed(agree.decided("steps to restore", self._on_disk)):
-            state, problems = self._load(step, abstract_state, warn, adapt)
+            state, problems = self._load(step, state_at(step), warn, adapt)
             if not problems:
                 aside = lambda: [steps.set_aside(self.directory / str(step), steps.DAMAGED) for step in damaged]
                 for moved in agree.decided("damaged steps set aside", aside):
@@ -173,7 +177,7 @@ class Checkpoints:
         counted_calls = record["format"] == 1
         if counted_calls:
             record = format1.translate(record)
-        adapted = adapt(record["arrays"], wanted) if adapt else None
+        adapted = adapt(step, record["arrays"], wanted) if adapt else None
         _check_same_arrays(step, record["arrays"], wanted, adapted)
         arrays, problems = {}, []
         for load, make in [(part.load, part.make) for part in adapted.steps] if adapted else [(wanted, dict)]:

@@ -94,7 +94,7 @@ def restore() -> None:
     agree.everyone("cut")
     abstract = {"w": jax.ShapeDtypeStruct((64, 256), np.float32, sharding=sharding)}
     said: list[str] = []
-    restored, found["step"] = checkpoints.restore(abstract, said.append)
+    restored, found["step"] = checkpoints.restore(lambda _: abstract, said.append)
     found["said"] = said
     found["equal"] = all(
         np.array_equal(shard.data, np.asarray(expected.data))

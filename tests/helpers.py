@@ -1,6 +1,7 @@
 """What several test files need: small runs in this process, and real runs of train.py in others."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -47,6 +48,11 @@ def build(config, mesh: tuple[int, int, int]) -> Parts:
     """On the first replica × fsdp × tensor of this process's devices."""
     sizes = dict(zip(meshes.USED, mesh, strict=True))
     return recipes.build.build(config, meshes.build(sizes, jax.devices()[: int(np.prod(mesh))]))
+
+
+def replaced(parts: Parts, **fields: Any) -> Parts:
+    """With other fields of their last phase, and without those before."""
+    return dataclasses.replace(parts, phases=(dataclasses.replace(parts.phases[-1], first=0, **fields),))
 
 
 @cache

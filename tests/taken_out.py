@@ -988,6 +988,27 @@ CASES = [
         "tests/test_exchange.py::test_without_replicas_nothing_is_rounded",
     ),
     TakenOut(
+        "warm steps: the state crosses the border",
+        "recipes/fit.py",
+        "                self.state = phases.cross(self.parts, phase, self.state)\n",
+        "                pass\n",
+        "tests/test_phases.py::test_it_is_a_synchronous_run_that_goes_on_with_another_strategy[diloco int4]",
+    ),
+    TakenOut(
+        "warm steps: a checkpoint is of the phase of its step",
+        "recipes/phases.py",
+        "phase for phase in parts.phases if phase.first <= step][-1]",
+        "phase for phase in parts.phases][-1]",
+        "tests/test_phases.py::test_it_is_a_synchronous_run_that_goes_on_with_another_strategy[diloco int4]",
+    ),
+    TakenOut(
+        "resume: refused updates are not counted again for every replica",
+        "parallel/layout/roles.py",
+        'TALLY if name in ("skipped", "clipped") else kind',
+        "kind",
+        "tests/test_seams.py::test_what_was_refused_is_counted_once",
+    ),
+    TakenOut(
         "python: the objects of a run are kept",
         "runtime/workdir.py",
         "kept = {configuration.OBJECTS: objects} if objects else {}",

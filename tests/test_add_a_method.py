@@ -144,7 +144,7 @@ def of(kind, parts, **fields):
     state = jax.eval_shape(lambda: strategy.init(parts.model.init(jax.random.key(0))))
     shardings = rules.shardings(parts.mesh, roles.specs_of(strategy.declare(state)))
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    return dataclasses.replace(parts, strategy=strategy, state=state)
+    return helpers.replaced(parts, strategy=strategy, state=state)
 
 
 @pytest.mark.slow  # in the default run: what the strategy equals, on the problem of test_strategies.py, below

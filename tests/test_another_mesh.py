@@ -8,7 +8,7 @@ import pytest
 from parallel.exchange import fold, units
 from parallel.exchange.codecs import rounds
 from parallel.layout import roles
-from recipes import begin
+from recipes import phases
 from recipes.programs import compile_steps, shardings_of
 from runtime.checkpoint import Checkpoints
 from runtime.digest import named_arrays
@@ -34,7 +34,7 @@ def owed(parts, state) -> dict[str, np.ndarray]:
     """ē of each parameter: mean of the workers' residuals + the server's, and what is in flight, as a mean too."""
     leaves = jax.tree.leaves(units.leaves(parts.param_shapes, parts.model.axes))
     arrays = jax.device_get(named_arrays(state))
-    kinds = begin.kinds(parts)
+    kinds = phases.kinds(parts.phases[0])
     found = {leaf.name: np.zeros(leaf.shape) for leaf in leaves}
     servers = {name: x for name, x in arrays.items() if fold.server_of(name)}
     for name, own in fold.owners(list(servers), leaves).items():
@@ -55,13 +55,13 @@ def same_owed(theirs: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> Non
 
 def go_on(folder, config, mesh):
     parts, notes = helpers.build(config, mesh), []
-    state, step = Checkpoints(folder).restore(parts.state, notes.append, begin.adapter(parts, 0))
+    state, step = Checkpoints(folder).restore(lambda _: parts.state, notes.append, phases.adapter(parts))
     return parts, state, step, notes
 
 
 def saved(folder, config, mesh, count: int):
     parts, state, losses = steps(config, mesh, count)
-    checkpoints = Checkpoints(folder, kinds=begin.kinds(parts))
+    checkpoints = Checkpoints(folder, kinds=phases.kinds(parts.phases[0]))
     checkpoints.save(count, state, None)
     checkpoints.close()
     return parts, state, losses

@@ -134,11 +134,11 @@ QUICK = ("one device", "muon", "int8", "topk", "powersgd", "diloco")
 def test_what_runs_while_a_step_is_traced_is_its_tiers(recipe):
     mesh, config, codec, features = RECIPES[recipe]
     wanted = STEP | (EXCHANGE | {CODEC[codec]} if codec else set()) | {FEATURES[name] for name in features.split()}
-    parts = helpers.build(helpers.tiny(**config), mesh)
+    (phase,) = helpers.build(helpers.tiny(**config), mesh).phases
 
     def trace():
-        for program in parts.strategy.programs().values():
-            jax.jit(program).lower(parts.state, parts.batch)
+        for program in phase.strategy.programs().values():
+            jax.jit(program).lower(phase.state, phase.batch)
 
     found = files_run_by(trace)
     assert found <= wanted, f"more is run: {sorted(found - wanted)}"

@@ -72,7 +72,7 @@ def restore(directory: Path, on=None) -> tuple[dict, int, list[str]]:
     warnings: list[str] = []
     checkpoints = Checkpoints(directory, keep=3)
     try:
-        state, step = checkpoints.restore(abstract(on or mesh(1, 1, 1)), warnings.append)
+        state, step = checkpoints.restore(lambda _: abstract(on or mesh(1, 1, 1)), warnings.append)
     finally:
         checkpoints.close()
     return state, step, warnings
@@ -190,7 +190,7 @@ def test_another_model_is_refused_with_every_array_and_both_shapes(saved):
     wanted["params"]["new"] = jax.ShapeDtypeStruct((3,), np.float32)
     del wanted["count"]
     with pytest.raises(CheckpointError) as error:
-        Checkpoints(saved, keep=3).restore(wanted, print)
+        Checkpoints(saved, keep=3).restore(lambda _: wanted, print)
     text = str(error.value)
     assert "params/w: [64, 48] float32 in the checkpoint, [64, 50] float32 in this config" in text
     assert "params/new: absent in the checkpoint, [3] float32 in this config" in text
@@ -301,7 +301,7 @@ def test_a_save_below_a_damaged_step_is_on_the_disk(saved, tmp_path, damage):
     damaged = {str(p.relative_to(directory / "9")): p.read_bytes() for p in files_of(directory / "9")}
     said: list[str] = []
     checkpoints = Checkpoints(directory, keep=1)
-    _, step = checkpoints.restore(abstract(mesh(1, 1, 1)), said.append)
+    _, step = checkpoints.restore(lambda _: abstract(mesh(1, 1, 1)), said.append)
     assert step == 1 and "step 9 is corrupt" in said[0] and "set aside as 9.damaged" in said[1]
     for step in (4, 5):
         checkpoints.save(step, place(values(step), mesh(1, 1, 1)), eval_loss=None)
@@ -342,7 +342,7 @@ def test_what_is_not_ours_neither_stops_a_save_nor_is_deleted(saved, tmp_path):
     names = foreign(directory)
     said: list[str] = []
     checkpoints = Checkpoints(directory, keep=1, warn=said.append)
-    assert checkpoints.restore(abstract(mesh(1, 1, 1)), said.append)[1] == 2 and not said
+    assert checkpoints.restore(lambda _: abstract(mesh(1, 1, 1)), said.append)[1] == 2 and not said
     for step in (3, 4):
         checkpoints.save(step, place(values(step), mesh(1, 1, 1)), eval_loss=None)
     assert checkpoints.finish() == [4]

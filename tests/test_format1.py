@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from recipes import begin
+from recipes import phases
 from runtime.checkpoint import Checkpoints, load_params
 from runtime.digest import digest_all, named_arrays, to_hex
 from runtime.metrics import read
@@ -32,7 +32,7 @@ def config():
 def restored(folder, mesh):
     shutil.unpack_archive(KEPT, folder)
     parts, notes = helpers.build(config(), mesh), []
-    state, step = Checkpoints(folder / "format1").restore(parts.state, notes.append, begin.adapter(parts, 0))
+    state, step = Checkpoints(folder / "format1").restore(lambda _: parts.state, notes.append, phases.adapter(parts))
     return parts, state, step, notes, read_record(folder / "format1" / "8")["arrays"]
 
 

@@ -76,7 +76,7 @@ def check(pair, codec, outer, mesh_before, mesh_after, R_before, R_after, seed: 
     made, params, state, kinds, _ = built(after, codec, optimizer, mesh_after, R_after, outer)
     old = filled(old_state, seed)
     saved = {n: {"shape": x.shape, "dtype": str(x.dtype), "kind": old_kinds[n]} for n, x in old.items()}
-    fresh = lambda names: {n: x for n, x in named_arrays(jax.jit(made.init)(params)).items() if n in set(names)}
+    fresh = lambda names, _: {n: x for n, x in named_arrays(jax.jit(made.init)(params)).items() if n in set(names)}
     wanted = named_arrays(state)
     adapted = resume.adapt(saved, wanted, kinds, leaves, fresh, made.mesh)
     assert not adapted.missing, where
@@ -124,6 +124,28 @@ def test_a_few_changes_of_mesh_and_replicas(pair):
     for i, codec in enumerate(CODECS[number % 2 :]):
         mesh_before, mesh_after, *replicas = CHANGES[(50 * i + 17 * number) % len(CHANGES)]
         check(pair, codec, ("nesterov", "adam")[i % 2], mesh_before, mesh_after, *replicas, seed=i)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "R_after"), [("sync", "diloco", 4), ("diloco", "diloco", 2), ("diloco", "sync", 4)]
+)
+def test_what_was_refused_is_counted_once(before, after, R_after):
+    """A metric is the sum over replicas: it goes on from where it was."""
+    _, _, old_state, old_kinds, leaves = built(before, "int4", "adamw", (1, 1), 4, "nesterov")
+    made, params, state, kinds, _ = built(after, "int4", "adamw", (1, 1), R_after, "nesterov")
+    old = filled(old_state, 0)
+    saved = {n: {"shape": x.shape, "dtype": str(x.dtype), "kind": old_kinds[n]} for n, x in old.items()}
+    adapted = resume.adapt(saved, named_arrays(state), kinds, leaves, lambda names, _: {}, made.mesh)
+    new: dict = {}
+    for step in adapted.steps:
+        new |= step.make({n: jax.device_put(old[n], x.sharding) for n, x in step.load.items()})
+    for name in ("guard/skipped", "guard/clipped"):
+        total = lambda arrays, name=name: sum(int(np.sum(x)) for n, x in arrays.items() if n.endswith(name))
+        assert total(new) == total(old) > 0
+    for name, x in new.items():
+        if name.endswith("guard/applied"):
+            (source,) = [old[n] for n in old if n.endswith("guard/applied")]
+            np.testing.assert_array_equal(x, np.max(source), err_msg="by it the learning rate goes on")
 
 
 def test_what_is_owed_of_pieces_is_conserved(monkeypatch):

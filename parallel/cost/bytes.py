@@ -53,9 +53,9 @@ def in_flight_bytes(exchange: Any) -> int:
     return total
 
 
-def bytes_per_step(strategy: Any, steps: int, a_device_per_replica: bool = False) -> float:
-    """Closed form of the bytes that one device sends over `replica`, on average over a run of so many steps; as it is
-    laid out, or as it would be if every replica had a device of its own."""
+def bytes_per_step(strategy: Any, last: int, a_device_per_replica: bool = False, first: int = 0) -> float:
+    """Closed form of the bytes that one device sends over `replica`, on average over the steps of a run from `first` to
+    `last`, its end; as it is laid out, or as it would be if every replica had a device of its own."""
 
     def size(exchange: Any) -> float:
         if a_device_per_replica:
@@ -64,5 +64,5 @@ def bytes_per_step(strategy: Any, steps: int, a_device_per_replica: bool = False
         return sum(exchange_bytes(exchange).values())
 
     sizes = {name: sum(map(size, exchanges)) for name, exchanges in strategy.exchanges().items()}
-    calls = range(0, steps, strategy.steps_per_call)
-    return sum(sizes[strategy.program_at(step, steps)] for step in calls) / steps
+    calls = range(first, last, strategy.steps_per_call)
+    return sum(sizes[strategy.program_at(step, last)] for step in calls) / (last - first)

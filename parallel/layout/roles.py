@@ -16,6 +16,7 @@ OWED = "owed"  # residuals of error feedback
 DRAWN = "drawn"  # a codec's own state, drawn anew where it does not fit
 FLAG = "flag"  # what is known of something in flight
 WINDOW = "window"  # the last sizes that the guard judges by, […, W]
+TALLY = "tally"  # counts that are added up over replicas
 FIXED = "fixed"  # weights that are not trained
 
 
@@ -54,7 +55,8 @@ def of_guard(counters: Any, axis: str | None = None) -> Any:
     leading, kind = ((axis,), REPLICA) if axis else ((), SHARED)
 
     def role(path, _) -> Role:
-        return Role(WINDOW if path[-1].name.endswith("_W") else kind, P(*leading))
+        name = path[-1].name
+        return Role(WINDOW if name.endswith("_W") else TALLY if name in ("skipped", "clipped") else kind, P(*leading))
 
     return jax.tree_util.tree_map_with_path(role, counters)
 

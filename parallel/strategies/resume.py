@@ -34,6 +34,7 @@ WORKER = "codec/worker/"
 TOGETHER = 2**27  # bytes on one device
 FROM_MEAN = "carried over as its mean, so that every replica starts from the same"
 FROM_SHARED = "made for every replica from what all share"
+ADDED_UP = "carried over as its sum"
 ESSENTIAL = ("params/", "opt/", "step")  # without these it is another model, or another optimizer
 
 
@@ -63,11 +64,12 @@ def adapt(
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     kinds: Mapping[str, str],
     leaves: Any,
-    fresh: Callable[[Iterable[str]], Arrays],
+    fresh: Callable[[Iterable[str], Arrays], Arrays],
     mesh: Mesh,
 ) -> Adapted:
     """saved: {name: {"shape", "dtype", "kind"}} of the checkpoint. wanted: {name: abstract array} of the new state, and
-    their kinds. leaves: the units.Leaf of all parameters. fresh(names): of a new state, for what must begin anew."""
+    their kinds. leaves: the units.Leaf of all parameters. fresh(names, parameters): of a state that begins with these
+    parameters, for what must begin anew."""
     plan = _Plan(saved, wanted, kinds, jax.tree.leaves(leaves), mesh)
     for name in wanted:
         plan.place(name)
@@ -103,8 +105,9 @@ class _Plan:
         elif self._fits(name):
             self._keep(name)
         elif source := self._counterpart(name):
-            convert = _window if self.kinds[name] == roles.WINDOW else _resize
-            self._make(name, source, convert, FROM_MEAN if self._is_own(source) else FROM_SHARED)
+            convert = {roles.WINDOW: _window, roles.TALLY: _tally}.get(self.kinds[name], _resize)
+            how = ADDED_UP if convert is _tally else FROM_MEAN if self._is_own(source) else FROM_SHARED
+            self._make(name, source, convert, how)
         elif not name.startswith(ESSENTIAL):
             self.fresh.append(name)
         else:
@@ -122,7 +125,7 @@ class _Plan:
         what is shared, and the other way round."""
         if name in self.saved:
             old, new = tuple(self.saved[name]["shape"]), self.wanted[name].shape
-            other_replicas = self.kinds[name] in (roles.REPLICA, roles.IN_FLIGHT) and old[1:] == new[1:]
+            other_replicas = self.kinds[name] in (roles.REPLICA, roles.IN_FLIGHT, roles.TALLY) and old[1:] == new[1:]
             return (
                 name if old and len(old) == len(new) and (other_replicas or self.kinds[name] == roles.WINDOW) else None
             )
@@ -238,11 +241,12 @@ class _Plan:
         sharding = NamedSharding(self.mesh, P(*spec))
         return jax.ShapeDtypeStruct(shape, np.dtype(self.saved[name]["dtype"]), sharding=sharding)
 
-    def finish(self, fresh: Callable[[Iterable[str]], Arrays]) -> Adapted:
+    def finish(self, fresh: Callable[[Iterable[str], Arrays], Arrays]) -> Adapted:
         steps = [Step(self.kept)] if self.kept else []
         steps += self._steps()
         if self.fresh:
-            steps.append(Step({}, lambda _: fresh(self.fresh)))
+            params = {name: x for name, x in self.wanted.items() if name.startswith("params/")}
+            steps.append(Step(params, lambda params: fresh(self.fresh, params)))
             known = [name for name in self.fresh if not fold.server_of(name) or name not in self.saved]
             self._say("begun anew, for it has another shape or was not there", known)
         left = sorted(set(self.saved) - self.read)
@@ -259,11 +263,18 @@ def _to_replicas(x_R: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _resize(x: jax.Array, wanted: Any) -> jax.Array:
-    """For other replicas: the mean of the old ones, or what they shared; of counters the largest."""
+    """For other replicas: the mean of the old ones, or what they shared; of counters the largest, so that the learning
+    rate goes on."""
     if x.ndim == len(wanted.shape) or x.shape[1:] == wanted.shape:
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
         x = jnp.mean(x.astype(jnp.float32), axis=0) if is_float else jnp.max(x, axis=0)
     return jnp.broadcast_to(x, wanted.shape).astype(wanted.dtype)
+
+
+def _tally(x: jax.Array, wanted: Any) -> jax.Array:
+    """Where each replica counts for itself, the first one has counted what was before."""
+    total = jnp.sum(x).astype(wanted.dtype)
+    return jnp.zeros(wanted.shape, wanted.dtype).at[0].set(total) if wanted.shape else total
 
 
 def _window(x_W: jax.Array, wanted: Any) -> jax.Array:

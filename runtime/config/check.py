@@ -113,6 +113,7 @@ def _sync_relations(flat: dict[str, Any], offer: bool) -> Iterator[str]:
             f"sync.codec={codec} with sync.stochastic rounds to values larger than the error it leaves, so residuals "
             "would grow: set sync.error_feedback=off, or leave sync.stochastic out"
         )
+    yield from _warm_relations(flat)
     if strategy == "eager":
         yield from _whole_rounds(flat, flat["sync.interval"], "sync.interval", offer)
     if strategy != "streaming":
@@ -129,6 +130,22 @@ def _sync_relations(flat: dict[str, Any], offer: bool) -> Iterator[str]:
     if flat["sync.overlap"] > K:
         yield f"sync.overlap={flat['sync.overlap']}: one fragment is on the wire at a time, for at most {K} steps"
     yield from _whole_rounds(flat, K, "sync.interval / sync.fragments", offer)
+
+
+def _warm_relations(flat: dict[str, Any]) -> Iterator[str]:
+    warm, H = flat["sync.warm_steps"], flat["sync.interval"]
+    if not warm:
+        return
+    said = f"sync.warm_steps={warm}"
+    if (flat["sync.strategy"], flat["sync.codec"]) == ("sync", "none"):
+        yield f"{said}: with sync.strategy=sync and sync.codec=none all steps are like that. Leave it out"
+    if flat["optimizer.name"] == "onebit_adam":
+        yield f"{said}: optimizer.name=onebit_adam has a warm-up of its own, optimizer.freeze_steps"
+    if warm >= flat["steps"]:
+        yield f"{said}: must be less than steps={flat['steps']}"
+    elif flat["sync.strategy"] in ("diloco", "eager", "streaming") and warm % H:
+        near = " or ".join(str(n) for n in (warm // H * H, (warm // H + 1) * H) if 0 < n < flat["steps"])
+        yield f"{said} is not a multiple of sync.interval={H}: rounds begin at its multiples. Nearest: {near or 'none'}"
 
 
 def _whole_rounds(flat: dict[str, Any], K: int, name: str, offer: bool) -> Iterator[str]:

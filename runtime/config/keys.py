@@ -89,8 +89,8 @@ RANGES: dict[Range, str] = {
     Range(0, math.inf, "[)"): (
         "eval_every model.sliding_window model.rope_scaling.factor optimizer.lr optimizer.warmup_steps "
         "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss "
-        "optimizer.freeze_steps guard.zscore sync.replicas sync.staleness sync.compensation sync.overlap sync.outer.lr "
-        "checkpoint.every checkpoint.keep_every sample.tokens sample.temperature"
+        "optimizer.freeze_steps guard.zscore sync.replicas sync.warm_steps sync.staleness sync.compensation "
+        "sync.overlap sync.outer.lr checkpoint.every checkpoint.keep_every sample.tokens sample.temperature"
     ),
     Range(0, 1, "[)"): "optimizer.b1 optimizer.b2 optimizer.momentum sync.outer.momentum",  # 1: nothing is forgotten
     Range(0, 1, "[]"): "sync.decay sync.mix",
