@@ -6,8 +6,9 @@
 
 docs/python.md shows all of it. Everywhere, `config` is the name of one in configs/, the path of a config file, or a
 ConfigDict; `simulate` asks for so many simulated CPU devices; and `changes` are keys of the config: a dictionary
-changes keys of its group, and `**{"optimizer.lr": 1e-3}` one by its dotted name. `sync.codec` may be a codec object,
-and `sync.strategy` a class. What is wrong is a UsageError.
+changes keys of its group, and `**{"optimizer.lr": 1e-3}` one by its dotted name. Objects stand where a config has
+names: `sync.codec` a codec, `sync.strategy` a class, `optimizer` a transformation of optax; and `task` is a model, a
+loss and data of one's own. What is wrong is a UsageError.
 """
 
 import contextlib
@@ -18,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from data import record
 from recipes import begin, describe, door, finish, once, programs, table
 from recipes import build as recipe
 from recipes import compare as comparing
 from recipes import fit as loop
+from recipes.task import Task
 from recipes.trained import Picture, Trained
 from runtime import agree, lock
 from runtime import config as configuration
@@ -30,7 +31,7 @@ from runtime.config import RunError, UsageError, bad_input
 from runtime.console import plain_table
 from runtime.progress import Phases
 
-__all__ = ["Picture", "RunError", "Trained", "UsageError", "build", "compare", "fit", "open", "steps"]
+__all__ = ["Picture", "RunError", "Task", "Trained", "UsageError", "build", "compare", "fit", "open", "steps"]
 
 
 def fit(config: Any, *, simulate: int | None = None, workdir: str | Path | None = None, **changes: Any) -> Trained:
@@ -60,7 +61,7 @@ def fit(config: Any, *, simulate: int | None = None, workdir: str | Path | None 
         config=asked.config,
         parts=parts,
         params=outcome.state.params,
-        tokenizer=run.corpus.tokenizer,
+        tokenizer=run.data.tokenizer,
         workdir=opened.path,
         step=outcome.step,
         state=outcome.state,
@@ -81,15 +82,12 @@ def open(workdir: str | Path, *, simulate: int | None = None, **changes: Any) ->
     path = Path(door.folder(workdir) or "")
     if not (path / "config.json").is_file():
         raise UsageError(f"workdir={path}: there is no config.json of a run in this folder")
-    config = door.configure(door.alone(configuration.read_json(path)), changes).config
-    parts = recipe.build(config, door.mesh_of(config, simulate))
+    asked = door.configure(door.alone(configuration.read_json(path)), changes)
+    config, own = asked.config, asked.own
+    door.check_given(path, own, ("task",))
+    parts = recipe.build(config, door.mesh_of(config, simulate), own)
     given = load_params(path / "checkpoints", parts.state.params, print)
-    with bad_input():
-        kept = record.read(path, config.data.tokenizer)
-        if kept is None:
-            raise UsageError(f"workdir={path}: this run keeps no tokenizer, as those of earlier releases")
-        named = (config.data.tokenizer, config.data.end_of_document)
-        tokenizer = record.tokenizer_of(path, kept, *named, accept=True)
+    tokenizer = None if own.task else door.tokenizer_of(path, config.data)
     if given.step < config.steps:
         print(f"{path} has made {given.step} of its {config.steps} steps")
     return Trained(config=config, parts=parts, params=given.params, tokenizer=tokenizer, workdir=path, step=given.step)
@@ -111,9 +109,13 @@ class Built:
     def gradients(self, params: Any = None, step: int = 0) -> Any:
         """Each replica's gradient [R, …] of its mean loss over its rows of the batch of a step. params: of a state on
         this mesh; None: those that the seed gives."""
+        return self._once.gradients(self.loader(), params, step)
+
+    def loader(self) -> Batches:
+        """Reads the data: rows(step, which) of training batches."""
         with bad_input():
-            corpus = begin.read_corpus(self.config.data)
-        return self._once.gradients(loop.make_loader(self.config, corpus, self.config.seed), params, step)
+            data = self.parts.task.read(self.config)
+        return data.loader(self.config.seed, self.config.data.batch_size)
 
     def exchange(self, tree_R: Any, memory: Any = None, step: int = 0) -> tuple[Any, Any]:
         """(the mean of a tree [R, …] like the parameters, by way of the codec; what the exchange remembers: what is
@@ -152,11 +154,8 @@ def steps(config: Any, *, simulate: int | None = None, **changes: Any) -> loop.S
     """
     found = build(config, simulate=simulate, **changes)
     config, parts = found.config, found.parts
-    with bad_input():
-        corpus = begin.read_corpus(config.data)
     state = programs.compile_init(parts)(np.uint32(config.seed))
-    loader = loop.make_loader(config, corpus, config.seed)
-    return loop.Steps(parts, programs.compile_steps(parts), state, loader, 0, config.steps)
+    return loop.Steps(parts, programs.compile_steps(parts), state, found.loader(), 0, config.steps)
 
 
 def compare(

@@ -30,7 +30,7 @@ from configs import base  # noqa: E402
 from parallel.cost import flops  # noqa: E402
 from parallel.cost.hardware import peak_flops  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
-from recipes import build  # noqa: E402
+from recipes import build, language  # noqa: E402
 
 TOKENS = 2**17  # of the largest batch that is tried
 
@@ -80,6 +80,8 @@ def ask_ours(config: Any, name: str, steps: int) -> dict[str, Any]:
 
 def time_ours(config: Any, steps: int) -> dict[str, Any]:
     parts = build.build(config, meshes.build({}, jax.devices()[:1]))
+    assert isinstance(parts.task, language.Language)
+    model = parts.task.model
     try:
         start, ours = common.clock(step.Ours, parts, step.random_batches(config))
         for _ in range(3):
@@ -94,11 +96,11 @@ def time_ours(config: Any, steps: int) -> dict[str, Any]:
         "seconds": common.spread(seconds),
         "start": start,
         "parameters": build.num_parameters(parts),
-        "attention": parts.model.compute.attention,
+        "attention": model.compute.attention,
         "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "flops per token": {
-            "full": flops.per_token(parts.param_shapes, parts.model.config, config.data.seq_len, causal=False),
-            "causal": flops.per_token(parts.param_shapes, parts.model.config, config.data.seq_len, causal=True),
+            "full": flops.per_token(parts.param_shapes, model.config, config.data.seq_len, causal=False),
+            "causal": flops.per_token(parts.param_shapes, model.config, config.data.seq_len, causal=True),
         },
     }
 

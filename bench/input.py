@@ -18,7 +18,7 @@ from configs import quickstart  # noqa: E402
 from data.loader import Loader  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from parallel.layout import placement  # noqa: E402
-from recipes import begin, build, programs  # noqa: E402
+from recipes import build, language, programs  # noqa: E402
 
 FOR_EVER = 10**9
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="in each timing of the train step")
     args = parser.parse_args()
     report, config = common.Report("input"), quickstart.get_config()
-    corpus = begin.read_corpus(config.data)
+    corpus = language.read_corpus(config.data)
     parts = build.build(config, meshes.build({}))
     loader = Loader(corpus.train_N, seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.seed)
 

@@ -29,7 +29,7 @@ CONFIG = "bench/gpt12m.py"
 def warm_tokens() -> Path:
     """Makes the tokens in the user's cache, if they are not there yet. Returns its folder."""
     from data.corpus import cache_directory
-    from recipes.begin import read_corpus
+    from recipes.language import read_corpus
 
     read_corpus(gpt12m.get_config().data)
     return cache_directory()

@@ -27,7 +27,43 @@ Batch = dict[str, np.ndarray]
 RowIds = slice | Sequence[int]
 
 
-class Loader:
+class Batches:
+    """What asks `rows` for the rows of each step."""
+
+    batch_size: int
+
+    def rows(self, step: int, row_ids: RowIds) -> Batch:
+        """{name: [R, …]}: some rows of the batch of step n, from 0; row_ids: which of the B rows."""
+        raise NotImplementedError
+
+    def batches(
+        self,
+        start: int,
+        stop: int,
+        place: Callable[[list[Callable[[RowIds], Batch]]], Any],
+        steps_per_call: int = 1,
+        prefetch: int = 2,
+    ) -> "Prefetched":
+        """place(rows of the K steps of a call) for the calls of [start, stop), built ahead by a background thread.
+
+        `place` runs on that thread, where contexts of the caller such as `jax.set_mesh` do not hold: it must name its
+        shardings. What it raises is raised by the `next` that would have given its result.
+
+        Args:
+            place: puts a call's batch where it is needed; gets, for each of its K steps, a function from row ids to
+                their arrays.
+            steps_per_call: K, which divides stop - start.
+            prefetch: how many results wait ready at most.
+        """
+
+        def build(call: int) -> Any:
+            first = start + call * steps_per_call
+            return place([functools.partial(self.rows, step) for step in range(first, first + steps_per_call)])
+
+        return Prefetched(build, 0, (stop - start) // steps_per_call, prefetch)
+
+
+class Loader(Batches):
     """Training batches of one array of tokens.
 
     Args:
@@ -72,7 +108,7 @@ class Loader:
         self._seq_len = seq_len
         self._eos = eos if document_mask else None
         ranges = [grain.MapDataset.range(windows) for windows in self._windows]
-        order = functools.partial(_order_of_epoch, ranges, seed)
+        order = functools.partial(order_of_epoch, ranges, seed)
         self._order = functools.lru_cache(maxsize=2 * len(ranges))(order)
 
     def rows(self, step: int, row_ids: RowIds) -> Batch:
@@ -100,32 +136,6 @@ class Loader:
             order, turned = self._order(part, epoch)
             picks.append((part, order[(place + turned) % self._windows[part]]))
         return _cut(self._mixture, picks, self._seq_len, self._eos)
-
-    def batches(
-        self,
-        start: int,
-        stop: int,
-        place: Callable[[list[Callable[[RowIds], Batch]]], Any],
-        steps_per_call: int = 1,
-        prefetch: int = 2,
-    ) -> "Prefetched":
-        """place(rows of the K steps of a call) for the calls of [start, stop), built ahead by a background thread.
-
-        `place` runs on that thread, where contexts of the caller such as `jax.set_mesh` do not hold: it must name its
-        shardings. What it raises is raised by the `next` that would have given its result.
-
-        Args:
-            place: puts a call's batch where it is needed; gets, for each of its K steps, a function from row ids to
-                their arrays.
-            steps_per_call: K, which divides stop - start.
-            prefetch: how many results wait ready at most.
-        """
-
-        def build(call: int) -> Any:
-            first = start + call * steps_per_call
-            return place([functools.partial(self.rows, step) for step in range(first, first + steps_per_call)])
-
-        return Prefetched(build, 0, (stop - start) // steps_per_call, prefetch)
 
 
 class Prefetched(Iterator[Any]):
@@ -187,7 +197,7 @@ def threads_beside_grain(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count)
 
 
-def _order_of_epoch(ranges: list[Any], seed: int, part: int, epoch: int) -> tuple[Any, int]:
+def order_of_epoch(ranges: list[Any], seed: int, part: int, epoch: int) -> tuple[Any, int]:
     """(a permutation of the windows of a part, by how many places it is turned): each seed, part and epoch has its own.
 
     ranges: Grain's range of each part's windows. Its own `repeat` shuffles epoch e with seed + e, so that epoch 1 of

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import normal, zeros
 
 from model import kernels
 from model.kernels import HEADS, KV_HEADS
-from model.layers import RMSNorm, Weights, normal, zeros
+from model.layers import RMSNorm, Weights
 
 
 class Attention(nnx.Module):

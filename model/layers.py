@@ -5,18 +5,16 @@ B batch, T sequence, D model, F feed-forward.
 
 import math
 import zlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import Initializer, normal, ones, zeros
 
 HIDDEN = ("batch", None, "mlp")
 
 # ── a weight on one line: name, shape, logical axes, initialiser ─────────────────────────────────────────────────
-
-Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 
 class Weights:
@@ -37,18 +35,6 @@ class Weights:
     def sub(self, name: str) -> jax.Array:
         """The key of the weight or sub-module called `name`."""
         return jax.random.fold_in(self.key, zlib.crc32(name.encode()))
-
-
-def normal(std: float) -> Initializer:
-    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
-
-
-def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.zeros(shape, dtype)
-
-
-def ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.ones(shape, dtype)
 
 
 # ── norms: over the last dimension, computed in at least float32 ─────────────────────────────────────────────────

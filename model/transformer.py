@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import normal
 
 from model.attention import Attention, rope_tables
 from model.config import Compute, ModelConfig
-from model.layers import GELU, LayerNorm, RMSNorm, SwiGLU, Weights, normal
+from model.layers import GELU, LayerNorm, RMSNorm, SwiGLU, Weights
 from model.loss import cross_entropy
 
 Params = dict[str, Any]
@@ -27,7 +28,6 @@ RESIDUAL = ("batch", "sequence", None)  # between blocks: sharded over the seque
 GATHERED = ("batch", None, None)  # inside a block: whole sequences, sharded heads or features
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLPS = {"swiglu": SwiGLU, "gelu": GELU}
-POSITIONS = ("rope", "learned")
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,6 @@ class Transformer:
         for index in range(self.config.num_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w: w[index], blocks))  # noqa: B023
         return x_BTD
-
-    def logits(self, params: Params, tokens_BT: jax.Array, constrain) -> jax.Array:
-        """Logits [B, T, V], at least float32. For sampling and tests: training never holds them (model/loss.py)."""
-        x_BTD, head_DV = self.features(params, tokens_BT, constrain)
-        dtype = jnp.promote_types(jnp.float32, x_BTD.dtype)
-        return jnp.einsum("btd,dv->btv", x_BTD, head_DV, preferred_element_type=dtype)
 
     def loss(self, params: Params, batch: dict[str, jax.Array], constrain) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy in nats, summed over the unmasked targets, and their number.

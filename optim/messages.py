@@ -35,7 +35,7 @@ class Signum(Optimizer):
 
     def apply(self, mean: Any, state: Any, params: Any, norm: Any = None) -> tuple[Any, Any]:
         votes = jax.tree.map(jnp.sign, mean)
-        params = _descend(params, votes, self.schedule(state["count"]), self.weight_decay)
+        params = _descend(params, votes, self.rate(state["count"]), self.weight_decay)
         return params, state | {"count": state["count"] + 1}
 
 
@@ -78,7 +78,7 @@ class OneBitAdam(Optimizer):
 
         new = jax.tree.map(slots, mean, beside(state))
         step = jax.tree.map(lambda _, own: own["first"] / (jnp.sqrt(own["second"]) + self.eps), params, new)
-        params = _descend(params, step, self.schedule(state["count"]), self.weight_decay)
+        params = _descend(params, step, self.rate(state["count"]), self.weight_decay)
         return params, new | {"count": state["count"] + 1}
 
 

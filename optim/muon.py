@@ -19,8 +19,9 @@ def muon(
     together from optax's parts: its own `muon` decays biases, and turns the AdamW half into NAdam.
     """
 
-    def is_matrix(path) -> bool:
-        return path[0].key == "blocks" and not is_vector(path)
+    def is_matrix(path, names) -> bool:
+        in_blocks = path[0].key == "blocks" and not is_vector(path)
+        return in_blocks and "embed" in names and any(name not in ("embed", "layers") for name in names)
 
     def to_rms(update: jax.Array, dims: Any) -> jax.Array:
         """An orthogonal [m, n] matrix has the root mean square 1 / sqrt(max(m, n))."""
@@ -28,7 +29,7 @@ def muon(
         return update * (0.2 * math.sqrt(max(sizes)))
 
     def dimensions(path, names) -> Any:
-        if not is_matrix(path):
+        if not is_matrix(path, names):
             return optax.MaskedNode()
         model = names.index("embed")
         others = tuple(i for i, name in enumerate(names) if name not in ("embed", "layers"))
@@ -44,6 +45,6 @@ def muon(
         optax.scale_by_learning_rate(schedule),
     )
     labels = jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if is_matrix(path) else "adamw", axes, is_leaf=is_axes
+        lambda path, names: "muon" if is_matrix(path, names) else "adamw", axes, is_leaf=is_axes
     )
     return optax.partition({"muon": orthogonal, "adamw": adamw}, labels)

@@ -23,7 +23,7 @@ class Optimizer:
     """per_replica: names in the state whose arrays every replica has for itself, [R, …]. constant_size: whether
     updates have the same size whatever the gradient is, so that there is nothing to judge."""
 
-    schedule: Schedule
+    schedule: Schedule | None
     transform: Any = None  # of optax
     clip_norm: float = 0.0  # 0: no clipping
     constant_size: bool = False
@@ -31,6 +31,10 @@ class Optimizer:
 
     def init(self, params: Any, replicas: int = 1) -> Any:
         return named(self.transform.init(params))
+
+    def rate(self, step: jax.Array) -> jax.Array:
+        """The learning rate, by which the size of an update is measured; 1 where it is not known."""
+        return jnp.asarray(self.schedule(step) if self.schedule else 1.0, jnp.float32)
 
     def message(self, grads_R: Any, state: Any) -> tuple[Any, Any]:
         """What is exchanged: for these optimizers the gradient itself. Leaves [R, …]."""

@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from data import corpus as corpora
 from data.loader import threads_beside_grain
-from parallel.cost import flops
 from parallel.cost.hardware import peak_flops
 from recipes import describe, methods, phases, programs
 from recipes.build import Parts, build_schedule
 from recipes.finish import try_prompt
-from recipes.fit import Run, make_loader, num_tokens
+from recipes.fit import Run, num_units
+from recipes.task import Data, Trainable
 from runtime import agree, library_log, steps
 from runtime import config as configuration
 from runtime.config import bad_input
@@ -55,8 +54,8 @@ def begin(
     background = threads_beside_grain(2)
     compiling = background.submit(programs.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(programs.compile_init, parts, bool(given))
-    corpus, prompt_P = load_data(config, workdir, console, facts, given)
-    loader = make_loader(config, corpus, config.seed)
+    data, prompt_P = load_data(config, parts.task, workdir, console, facts, given)
+    loader = data.loader(config.seed, config.data.batch_size)
     checkpoints = open_checkpoints(config, parts, workdir, console)
     times.mark("data", then="compiling the training step")
     compiled = compiling.result()
@@ -68,14 +67,14 @@ def begin(
         others["init"] = initializing.result() if initializing else programs.compile_init(parts, bool(given))
         state, begun = first_state(parts, config.seed, given, others["init"], workdir, console)
     times.mark("restore", then="making the first step")
-    text = corpus.describe(num_tokens(config))
-    wire_bytes = describe.start(f"{workdir.path}", config, parts, compiled, others, times.seconds, console, text)
+    about = data.describe(num_units(config, parts.task), programs.rows_of_evaluation(parts))
+    wire_bytes = describe.start(f"{workdir.path}", config, parts, compiled, others, times.seconds, console, about)
     recorder = make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
-    write_down(config, parts.own, workdir, corpus, start, begun)
+    write_down(config, parts.own, workdir, data, start, begun)
     tell = functools.partial(describe.beside, config, parts, console)
     beside = programs.Later(parts, config.sample, background, tell)
     run = Run(
-        *(config, parts, compiled, beside, corpus, loader, prompt_P),
+        *(config, parts, compiled, beside, data, loader, prompt_P),
         *(workdir, checkpoints, start, recorder, console, times, facts),
     )
     agree.everyone("ready to train")
@@ -98,36 +97,29 @@ def origin(config: Any, workdir: Workdir) -> Path | None:
 # ── the data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_corpus(data: Any, **how: Any) -> corpora.Corpus:
-    """The text of the config's group `data`, by way of the user's cache. how: as in `corpora.load`."""
-    keys = {key: data[key] for key in corpora.KEYS}
-    return corpora.load(cache_dir=corpora.cache_directory(), **keys, **how)
-
-
 def load_data(
-    config: Any, workdir: Workdir, console: Console, facts: dict[str, Any], origin: Path | None
-) -> tuple[corpora.Corpus, np.ndarray | None]:
-    """The corpus, the same in every process, and the ids of the prompt. What the data is joins the facts."""
+    config: Any, task: Trainable, workdir: Workdir, console: Console, facts: dict[str, Any], origin: Path | None
+) -> tuple[Data, np.ndarray | None]:
+    """The data, the same in every process, and the ids of the prompt. What the data is joins the facts."""
     with agree.together("data"):
-        corpus = load_corpus(config, workdir, console, origin)
-        prompt_P = try_prompt(config.sample, corpus.tokenizer, config.data.seq_len)
-    found = {"data": corpus.digest, "data.tokenizer": corpus.tokenizer.digest}
-    agree.same("data", found)
-    facts.update(found)
-    return corpus, prompt_P
+        data = read_data(config, task, workdir, console, origin)
+        prompt_P = try_prompt(config.sample, data.tokenizer, config.data.seq_len)
+    agree.same("data", data.facts())
+    facts.update(data.facts())
+    return data, prompt_P
 
 
-def load_corpus(config: Any, workdir: Workdir, console: Console, origin: Path | None) -> corpora.Corpus:
-    """The text of config.data; of a run that goes on, with its own tokenizer, and compared with what it was. origin: of
-    a run that begins with another's parameters, that one's workdir, whose tokenizer is taken."""
+def read_data(config: Any, task: Trainable, workdir: Workdir, console: Console, origin: Path | None) -> Data:
+    """What the task reads: text of config.data; of a run that goes on, with its own tokenizer, and compared with what
+    it was. origin: of a run that begins with another's parameters, that one's workdir, whose tokenizer is taken."""
     folders = {"workdir": workdir.path} if workdir.resuming else {"origin": origin}
     console.doing("reading the data")
     with bad_input(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        corpus = read_corpus(config.data, say=console.say, **folders)
+        data = task.read(config, say=console.say, **folders)
     for warning in caught:
         console.warn(str(warning.message))
-    return corpus
+    return data
 
 
 # ── the state ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -153,11 +145,14 @@ def restore(
     with bad_input():
         for phase, last in phases.spans(parts, start, config.steps):
             phase.strategy.check_begin(max(start, phase.first), last)
-    say_resumed(config, workdir, start, console, agree.changed(checkpoints.facts(), facts))
+    changed = agree.changed(checkpoints.facts(), facts)
+    say_resumed(config, workdir, start, console, changed, parts.own)
     return state, start
 
 
-def say_resumed(config: Any, workdir: Workdir, start: int, console: Console, changed: str = "") -> None:
+def say_resumed(
+    config: Any, workdir: Workdir, start: int, console: Console, changed: str = "", own: methods.Own = methods.NONE
+) -> None:
     """changed: of `agree.changed`."""
     if not workdir.leader:
         return
@@ -167,7 +162,7 @@ def say_resumed(config: Any, workdir: Workdir, start: int, console: Console, cha
     before = configuration.read_json(workdir.path)
     if start == config.steps:
         console.say(f"this run is complete: it has made its {start} steps, and is evaluated again")
-    elif start and configuration.changes_schedule(before, config):
+    elif start and not own.optimizer and configuration.changes_schedule(before, config):
         was, now = (float(build_schedule(c)(step)) for c, step in ((before, start - 1), (config, start)))
         if was != now:
             console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
@@ -194,14 +189,14 @@ def first_state(parts: Parts, seed: int, origin: Path | None, init: Any, workdir
 
 
 def write_down(
-    config: Any, own: methods.Own, workdir: Workdir, corpus: corpora.Corpus, start: int | None, begun: dict[str, Any]
+    config: Any, own: methods.Own, workdir: Workdir, data: Data, start: int | None, begun: dict[str, Any]
 ) -> None:
     """The workdir says from here on what this run is and trains on. begun: of `first_state`."""
     if workdir.leader:
-        corpus.keep(workdir.path)
+        data.keep(workdir.path)
     workdir.begin(config, start, own.describe())
     library_log.keep(workdir.path, jax.process_index())
-    workdir.update_summary(data_digest=corpus.digest, **begun)
+    workdir.update_summary(data_digest=data.digest, **begun)
 
 
 def make_recorder(
@@ -214,8 +209,8 @@ def make_recorder(
     start: int | None,
 ) -> Recorder:
     """start: the step of the checkpoint that the run goes on from; None: it begins."""
-    log, train_seconds = None, 0.0
-    tokens = None if start is None else checkpoints.facts().get("tokens")
+    log, train_seconds, unit = None, 0.0, parts.task.unit
+    units = None if start is None else checkpoints.facts().get(unit)
     if workdir.leader:
         flag = {"auto": None, "on": True, "off": False}[config.metrics.tensorboard]
         with bad_input():
@@ -224,15 +219,17 @@ def make_recorder(
         log.rewind(start if start is not None else 0 if workdir.resuming else None)
         rows = [row for row in read(log.path) if "train_seconds" in row] if workdir.resuming else []
         train_seconds = rows[-1]["train_seconds"] if rows else 0.0
-        tokens = rows[-1]["tokens"] if rows and tokens is None else tokens
+        units = rows[-1][unit] if rows and units is None else units
     return Recorder(
         log,
         console,
         log_every=config.log_every,
         abort_after=config.guard.abort_after,
-        tokens=tokens or 0,
+        unit=unit,
+        units=units or 0,
+        further=parts.task.further,
         flops_per_second_at_full_speed=full_speed(parts),
-        flops_per_token=flops.per_token(parts.param_shapes, parts.model.config, config.data.seq_len, causal=False),
+        flops_per_unit=parts.task.flops(),
         wire_bytes=wire_bytes,
         train_seconds=train_seconds,
     )

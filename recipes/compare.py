@@ -19,7 +19,6 @@ from parallel.cost.utilisation import Method
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
 from recipes import describe, fit, methods, phases, table
-from recipes.begin import read_corpus
 from recipes.build import Parts, build, num_parameters
 from recipes.programs import compile_evaluation, compile_init, compile_steps, shardings_of
 from runtime import config as configuration
@@ -107,7 +106,8 @@ class Plan:
         return config
 
     def about(self) -> dict[str, Any]:
-        tokens, replicas = fit.num_tokens(self.base), self.base.sync.replicas
+        tokens = self.steps * self.base.data.batch_size * self.base.data.seq_len
+        replicas = self.base.sync.replicas
         return {"seeds": len(self.seeds), "steps": self.steps, "tokens": tokens, "replicas": replicas}
 
 
@@ -185,8 +185,8 @@ class Runner:
     def _train(self, row: Row, config: Any, seed: int) -> dict[str, Any]:
         if methods.draws(config.sync):
             config.seed = seed  # what a codec draws varies with the seed, as the weights and the order of the data do
-        parts, programs, init, evaluate, corpus = self._build(config)
-        loader = fit.make_loader(config, corpus, seed)
+        parts, programs, init, evaluate, data = self._build(config)
+        loader = data.loader(seed, config.data.batch_size)
         state = init(np.uint32(seed))
         if row.perturbed:
             state.params = jax.jit(_perturb, out_shardings=shardings_of(parts.state.params))(state.params)
@@ -196,7 +196,7 @@ class Runner:
         try:
             updates = fit.Steps(parts, programs, state, loader, 0, config.steps)
             for trained, metrics in updates:
-                recorder.step(updates.done, metrics, updates.tokens)
+                recorder.step(updates.done, metrics, updates.units)
                 if fit.due(updates.done, config.eval_every, config.steps):
                     losses[updates.done] = evaluate(trained.params).loss
             recorder.flush()
@@ -225,10 +225,10 @@ class Runner:
             if R % D:
                 raise UsageError(f"sync.replicas={R} replicas cannot be laid over {D} devices: use --simulate={R}")
             parts = build(config, meshes.build({SLOW: D}, devices))
-            corpus = read_corpus(config.data)
+            data = parts.task.read(config)
             program = functools.cache(functools.partial(compile_evaluation, parts))
-            evaluate = fit.make_evaluator(config, parts, corpus, program)
-            built = (parts, compile_steps(parts), compile_init(parts), evaluate, corpus)
+            evaluate = fit.make_evaluator(config, parts, data, program)
+            built = (parts, compile_steps(parts), compile_init(parts), evaluate, data)
             self._built = {key: built}
         return self._built[key]
 

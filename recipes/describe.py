@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from parallel.cost import flops, stray
+from parallel.cost import stray
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
@@ -129,9 +129,10 @@ def rows(
 
     found: what these programs send, and those beside them that are compiled already.
     """
-    mesh, seq_len = parts.mesh, parts.batch["tokens"].shape[-1]
+    mesh, task = parts.mesh, parts.task
     need = max((memory(program) for program in programs.values()), key=lambda sizes: sizes[-1])
-    per_token = flops.per_token(parts.param_shapes, parts.model.config, seq_len, causal=False)
+    rows_of_step = math.prod(next(iter(parts.batch.values())).shape[1:3])
+    flops = task.flops()
     state = max(sum(_shard_bytes(x) for x in jax.tree.leaves(phase.state)) for phase in parts.phases)
     kinds = {d.device_kind for d in mesh.devices.flat}
     rows = [
@@ -139,9 +140,9 @@ def rows(
         ("mesh", f"{meshes.describe(mesh)} = {mesh.size} devices ({', '.join(sorted(kinds))})"),
         ("replicas", f"{parts.replicas}, {_exchange(parts)}"),
         *(("", f"the first {phase.first} steps synchronous, in float32") for phase in parts.phases[1:]),
-        ("attention", parts.attention),
-        ("tokens per step", human_count(math.prod(parts.batch["tokens"].shape[1:]))),
-        ("FLOPs per token", f"{human_count(per_token)} (training, full attention)"),
+        *task.about(),
+        (f"{task.unit} per step", human_count(rows_of_step * task.units)),
+        *([("FLOPs per token", f"{human_count(flops)} (training, full attention)")] if flops else []),
         ("state per device", f"{human_bytes(state)}; as much again while a checkpoint is being copied"),
         ("temporary per device", said_bytes(need[1])),
         ("in all per device", said_bytes(sum(need))),

@@ -4,7 +4,7 @@ asked for before, Ctrl-C that ends at the border of a call. All else is the comm
 import math
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ from jax.extend import backend
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from data import record
 from data.corpus import cache_directory
 from parallel.layout import mesh as meshes
 from recipes import methods, programs
@@ -23,6 +24,9 @@ from runtime.config import UsageError, bad_input
 from runtime.console import Console
 from runtime.workdir import Workdir
 
+# Keys of a language model's alone, and those of the group `data` that any task has.
+TEXT = ("model.", "compute.", "data.", "sample.", "eval_batches", "optimizer.z_loss")
+ANY_DATA = ("data.batch_size",)
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -48,22 +52,58 @@ class Asked:
 
 def configure(config: Any, changes: Mapping[str, Any], workdir: str | None = None) -> Asked:
     """config: the name of one in configs/, the path of a file, or a ConfigDict. changes: {key: value}; a dictionary
-    changes the keys of its group; names may be dotted; sync.codec may be an object, sync.strategy a class.
+    changes the keys of its group; names may be dotted; sync.codec may be an object, sync.strategy a class, optimizer an
+    optax transformation, and task a Task.
 
-    Raises UsageError as the command line does.
+    Raises UsageError as the command line does; for a workdir whose run had an object that is not given.
     """
     name, before, file = _start(config)
-    values = dict(configuration.flatten(changes))
-    given = {key: values[key] for key in ("sync.codec", "sync.strategy") if not isinstance(values.get(key, ""), str)}
-    own = methods.Own(given.get("sync.codec"), given.get("sync.strategy"))
-    values |= {key: (x if isinstance(x, type) else type(x)).__name__ for key, x in given.items()}
+    values, own = _apart(changes)
     typed = configuration.converted(values, "the call sets")
+    before |= _without_text(own.task, typed) if own.task else {}
+    before |= {"optimizer.warmup_steps": 0} if own.optimizer else {}
     flat, notes, wrong = configuration.override(before, typed, workdir, methods.known(own))
     if wrong:
         raise UsageError("\n".join(wrong))
+    if workdir and (Path(workdir) / "config.json").is_file():
+        check_given(Path(workdir), own)
     found = configuration.nested(flat)
     methods.validate(found, own)
     return Asked(name, found.lock(), own, notes, file)
+
+
+def _apart(changes: Mapping[str, Any]) -> tuple[dict[str, Any], methods.Own]:
+    """({key: value}, the objects among them). A key that holds an object has the name of its class."""
+    changes = dict(changes)
+    task, optimizer = changes.pop("task", None), changes.get("optimizer")
+    if optimizer is None or not isinstance(optimizer, Mapping):
+        changes.pop("optimizer", None)
+    else:
+        optimizer = None
+    values = dict(configuration.flatten(changes))
+    given = {key: values[key] for key in ("sync.codec", "sync.strategy") if not isinstance(values.get(key, ""), str)}
+    own = methods.Own(given.get("sync.codec"), given.get("sync.strategy"), optimizer, task)
+    values |= {key: (x if isinstance(x, type) else type(x)).__name__ for key, x in given.items()}
+    return values | ({"optimizer.name": methods.OWN_OPTIMIZER} if optimizer is not None else {}), own
+
+
+def _without_text(task: Any, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says where a caller's task is trained. Raises UsageError for keys of a language model's."""
+    for key in typed:
+        if key.startswith(TEXT) and key not in ANY_DATA:
+            raise UsageError(f"{key}={typed[key]!r} is not read with a task of your own: leave it out")
+    return {"sample.tokens": 0, "model.num_layers": task.layers()}
+
+
+def check_given(workdir: Path, own: methods.Own, needed: Collection[str] = ("task", "optimizer")) -> None:
+    """Raises UsageError where the run in this workdir has such an object of a caller's, and none is given."""
+    now = own.describe()
+    for key, x in configuration.objects_of(workdir).items():
+        if key in needed and key not in now:
+            fields = ", ".join(f"{name} {value}" for name, value in x["fields"].items() if "." in value)
+            raise UsageError(
+                f"{workdir} holds a run with an object of its own: pass {key}= again, {x['class']} ({fields})"
+            )
 
 
 def _start(config: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -98,8 +138,17 @@ def tell_changed(workdir: Workdir, own: methods.Own, console: Console) -> None:
 def alone(config: Any) -> Any:
     """A run's config, of which only the parameters are wanted: one device, nothing exchanged."""
     flat, base = dict(configuration.flatten(config)), configuration.base_values()
-    flat |= {key: x for key, x in base.items() if key.startswith("sync.")}
+    flat |= {key: x for key, x in base.items() if key.startswith("sync.") or key == "optimizer.name"}
     return configuration.nested(flat | {key: 1 for key in base if key.startswith("mesh.")})
+
+
+def tokenizer_of(workdir: Path, data: Any) -> Any:
+    """That of the run in this workdir. data: its config's group. Raises UsageError where it keeps none."""
+    with bad_input():
+        kept = record.read(workdir, data.tokenizer)
+        if kept is None:
+            raise UsageError(f"workdir={workdir}: this run keeps no tokenizer, as those of earlier releases")
+        return record.tokenizer_of(workdir, kept, data.tokenizer, data.end_of_document, accept=True)
 
 
 class Text(str):

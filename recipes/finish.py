@@ -14,6 +14,8 @@ from runtime.digest import params_digest
 from runtime.metrics import read
 from runtime.plot import plot_loss
 
+Baselines = dict[str, float | None]  # bits per byte of counting alone, by its name; None: it failed
+
 
 def try_prompt(sample: Any, tokenizer: Any, seq_len: int) -> np.ndarray | None:
     """The sample's prompt as ids [P], None without a sample. Tried before training: at the end it would be too late.
@@ -50,19 +52,19 @@ def finish(run: Run, params: Any, evaluated: Evaluation) -> int:
     console.doing("digesting the weights and writing a sample")
     digest = params_digest(params)
     if run.workdir.leader:
-        baselines = attempt("baselines", lambda: corpora.ngram_bits_per_byte(run.corpus)) or (None, None)
-        summarise(run, digest, evaluated, *baselines)
+        baselines = attempt("baselines", run.data.baselines) or dict.fromkeys(run.data.compared_with)
+        summarise(run, digest, evaluated, baselines)
     if run.prompt_P is not None:
         text = attempt("sample", lambda: sample(run, params))
         if text and run.workdir.leader:
             attempt("samples.txt", lambda: (folder / "samples.txt").write_text(text + "\n", encoding="utf-8"))
             console.say(f"a sample:\n{text}")
     if run.workdir.leader:
-        attempt("plots/loss.png", lambda: plot(run, evaluated, *baselines))
+        attempt("plots/loss.png", lambda: plot(run, evaluated, baselines))
         console.doing("")
         console.say(
             f"complete after {run.config.steps} steps; "
-            + held_out(evaluated, *baselines)
+            + held_out(evaluated, baselines)
             + f"; see {folder}/plots/loss.png and summary.json"
         )
     if failed:
@@ -70,7 +72,8 @@ def finish(run: Run, params: Any, evaluated: Evaluation) -> int:
     return 1 if failed else 0
 
 
-def summarise(run: Run, digest: str, evaluated: Evaluation, unigram: Any, bigram: Any) -> None:
+def summarise(run: Run, digest: str, evaluated: Evaluation, baselines: Baselines) -> None:
+    unit = run.parts.task.unit
     last = [row for row in read(run.workdir.path / "metrics.jsonl") if "loss" in row][-1]
     run.phases.mark("training and end")
     run.workdir.update_summary(
@@ -78,12 +81,10 @@ def summarise(run: Run, digest: str, evaluated: Evaluation, unigram: Any, bigram
         mesh=dict(run.parts.mesh.shape),
         step=last["step"],
         skipped=last.get("skipped", 0),
-        tokens=last["tokens"],
+        **{unit: last[unit]},
         final_loss=last["loss"],
-        final_eval_loss=evaluated.loss,
-        final_eval_bits_per_byte=evaluated.bits_per_byte,
-        unigram_bits_per_byte=unigram,
-        bigram_bits_per_byte=bigram,
+        **{f"final_eval_{name}": x for name, x in evaluated.values().items()},
+        **{f"{name}_bits_per_byte": x for name, x in baselines.items()},
         params_digest=digest,
         wire_bytes_per_step=last["wire_bytes"],
         compiles=len(run.programs),  # ahead of time: the executables cannot compile again
@@ -94,18 +95,19 @@ def summarise(run: Run, digest: str, evaluated: Evaluation, unigram: Any, bigram
 
 def sample(run: Run, params: Any) -> str:
     assert run.prompt_P is not None
-    seq_len, seed, tokenizer = run.config.data.seq_len, run.config.seed, run.corpus.tokenizer
+    seq_len, seed, tokenizer = run.config.data.seq_len, run.config.seed, run.data.tokenizer
     return sample_text(run.beside["sample"], params, run.prompt_P, seq_len, seed, tokenizer)
 
 
-def plot(run: Run, evaluated: Evaluation, unigram: Any, bigram: Any) -> None:
+def plot(run: Run, evaluated: Evaluation, baselines: Baselines) -> None:
     folder = run.workdir.path / "plots"
     folder.mkdir(exist_ok=True)
-    baselines = {"unigram": unigram, "bigram": bigram} if unigram is not None else {}
-    baselines = {name: bits * evaluated.nats_of_a_bit for name, bits in baselines.items()}
-    plot_loss(read(run.workdir.path / "metrics.jsonl"), folder / "loss.png", run.workdir.path.name, baselines)
+    nats = {name: x * (evaluated.nats_of_a_bit or 0) for name, x in baselines.items() if x is not None}
+    plot_loss(read(run.workdir.path / "metrics.jsonl"), folder / "loss.png", run.workdir.path.name, nats)
 
 
-def held_out(evaluated: Evaluation, unigram: Any, bigram: Any) -> str:
-    beaten = "" if unigram is None else f" (unigram {unigram:.2f}, bigram {bigram:.2f})"
-    return f"held-out text: {evaluated.bits_per_byte:.3f} bits per byte{beaten}"
+def held_out(evaluated: Evaluation, baselines: Baselines) -> str:
+    if evaluated.bits_per_byte is None:
+        return "held-out data: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluated.values().items())
+    beaten = ", ".join(f"{name} {x:.2f}" for name, x in baselines.items() if x is not None)
+    return f"held-out text: {evaluated.bits_per_byte:.3f} bits per byte" + (f" ({beaten})" if beaten else "")

@@ -9,37 +9,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.corpus import Corpus
-from data.loader import Loader, eval_batches
+from data.loader import Batches
 from parallel.layout import placement
 from recipes import phases
 from recipes.build import Parts, Phase
-from recipes.programs import NOT_EVALUATED, Evaluation, Evaluator, Later
+from recipes.programs import NOT_EVALUATED, Evaluation, Evaluator, Later, rows_of_evaluation
+from recipes.task import Data, Trainable
 from runtime.config import RunError
 from runtime.console import Console
 from runtime.progress import Phases, Profiler, Recorder
 from runtime.workdir import Workdir
 
 
-def batch_shape(config: Any, corpus: Corpus) -> dict[str, Any]:
-    """What a batch is: its sizes, and how its documents end."""
-    names = ("seq_len", "batch_size", "document_mask")
-    return {name: config.data[name] for name in names} | {"eos": corpus.tokenizer.eos}
+def make_evaluator(config: Any, parts: Parts, data: Data, program: Callable[[], Any]) -> Evaluator:
+    """params -> Evaluation of what is held out. program: gives the compiled evaluation."""
+    batches = data.eval_batches(rows_of_evaluation(parts), config.data.batch_size, config.eval_batches)
+    return Evaluator(parts, batches, data.num_bytes(batches), program)
 
 
-def make_loader(config: Any, corpus: Corpus, seed: int) -> Loader:
-    return Loader(corpus.train_N, seed=seed, **batch_shape(config, corpus))
-
-
-def make_evaluator(config: Any, parts: Parts, corpus: Corpus, program: Callable[[], Any]) -> Evaluator:
-    """params -> Evaluation of the held-out text. program: gives the compiled evaluation."""
-    batches = eval_batches(corpus.eval_N, **batch_shape(config, corpus), num_batches=config.eval_batches)
-    return Evaluator(parts, batches, corpus.token_bytes(), program)
-
-
-def num_tokens(config: Any) -> int:
-    """That a run of full length trains on."""
-    return config.steps * config.data.batch_size * config.data.seq_len
+def num_units(config: Any, task: Trainable) -> int:
+    """Tokens or examples that a run of full length trains on."""
+    return config.steps * config.data.batch_size * task.units
 
 
 def due(done: int, every: int, last: int) -> bool:
@@ -51,10 +41,10 @@ class Steps:
     """Makes the updates after `start` up to `last`, one call of a program at a time: iterating gives (state, metrics
     [K]) after each call. `state` may be set between two calls: the next one begins with it, and takes it over."""
 
-    def __init__(self, parts: Parts, programs: dict[str, Any], state: Any, loader: Loader, start: int, last: int):
+    def __init__(self, parts: Parts, programs: dict[str, Any], state: Any, loader: Batches, start: int, last: int):
         self.parts, self.programs, self.state, self.loader = parts, programs, state, loader
         self.done, self.last = start, last  # updates made
-        self.tokens = 0  # that the last call has read
+        self.units = 0  # tokens or examples that the last call has read
         self.before: Callable[[int, Any, int], None] | None = None  # of each call: updates made, state, K
 
     def __iter__(self) -> Generator[tuple[Any, dict[str, jax.Array]], None, None]:
@@ -73,7 +63,7 @@ class Steps:
             with jax.transfer_guard("disallow"):
                 self.state, metrics = program(self.state, batch)
             self.done += K
-            self.tokens = batch["tokens"].size
+            self.units = K * self.loader.batch_size * parts.task.units
             yield self.state, metrics
 
 
@@ -85,8 +75,8 @@ class Run:
     parts: Parts
     programs: dict[str, Any]
     beside: Later
-    corpus: Corpus
-    loader: Loader
+    data: Data
+    loader: Batches
     prompt_P: np.ndarray | None  # of the sample; None: there is none
     workdir: Workdir
     checkpoints: Any
@@ -132,7 +122,7 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
     """Evaluates and saves where it is due. A checkpoint's number is the updates that it contains."""
     config, recorder, checkpoints, done = run.config, run.recorder, run.checkpoints, run.start or 0
     notice.training_begins(done)
-    evaluate = make_evaluator(config, run.parts, run.corpus, lambda: run.beside["evaluation"])
+    evaluate = make_evaluator(config, run.parts, run.data, lambda: run.beside["evaluation"])
     profiler = Profiler(config.profile.steps, run.workdir.path)
     if run.start is None and config.checkpoint.every:
         checkpoints.save(0, state, None, run.facts | recorder.counted())
@@ -144,7 +134,7 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
     calls = iter(updates)
     for state, metrics in calls:
         done = updates.done
-        recorder.step(done, metrics, updates.tokens)  # reads the step before: the device never waits for the host
+        recorder.step(done, metrics, updates.units)  # reads the step before: the device never waits for the host
         if done in borders:
             recorder.flush()
         if "first step" not in run.phases.seconds:
@@ -162,7 +152,7 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
                 checkpoints.finish()
             if evaluating:
                 evaluated = evaluate(state.params)
-                recorder.evaluation(done, evaluated.loss, evaluated.bits_per_byte)
+                recorder.evaluation(done, evaluated.values())
             if saving and not last:
                 facts = run.facts | recorder.counted()
                 checkpoints.save(done, state, evaluated.loss if evaluating else None, facts)

@@ -3,11 +3,11 @@ config's group `sync`. Codecs are listed where they are, in parallel/exchange/co
 caller's stand beside them."""
 
 import dataclasses
-import hashlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import optax
 
 from parallel.exchange import net
 from parallel.exchange.codecs import CODECS
@@ -19,6 +19,8 @@ from parallel.strategies.local import DiLoCo, Outer
 from parallel.strategies.stale import Stale
 from parallel.strategies.streaming import Streaming
 from parallel.strategies.sync import Sync
+from recipes import objects
+from recipes.task import Task
 from runtime import config as configuration
 from runtime.config import UsageError, bad_input
 
@@ -33,14 +35,17 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 @dataclass(frozen=True)
 class Own:
-    """Objects of the caller's, where a config has names: a codec, and the class of a strategy (an object of it cannot
-    exist before its mesh). A config names them by their classes."""
+    """Objects of the caller's, where a config has names: a codec, the class of a strategy (an object of it cannot exist
+    before its mesh), an optimizer of optax; and what is trained in place of a language model. A config names them by
+    their classes."""
 
     codec: Any = None
     strategy: type[Strategy] | None = None
+    optimizer: Any = None
+    task: Task | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for what is neither."""
+        """Raises UsageError for an object of another kind, which lacks what is needed of it."""
         if self.codec is not None and not isinstance(self.codec, BlockCodec | RoundCodec):
             raise UsageError(
                 f"sync.codec={self.codec!r}: expected a name, or an object of a class derived from BlockCodec or "
@@ -52,6 +57,14 @@ class Own:
                 "(parallel/strategies/base.py): docs/add-a-method.md"
             )
 
+        if self.optimizer is not None and not isinstance(self.optimizer, optax.GradientTransformation):
+            raise UsageError(
+                f"optimizer={self.optimizer!r}: expected a dictionary of keys of the group, or a transformation of "
+                "optax, which has init and update"
+            )
+        if self.task is not None and not isinstance(self.task, Task):
+            raise UsageError(f"task={self.task!r}: expected a Task(init, axes, loss, weight, data, eval_data)")
+
     def strategies(self) -> dict[str, type[Strategy]]:
         return STRATEGIES | ({self.strategy.__name__: self.strategy} if self.strategy else {})
 
@@ -59,22 +72,19 @@ class Own:
         """What config.json keeps of them: {key: {class, fields, digest of the source}}."""
         found = {}
         if self.codec is not None:
-            found["sync.codec"] = _described(type(self.codec), vars(self.codec))
+            found["sync.codec"] = objects.described(type(self.codec), vars(self.codec))
         if self.strategy is not None:
-            found["sync.strategy"] = _described(self.strategy, {})
+            found["sync.strategy"] = objects.described(self.strategy, {})
+        if self.optimizer is not None:
+            found["optimizer"] = objects.described(type(self.optimizer), self.optimizer._asdict())
+        if self.task is not None:
+            names = ("init", "axes", "loss", "weight")
+            found["task"] = objects.described(Task, {name: getattr(self.task, name) for name in names})
         return found
 
 
 NONE = Own()
-
-
-def _described(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
-    try:
-        source = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
-    except (OSError, TypeError):  # there is no text of a class that was typed at a prompt
-        source = None
-    plain = {name: repr(value) for name, value in fields.items()}
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "fields": plain, "source": source}
+OWN_OPTIMIZER = "own"  # in the config, for `optimizer.name`
 
 
 def known(own: Own = NONE) -> configuration.Methods:
@@ -82,7 +92,8 @@ def known(own: Own = NONE) -> configuration.Methods:
     codecs = {name: frozenset(_keys(kind)) for name, kind in CODECS.items()}
     if own.codec is not None:
         codecs[type(own.codec).__name__] = frozenset()
-    return configuration.Methods({name: frozenset(_keys(kind)) for name, kind in own.strategies().items()}, codecs)
+    strategies = {name: frozenset(_keys(kind)) for name, kind in own.strategies().items()}
+    return configuration.Methods(strategies, codecs, OWN_OPTIMIZER if own.optimizer else "")
 
 
 def _keys(kind: type) -> list[str]:

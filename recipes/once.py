@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.loader import Loader
+from data.loader import Batches
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange import residuals
 from parallel.layout import placement, rules
@@ -41,7 +41,7 @@ class Once:
         """That a device sends over `replica` in one exchange, in closed form."""
         return sum(exchange_bytes(self.exchange).values())
 
-    def gradients(self, loader: Loader, params: Any = None, step: int = 0) -> Any:
+    def gradients(self, loader: Batches, params: Any = None, step: int = 0) -> Any:
         """Each replica's gradient [R, …] of its mean loss over its rows of the batch of a step, as in training.
         params: None for those that the seed gives."""
         params = programs.compile_init(self.parts)(np.uint32(self.seed)).params if params is None else params
@@ -74,8 +74,8 @@ class Once:
 
         def gradients(params: Any, batch_RBT: Any) -> Any:
             per_replica = jax.vmap(strategy.loss_and_gradient, in_axes=(None, 0), spmd_axis_name=SLOW)
-            (_, tokens_R), grads_R = per_replica(params, batch_RBT)
-            return jax.tree.map(lambda g: g / tokens_R.reshape(-1, *[1] * (g.ndim - 1)), grads_R)
+            (_, weight_R, *_), grads_R = per_replica(params, batch_RBT)
+            return jax.tree.map(lambda g: g / weight_R.reshape(-1, *[1] * (g.ndim - 1)), grads_R)
 
         specs = jax.tree.map(lambda spec: jax.sharding.PartitionSpec(SLOW, *spec), strategy.specs)
         return jax.jit(gradients, out_shardings=rules.shardings(self.parts.mesh, specs))

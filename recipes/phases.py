@@ -52,7 +52,7 @@ def kinds(phase: Phase) -> dict[str, str]:
 def adapter(parts: Parts) -> Callable[[int, Any, Any], resume.Adapted]:
     """(step, saved, wanted) -> how to make the state of that step out of one with another codec, strategy, mesh or
     number of replicas, as in `resume.adapt`."""
-    leaves = units.leaves(parts.param_shapes, parts.model.axes)
+    leaves = units.leaves(parts.param_shapes, parts.task.axes)
 
     def adapt(step: int, saved: Any, wanted: Any) -> resume.Adapted:
         phase = at(parts, step)

@@ -3,7 +3,7 @@ sample, digest). None of these needs more memory than the step, and only a diges
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model import decode
-from model.transformer import Transformer
 from parallel.layout import placement
 from parallel.layout.axes import SLOW
 from parallel.layout.rules import Constrain
 from recipes.build import Parts, Phase
+from recipes.language import Language
 from runtime.digest import digest_all, named_arrays
 
 
@@ -66,7 +66,7 @@ def compile_init(parts: Parts, given: bool = False) -> Any:
     first = parts.phases[0]
 
     def init(seed_or_params: Any) -> Any:
-        params = seed_or_params if given else parts.model.init(jax.random.key(seed_or_params))
+        params = seed_or_params if given else parts.task.init(jax.random.key(seed_or_params))
         return first.strategy.init(params)
 
     argument = first.state.params if given else jax.ShapeDtypeStruct((), np.uint32)
@@ -114,53 +114,63 @@ class Later:
 
 
 def compile_evaluation(parts: Parts, options: Any = None) -> Any:
-    """(params, batch[D, B, T] of a micro-step's size) -> (summed loss, tokens)."""
-    model = Transformer(parts.model.config, parts.model.compute)  # plain cross-entropy: no z-loss
-    evaluate = jax.jit(placement.evaluation(model.loss, parts.mesh))
+    """(params, batch[D, B, …] of `parts.eval_batch`'s shape) -> the sums that the task's loss gives."""
+    evaluate = jax.jit(placement.evaluation(parts.task.eval_loss, parts.mesh))
     return evaluate.lower(parts.state.params, parts.eval_batch).compile(compiler_options=options)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of held-out text. NaN: of no token, or no byte."""
+    """Of what is held out. NaN: of no weight, or no byte."""
 
-    loss: float  # nats per token
-    bits_per_byte: float
-    nats_of_a_bit: float  # nats per token where a byte has one bit: from bits per byte to the loss's unit
+    loss: float  # per weight; of text in nats per token
+    bits_per_byte: float | None  # None: it is no text
+    nats_of_a_bit: float | None  # nats per token where a byte has one bit: from bits per byte to the loss's unit
+    further: Mapping[str, float]  # per weight, what else the loss sums up
+
+    def values(self) -> dict[str, float]:
+        bits = {} if self.bits_per_byte is None else {"bits_per_byte": self.bits_per_byte}
+        return {"loss": self.loss} | bits | dict(self.further)
 
 
-NOT_EVALUATED = Evaluation(math.nan, math.nan, math.nan)
+NOT_EVALUATED = Evaluation(math.nan, math.nan, math.nan, {})
 
 
 class Evaluator:
-    """params -> Evaluation of held-out text, the same batches each time."""
+    """params -> Evaluation of what is held out, the same batches each time."""
 
     def __init__(
         self,
         parts: Parts,
         host_batches: list[dict[str, np.ndarray]],
-        token_bytes: np.ndarray,
+        num_bytes: float | None,
         program: Callable[[], Any],
     ):
-        """token_bytes [V]: the bytes of text that each token stands for. program: gives the compiled evaluation; asked
+        """num_bytes: of the text in these batches; None: it is no text. program: gives the compiled evaluation; asked
         at the first evaluation, so that nobody waits for it before."""
-        groups, rows, _ = parts.eval_batch["tokens"].shape
-        size = groups * rows
-        self._program = program
-        self._bytes = sum(float(np.sum(token_bytes[b["targets"]] * b["mask"])) for b in host_batches)
-        self._tokens = sum(float(np.sum(b["mask"])) for b in host_batches)
+        groups, size = parts.mesh.shape[SLOW], rows_of_evaluation(parts)
+        self._program, self._bytes = program, num_bytes
+        self._weight = sum(float(parts.task.weight(batch)) for batch in host_batches)
         micro = [
             {name: x[first : first + size] for name, x in batch.items()}
             for batch in host_batches
-            for first in range(0, len(batch["tokens"]), size)
+            for first in range(0, len(next(iter(batch.values()))), size)
         ]
         self._batches = [placement.place_eval(parts.mesh, groups, size, b) for b in micro]
 
     def __call__(self, params: Any) -> Evaluation:
-        sums = jax.device_get([self._program()(params, batch) for batch in self._batches])
-        loss = float(np.array(sums, np.float64).sum(axis=0)[0])
+        found = jax.device_get([self._program()(params, batch) for batch in self._batches])
+        loss, _, *further = jax.tree.map(lambda *x: float(np.sum(x, dtype=np.float64)), *found)
+        means = {name: _ratio(x, self._weight) for sums in further for name, x in sums.items()}
+        if self._bytes is None:
+            return Evaluation(_ratio(loss, self._weight), None, None, means)
         bits = math.log(2) * self._bytes
-        return Evaluation(_ratio(loss, self._tokens), _ratio(loss, bits), _ratio(bits, self._tokens))
+        return Evaluation(_ratio(loss, self._weight), _ratio(loss, bits), _ratio(bits, self._weight), means)
+
+
+def rows_of_evaluation(parts: Parts) -> int:
+    """Of a batch of the compiled evaluation."""
+    return math.prod(next(iter(parts.eval_batch.values())).shape[:2])
 
 
 def _ratio(a: float, b: float) -> float:
@@ -173,8 +183,8 @@ def _ratio(a: float, b: float) -> float:
 def compile_sample(parts: Parts, num_tokens: int, temperature: float, options: Any = None) -> Any:
     """(params, window [T], length, seed) -> ids [D, B, N], the same text from each shard of the batch in each of D
     replica groups: no device waits for another group's, and nothing need be sent to tell it."""
-    model = Transformer(parts.model.config, parts.model.compute)
-    one = decode.generator(model, Constrain(parts.mesh), num_tokens, temperature)
+    assert isinstance(parts.task, Language)  # no other writes text
+    one = decode.generator(parts.task.plain, Constrain(parts.mesh), num_tokens, temperature)
     groups, _, seq_len = parts.eval_batch["tokens"].shape
     by_group = NamedSharding(parts.mesh, P(SLOW))
 

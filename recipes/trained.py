@@ -10,10 +10,20 @@ from typing import Any
 import numpy as np
 
 from data import corpus as corpora
+from data.arrays import whole_batches
 from data.loader import eval_batches
 from recipes.build import Parts
-from recipes.programs import Evaluation, Evaluator, compile_evaluation, compile_sample, sample_text
-from runtime.config import bad_input
+from recipes.language import num_bytes
+from recipes.programs import (
+    Evaluation,
+    Evaluator,
+    compile_evaluation,
+    compile_sample,
+    rows_of_evaluation,
+    sample_text,
+)
+from recipes.task import arrays
+from runtime.config import UsageError, bad_input
 from runtime.metrics import read
 from runtime.plot import draw_loss
 
@@ -62,12 +72,31 @@ class Trained:
 
     def sample(self, prompt: str, tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
         """The prompt and so many tokens more. temperature 0: the likeliest token each time."""
+        self._check_text("sample", "a prompt")
         prompt_P = corpora.encode_prompt(self.tokenizer, prompt)[-max(1, self.config.data.seq_len - 1) :]
         program = self._program((tokens, temperature), lambda: compile_sample(self.parts, tokens, temperature))
         return sample_text(program, self.params, prompt_P, self.config.data.seq_len, seed, self.tokenizer)
 
-    def evaluate(self, text: str) -> Evaluation:
-        """The loss, and bits per byte, of a text: of the whole windows in it. Raises UsageError for too short a one."""
+    def evaluate(self, data: Any) -> Evaluation:
+        """Of a text, the loss and bits per byte of the whole windows in it; of a task of one's own, what its loss sums
+        up over arrays like its eval_data, in whole batches. Raises UsageError for too little."""
+        batches, num_bytes = self._batches_of_text(data) if self.tokenizer else (self._batches_of(data), None)
+        program = lambda: self._program("evaluation", lambda: compile_evaluation(self.parts))
+        return Evaluator(self.parts, batches, num_bytes, program)(self.params)
+
+    def _batches_of(self, data: Any) -> list[dict[str, np.ndarray]]:
+        found, rows = arrays("evaluate: data", data), rows_of_evaluation(self.parts)
+        batches = whole_batches(found, rows)
+        if found.keys() != self.parts.task.row.keys() or not batches:
+            sizes = {name: x.shape for name, x in found.items()}
+            names = ", ".join(self.parts.task.row)
+            raise UsageError(
+                f"evaluate: expected arrays {names} of {rows} rows or more, as it reads so many; not {sizes}"
+            )
+        return batches
+
+    def _batches_of_text(self, text: str) -> tuple[list[dict[str, np.ndarray]], float]:
+        """(the whole windows in it, how many bytes of text they are)."""
         data = self.config.data
         shape = {"seq_len": data.seq_len, "batch_size": data.batch_size, "document_mask": data.document_mask}
         with bad_input():
@@ -75,8 +104,11 @@ class Trained:
             batches = eval_batches(ids_N, **shape, num_batches=len(ids_N), eos=self.tokenizer.eos)
         bytes_V = self.tokenizer.token_bytes()  # where it changes the text, or lacks tokens: scaled to what was read
         bytes_V = bytes_V * (len(text.encode()) / max(1, float(np.sum(bytes_V[ids_N]))))
-        program = lambda: self._program("evaluation", lambda: compile_evaluation(self.parts))
-        return Evaluator(self.parts, batches, bytes_V, program)(self.params)
+        return batches, num_bytes(bytes_V, batches)
+
+    def _check_text(self, what: str, wanted: str) -> None:
+        if self.tokenizer is None:
+            raise UsageError(f"{what}: this run's task is no text, so there is no tokenizer that could read {wanted}")
 
     def _program(self, name: Any, compile: Callable[[], Any]) -> Any:
         if name not in self._programs:

@@ -77,8 +77,9 @@ class Console:
     def step(self, row: dict) -> None:
         """Shows the status line of one step.
 
-        `row` has step, loss, lr, grad_norm, step_seconds, tokens_per_second, and optionally mfu (a fraction of 1; None
-        on a chip of unknown speed), wire_bytes (mesh axis -> bytes sent per step) and skipped (updates skipped so far).
+        `row` has step, loss, grad_norm, step_seconds, tokens_per_second or of something else, and optionally lr, mfu (a
+        fraction of 1; None on a chip of unknown speed), wire_bytes (mesh axis -> bytes sent per step) and skipped
+        (updates skipped so far).
         """
         with self._lock:
             if self._quiet:
@@ -94,9 +95,10 @@ class Console:
                 self._show_latest_plain()
 
     def evaluation(self, row: dict) -> None:
-        """Prints one line that stays: `row` has step, eval_loss (nats per token) and eval_bits_per_byte."""
-        bits = number(row["eval_bits_per_byte"], ".4f")
-        self.say(f"eval at step {row['step']} | loss {number(row['eval_loss'], '.4f')} | bits per byte {bits}")
+        """Prints one line that stays: `row` has step, eval_loss and further eval_…, as eval_bits_per_byte."""
+        values = {name.removeprefix("eval_").replace("_", " "): x for name, x in row.items() if name != "step"}
+        said = [f"{name} {number(x, '.4f')}" for name, x in values.items()]
+        self.say(" | ".join([f"eval at step {row['step']}", *said]))
 
     def close(self) -> None:
         """Leaves the newest status line on the screen, also where a run stops between two printed steps."""
@@ -149,14 +151,14 @@ class Console:
 def status_fields(row: dict, total_steps: int, eta: str) -> list[tuple[int, str]]:
     """The status line as (rank, text); a narrow terminal drops the fields of highest rank first."""
     percent = 100 * row["step"] / max(1, total_steps)
-    mfu, skipped = row.get("mfu"), row.get("skipped") or 0
+    mfu, skipped, per = row.get("mfu"), row.get("skipped") or 0, "_per_second"
     fields = [
         (0, f"step {row['step']}/{total_steps} {percent:.1f}%"),
         (0, f"loss {number(row['loss'], '.4f')}"),
-        (5, f"lr {number(row['lr'], '.2e')}"),
+        *([(5, f"lr {number(row['lr'], '.2e')}")] if "lr" in row else []),
         (4, f"grad norm {number(row['grad_norm'], '.3g')}"),
         (3, "step n/a" if row["step_seconds"] is None else f"step {milliseconds(row['step_seconds'])}"),
-        (2, f"{human_count(row['tokens_per_second'])} tokens/s"),
+        *((2, f"{human_count(row[name])} {name.removesuffix(per)}/s") for name in row if name.endswith(per)),
         (6, "MFU n/a" if mfu is None else f"MFU {100 * mfu:.1f}%"),
         (7, wire_field(row.get("wire_bytes") or {})),
         (1, f"ETA {eta}"),

@@ -7,6 +7,7 @@ import numpy as np
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 TRAIN, RAW, EVAL, LR, SKIPPED = "#1d4ed8", "#93b4f5", "#d97706", "#0f766e", "#dc2626"
+LABEL: dict[str, Any] = {"fontsize": 12, "color": INK}
 BASELINES = ("#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 
 
@@ -17,7 +18,8 @@ def plot_loss(rows: list[dict], path: Path, title: str, baselines: dict[str, flo
 
 
 def draw_loss(rows: list[dict], title: str, baselines: dict[str, float] | None = None) -> Any:
-    """A figure of 1200x700: train and eval loss with `baselines` (name -> nats per token), the learning rate below.
+    """A figure of 1200x700: train and eval loss with `baselines` (name -> nats per token), the learning rate below if
+    the rows have one.
 
     A row may have loss, lr, eval_loss and skipped (updates skipped so far, so a red tick stands where it grows).
     Values that are missing or null are gaps.
@@ -30,15 +32,20 @@ def draw_loss(rows: list[dict], title: str, baselines: dict[str, float] | None =
     figure = Figure(figsize=(12, 7), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.1)
-    loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+    ratios = (5, 1) if any("lr" in row for row in rows) else (1,)
+    loss_axes, *lr_axes = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     loss_axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=36, wrap=True)
     top = _draw_losses(loss_axes, rows)
     _draw_skipped(loss_axes, rows)
     _limit(loss_axes, rows, baselines or {}, top)
     _draw_baselines(loss_axes, baselines or {})
-    _draw_learning_rate(lr_axes, rows)
-    for axes in (loss_axes, lr_axes):
+    for axes in lr_axes:
+        _draw_learning_rate(axes, rows)
+    all_axes = (loss_axes, *lr_axes)
+    loss_axes.set_ylabel("loss (nats per token)" if any("tokens" in row for row in rows) else "loss", **LABEL)
+    for axes in all_axes:
         _tidy(axes)
+    all_axes[-1].set_xlabel("step", **LABEL)
     if loss_axes.get_legend_handles_labels()[0]:  # above the frame: inside it would cover a curve or a baseline
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.4, "ncols": 4}
         loss_axes.legend(**place, fontsize=11, frameon=False, labelcolor=INK, borderpad=0, handlelength=1.8)
@@ -154,7 +161,6 @@ def _draw_learning_rate(axes, rows: list[dict]) -> None:
         axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     axes.set_ylabel("learning rate", fontsize=11, color=INK)
-    axes.set_xlabel("step", fontsize=12, color=INK)
 
 
 def _tidy(axes) -> None:
@@ -165,5 +171,3 @@ def _tidy(axes) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color("#c4c9d4")
-    if not axes.get_ylabel():
-        axes.set_ylabel("loss (nats per token)", fontsize=12, color=INK)

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +45,33 @@ class Recorder:
         *,
         log_every: int,
         abort_after: int,
-        tokens: int = 0,
+        unit: str = "tokens",
+        units: int = 0,
+        further: Sequence[str] = (),
         flops_per_second_at_full_speed: float | None = None,
-        flops_per_token: float = 0,
+        flops_per_unit: float | None = None,
         wire_bytes: dict[str, float] | None = None,
         train_seconds: float = 0,
     ):
+        """unit: what is counted, and units: how many the steps so far have read. further: metrics of the task's own."""
         self.log, self.console = log, console
         self.log_every, self.abort_after = log_every, abort_after
-        self.tokens, self.wire_bytes = tokens, wire_bytes or {}  # tokens: read by the steps so far, a whole number
-        self.flops_per_token, self.peak = flops_per_token, flops_per_second_at_full_speed
+        self.unit, self.units, self.further = unit, units, further
+        self.wire_bytes = wire_bytes or {}
+        self.flops_per_unit, self.peak = flops_per_unit, flops_per_second_at_full_speed
         self.train_seconds = train_seconds  # of all starts of this run
         self.last: dict[str, Any] = {}
         self.losses: list[float] = []  # of every update that this process has made
         self._pending: tuple[int, Any, int] | None = None
         self._clock = time.perf_counter()
         self._recent: list[float] = []
-        self._counts: dict[str, int] | None = None if tokens else dict.fromkeys(COUNTS, 0)  # before; None: unknown
+        self._counts: dict[str, int] | None = None if units else dict.fromkeys(COUNTS, 0)  # before; None: unknown
 
-    def step(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
-        """Takes the metrics [K] of the K steps that end with `step` (updates made) and the number of tokens that they
+    def step(self, step: int, metrics: dict[str, jax.Array], units: int) -> None:
+        """Takes the metrics [K] of the K steps that end with `step` (updates made) and how many tokens or examples they
         read; reads the metrics of the call before."""
         self._read()
-        self._pending = step, metrics, tokens
+        self._pending = step, metrics, units
 
     def flush(self) -> None:
         """Reads the newest metrics now, waiting for the device."""
@@ -75,7 +79,7 @@ class Recorder:
 
     def counted(self) -> dict[str, int]:
         """What a checkpoint keeps of this; call it after `flush`."""
-        return {"tokens": self.tokens}
+        return {self.unit: self.units}
 
     def resume_clock(self) -> None:
         """What has passed since the last step (an evaluation, a save) is not step time."""
@@ -84,30 +88,28 @@ class Recorder:
     def _read(self) -> None:
         if self._pending is None:
             return
-        (step, metrics, tokens), self._pending = self._pending, None
+        (step, metrics, units), self._pending = self._pending, None
         values = on_host(metrics)
         now, K = time.perf_counter(), len(values["loss"])
         seconds, self._clock = (now - self._clock) / K, now
         for i in range(K):
-            self._record(step - K + 1 + i, seconds, {name: x[i] for name, x in values.items()}, tokens // K)
+            self._record(step - K + 1 + i, seconds, {name: x[i] for name, x in values.items()}, units // K)
 
-    def _record(self, step: int, seconds: float, values: dict[str, Any], tokens: int) -> None:
+    def _record(self, step: int, seconds: float, values: dict[str, Any], units: int) -> None:
         self._recent.append(seconds)
         self.train_seconds += seconds
-        self.tokens += tokens
+        self.units += units
         # The middle of the steps since the last row: one slow step does not make the row look slow.
         seconds = statistics.median(self._recent)
-        speed = tokens / seconds
+        speed = units / seconds
         row = {
             "step": step,
-            "loss": values["loss"],
-            "grad_norm": values["grad_norm"],
-            "param_norm": values["param_norm"],
-            "lr": values["lr"],
-            "tokens": self.tokens,
-            "tokens_per_second": round(speed, 1),
+            **{name: values[name] for name in ("loss", *self.further, "grad_norm", "param_norm")},
+            **({"lr": values["lr"]} if "lr" in values else {}),
+            self.unit: self.units,
+            f"{self.unit}_per_second": round(speed, 1),
             "step_seconds": round(seconds, 6),
-            "mfu": round(speed * self.flops_per_token / self.peak, 4) if self.peak else None,
+            "mfu": round(speed * self.flops_per_unit / self.peak, 4) if self.peak and self.flops_per_unit else None,
             "wire_bytes": self.wire_bytes,
             **{name: int(values[name]) for name in COUNTS if name in values},
             "train_seconds": round(self.train_seconds, 3),
@@ -123,8 +125,8 @@ class Recorder:
         self._counts = {name: int(values.get(name, 0)) for name in COUNTS}
         check_refusals(step, values, self.abort_after)
 
-    def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        row = {"step": step, "eval_loss": loss, "eval_bits_per_byte": bits_per_byte}
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        row = {"step": step} | {f"eval_{name}": x for name, x in values.items()}
         self._write(row)
         self.console.evaluation(row)
 

@@ -919,8 +919,8 @@ CASES = [
     TakenOut(
         "beginning: the parameters of the other run",
         "recipes/programs.py",
-        "params = seed_or_params if given else parts.model",
-        "params = parts.model.init(jax.random.key(0)) if given else parts.model",
+        "params = seed_or_params if given else parts.task",
+        "params = parts.task.init(jax.random.key(0)) if given else parts.task",
         "tests/test_beginning.py -k begins_with_the_parameters_of_the_newest_step",
     ),
     TakenOut(

@@ -141,7 +141,7 @@ def of(kind, parts, **fields):
     """These parts with another strategy, that shares what all strategies share."""
     shared = {field.name: getattr(parts.strategy, field.name) for field in dataclasses.fields(Strategy)}
     strategy = kind(**fields, **shared)
-    state = jax.eval_shape(lambda: strategy.init(parts.model.init(jax.random.key(0))))
+    state = jax.eval_shape(lambda: strategy.init(parts.task.init(jax.random.key(0))))
     shardings = rules.shardings(parts.mesh, roles.specs_of(strategy.declare(state)))
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     return helpers.replaced(parts, strategy=strategy, state=state)

@@ -32,7 +32,7 @@ def steps(config, mesh, count: int, state=None, first: int = 0):
 
 def owed(parts, state) -> dict[str, np.ndarray]:
     """ē of each parameter: mean of the workers' residuals + the server's, and what is in flight, as a mean too."""
-    leaves = jax.tree.leaves(units.leaves(parts.param_shapes, parts.model.axes))
+    leaves = jax.tree.leaves(units.leaves(parts.param_shapes, parts.task.axes))
     arrays = jax.device_get(named_arrays(state))
     kinds = phases.kinds(parts.phases[0])
     found = {leaf.name: np.zeros(leaf.shape) for leaf in leaves}

@@ -184,6 +184,7 @@ MAY_IMPORT = {
     "compare": {"recipes", "data", *PARALLEL, "runtime"},
     "train": {"recipes", "data", *PARALLEL, "runtime"},
     "slackline": {"recipes", "data", "runtime"},
+    "examples": {"slackline"},
 }
 FREE = {"tests", "bench"}  # these may use everything, and nothing may use them
 

@@ -15,6 +15,7 @@ import compare
 from data.tokenizer import ByteTokenizer
 from recipes import fit
 from recipes.compare import Plan, Row, Runner
+from recipes.language import Text
 from recipes.table import markdown, student_t, tabulate, verdict, write
 from runtime import lock
 from runtime.config import UsageError
@@ -110,9 +111,10 @@ def test_a_claim_holds_fails_or_is_unresolved():
 
 
 def test_a_comparison_cuts_its_batches_as_training_does():
-    """Both take the loader of recipes/fit.py, which marks the documents."""
+    """Both take the loader of their data, which marks the documents."""
     corpus = SimpleNamespace(tokenizer=ByteTokenizer(), train_N=helpers.text())
-    loader = fit.make_loader(helpers.tiny(data__document_mask=True), corpus, seed=0)
+    text = Text(corpus, 32, document_mask=True)
+    loader = text.loader(seed=0, batch_size=8)
     assert "segments" in loader.rows(0, [0])
 
 

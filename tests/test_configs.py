@@ -12,7 +12,7 @@ import pytest
 from model.transformer import Transformer
 from parallel.cost import flops
 from parallel.layout.rules import Constrain
-from recipes import build
+from recipes import build, language
 
 ALONE = Constrain(None)  # one device: nothing to constrain
 QUICKLY = {"xla_backend_optimization_level": "0"}
@@ -21,7 +21,7 @@ QUICKLY = {"xla_backend_optimization_level": "0"}
 
 
 def known(name: str) -> Transformer:
-    return build.build_model(importlib.import_module(f"configs.{name}").get_config(), "cpu")[0]
+    return language.build_model(importlib.import_module(f"configs.{name}").get_config(), "cpu")[0]
 
 
 def num_parameters(model: Transformer) -> int:
@@ -84,7 +84,7 @@ GOLDEN = {"loss": 5.5388026, "grad_norm": 1.1438308, "param_norm": 18.755032, "c
 
 def test_one_step_of_the_tiny_config_gives_the_golden_numbers():
     config = importlib.import_module("configs.tiny").get_config()
-    model, _ = build.build_model(config, "cpu")
+    model, _ = language.build_model(config, "cpu")
     built = build.build_optimizer(config, model.axes)
     tokens = np.random.default_rng(1).integers(0, config.data.vocab_size, (2, 4, config.data.seq_len)).astype(np.int32)
     batch = {"tokens": tokens[0], "targets": tokens[1], "mask": np.ones(tokens[0].shape, np.float32)}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import train
-from recipes import finish, programs
+from recipes import finish, language, programs
 from runtime.metrics import MetricsLog
 
 SHORT = ("--config=configs/tiny.py", "--config.steps=2", "--config.eval_every=0", "--config.checkpoint.every=0",
@@ -69,10 +69,10 @@ def test_a_loss_of_nothing_and_a_text_of_no_byte_divide_nothing_by_nothing(loss,
         "mask": np.ones(shape, np.float32),
     }
     program = lambda: lambda params, batch: (np.float32(loss * batch["mask"].size), np.float32(batch["mask"].size))
-    found = programs.Evaluator(parts, [batch], np.full(256, size), program)(None)
-    assert found.loss == loss and np.isnan(found.bits_per_byte) == (size == 0)
+    found = programs.Evaluator(parts, [batch], language.num_bytes(np.full(256, size), [batch]), program)(None)
+    assert found.loss == loss and np.isnan(found.values()["bits_per_byte"]) == (size == 0)
     assert found.nats_of_a_bit == pytest.approx(np.log(2) * size)
-    assert "held-out text: " in finish.held_out(found, 4.5, 3.5)
+    assert "held-out text: " in finish.held_out(found, {"unigram": 4.5, "bigram": None})
 
 
 @pytest.mark.slow  # its division is tried above; this is the whole way to it

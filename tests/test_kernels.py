@@ -16,7 +16,7 @@ from parallel.cost.hardware import peak_flops
 from parallel.layout import mesh as meshes
 from parallel.layout import rules
 from parallel.layout.rules import Constrain
-from recipes import build
+from recipes import language
 from runtime.config import UsageError
 
 H100, A100, V100, V5E = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "Tesla V100-SXM2-16GB", "TPU v5 lite"
@@ -117,7 +117,7 @@ def test_a_chip_is_known_by_whole_words_of_its_name(kind, teraflops):
 def test_the_look_up_in_ones_own_rows_is_a_look_up_and_so_is_its_gradient(sizes, position):
     """Against jnp.take on one device: the embeddings to the bit, their gradient to the order of its sums."""
     mesh = meshes.build(dict(zip(meshes.USED, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
-    model, _ = build.build_model(helpers.tiny(model__position=position), "cpu")
+    model, _ = language.build_model(helpers.tiny(model__position=position), "cpu")
     draw = lambda seed, *shape: np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     tables = {"embed": draw(0, 256, 64)} | ({"position": draw(1, 32, 64)} if position == "learned" else {})
     ids_RBT = np.random.default_rng(2).integers(0, 256, (sizes[0], 8, 32)).astype(np.int32)

@@ -81,7 +81,7 @@ FORMS = [
 @pytest.mark.parametrize(("codec", "form"), FORMS)
 def test_every_codec_sends_the_bytes_of_its_closed_form_between_slices(chips, codec, form):
     parts = build(chips)
-    leaves = units.leaves(parts.param_shapes, parts.model.axes)
+    leaves = units.leaves(parts.param_shapes, parts.task.axes)
     exchange = exchanges.build(CODECS[codec](), form, parts.mesh, 2, leaves, Feedback())
     shaped = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(parts.mesh, spec))
     tree = jax.tree.map(lambda leaf: shaped((2, *leaf.shape), np.float32, P("replica", *leaf.spec)), leaves)

@@ -48,7 +48,7 @@ def test_the_bytes_over_replica_are_the_closed_form_on_tpu_too(chips, codec):
 
 def test_tpu_runs_splash_attention_in_bf16_and_gathers_weights_in_bf16(chips):
     parts = build(chips)
-    assert parts.model.compute.attention == "splash" and parts.model.compute.dtype == jax.numpy.bfloat16
+    assert parts.task.model.compute.attention == "splash" and parts.task.model.compute.dtype == jax.numpy.bfloat16
     compiled = compile_steps(parts)["step"]
     text = compiled.as_text()
     assert "tpu_custom_call" in text, "the Pallas kernel is in the program"

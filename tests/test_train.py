@@ -170,13 +170,13 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
 
     reads = []
     monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x["step"]) or x)
-    options = {"log_every": 1, "abort_after": 9, "tokens": 0, "flops_per_token": 1, "wire_bytes": {}}
+    options = {"log_every": 1, "abort_after": 9, "units": 0, "flops_per_unit": 1.0, "wire_bytes": {}}
     recorder = Recorder(
         None, Console(9, 1, quiet=True), flops_per_second_at_full_speed=None, train_seconds=0.0, **options
     )
     names = ("loss", "grad_norm", "param_norm", "lr", "skipped", "skipped_in_a_row")
     for step in (1, 2, 3):
-        recorder.step(step, dict.fromkeys(names, jnp.zeros(1)) | {"step": jnp.array([step])}, tokens=1)
+        recorder.step(step, dict.fromkeys(names, jnp.zeros(1)) | {"step": jnp.array([step])}, units=1)
         assert [int(r[0]) for r in reads] == list(range(1, step)), "one behind"
     recorder.flush()
     assert [int(r[0]) for r in reads] == [1, 2, 3]

@@ -74,7 +74,7 @@ def leaves(shapes_tree: Any, axes_tree: Any) -> Any:
     """A tree of Leaf. An array is a matrix if it has the model dimension and another one besides layers."""
 
     def leaf(path, x, axes) -> Leaf:
-        batch_dims = int(axes[0] == "layers")
+        batch_dims = int(axes[:1] == ("layers",))
         rest = axes[batch_dims:]
         is_matrix = "embed" in rest and len(rest) > 1
         rows = (len(rest) - 1 if rest[-1] == "embed" else 1) if is_matrix else 0

@@ -1,6 +1,6 @@
 """From rows on a host to global arrays on the mesh: each process builds its own devices' rows and no others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,23 +15,23 @@ from parallel.layout import rules
 from parallel.layout.axes import SLOW
 from parallel.layout.rules import Constrain
 
-Rows = Callable[[Any], dict[str, np.ndarray]]  # row numbers -> {name: [rows, T]}
-EVAL = P(SLOW, *rules.spec(("batch",)))  # [D, B, T]
-TRAIN = P(None, *EVAL)  # [K, R, B, T]
+Rows = Callable[[Any], dict[str, np.ndarray]]  # row numbers -> {name: [rows, …]}
+EVAL = P(SLOW, *rules.spec(("batch",)))  # [D, B, …]
+TRAIN = P(None, *EVAL)  # [K, R, B, …]
 
 
 def place_train(mesh: Mesh, replicas: int, batch_size: int, rows: Sequence[Rows]) -> dict[str, jax.Array]:
-    """One call's batch [K, R, B, T] from the rows of its K steps."""
+    """One call's batch [K, R, B, …] from the rows of its K steps."""
     return _place(mesh, replicas, batch_size, rows, TRAIN)
 
 
 def place_eval(mesh: Mesh, groups: int, batch_size: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch [D·B, T] that every process holds, as [D, B, T]."""
+    """A batch [D·B, …] that every process holds, as [D, B, …]."""
     return _place(mesh, groups, batch_size, [lambda ids: {name: x[ids] for name, x in batch.items()}], EVAL)
 
 
 def _place(mesh: Mesh, groups: int, batch_size: int, rows: Sequence[Rows], spec: P) -> dict[str, jax.Array]:
-    """The batch as [K, groups, batch_size / groups, T] (or without the leading K), sharded by `spec`.
+    """The batch as [K, groups, batch_size / groups, …] (or without the leading K), sharded by `spec`.
 
     Row number = group · rows per group + place in the group: which rows a step has does not depend on the mesh.
     """
@@ -66,29 +66,27 @@ def _place(mesh: Mesh, groups: int, batch_size: int, rows: Sequence[Rows], spec:
 
 
 def abstract_batch(
-    mesh: Mesh, leading: tuple, groups: int, batch_size: int, seq_len: int, spec: P, masked: bool
-) -> dict:
-    """Shapes and shardings of what these return. leading: (K,) for TRAIN, () for EVAL; masked: with segments."""
-    shape = (*leading, groups, batch_size // groups, seq_len)
-    dtypes = {"tokens": np.int32, "targets": np.int32, "mask": np.float32}
-    if masked:
-        dtypes["segments"] = np.int32
-    sharding = NamedSharding(mesh, spec)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    mesh: Mesh, leading: tuple, groups: int, batch_size: int, row: Mapping[str, Any], spec: P
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of what these return. leading: (K,) for TRAIN, () for EVAL; row: {name: shape and dtype of
+    one row}."""
+    shape, sharding = (*leading, groups, batch_size // groups), NamedSharding(mesh, spec)
+    return {name: jax.ShapeDtypeStruct((*shape, *x.shape), x.dtype, sharding=sharding) for name, x in row.items()}
 
 
 def evaluation(loss_fn: Callable, mesh: Mesh) -> Callable:
-    """evaluate(params, batch[D, B, T]) -> (summed loss, tokens), D the size of the `replica` axis."""
+    """evaluate(params, batch[D, B, …]) -> the sums that loss_fn gives, over all rows; D: the size of `replica`."""
 
     @partial(jax.shard_map, mesh=mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)
     def add_up(x_1M: jax.Array) -> jax.Array:
         with jax.named_scope("scalars_evaluation"):
             return lax.psum(x_1M[0], SLOW)
 
-    def evaluate(params: Any, batch_DBT: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        one = lambda params, batch_BT: loss_fn(params, batch_BT, Constrain(mesh))
-        loss_D, tokens_D = jax.vmap(one, in_axes=(None, 0), spmd_axis_name=SLOW)(params, batch_DBT)
-        loss, tokens = add_up(jnp.stack([loss_D, tokens_D.astype(loss_D.dtype)], axis=1))
-        return loss, tokens
+    def evaluate(params: Any, batch_DBT: dict[str, jax.Array]) -> tuple:
+        def one(params: Any, batch_BT: dict[str, jax.Array]) -> Any:
+            return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loss_fn(params, batch_BT, Constrain(mesh)))
+
+        sums_D, treedef = jax.tree.flatten(jax.vmap(one, in_axes=(None, 0), spmd_axis_name=SLOW)(params, batch_DBT))
+        return treedef.unflatten(add_up(jnp.stack(sums_D, axis=1)))
 
     return evaluate

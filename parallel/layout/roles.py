@@ -37,10 +37,14 @@ def each(kind: str, tree: Any, *leading: Any) -> Any:
 
 
 def of_optimizer(optimizer: Any, state: Any, specs: Any, axis: str, own: bool = False) -> Any:
-    """An optimizer's state: arrays beside the weight they belong to, and counters. own: every replica has one."""
+    """An optimizer's state: arrays beside the weight they belong to, and counters; or where its `weight_of` says. own:
+    every replica has one."""
+    beside = lambda path: [key.key for key in path[:-1]]
+    weight_of = getattr(optimizer, "weight_of", beside)
 
     def role(path, _) -> Role:
-        *weight, slot = [key.key for key in path]
+        weight = weight_of(path)
+        slot = getattr(path[-1], "key", None)
         leading = (axis,) if own or slot in getattr(optimizer, "per_replica", ()) else ()
         spec = specs
         for name in weight:

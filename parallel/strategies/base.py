@@ -43,9 +43,9 @@ class State:
 class Strategy:
     """What all strategies share.
 
-    loss_fn(params, batch, constrain) -> (sum over tokens, number of tokens). optimizer: message and apply
-    (optim/optimizer.py). specs: of the params. accumulate: micro-steps per update. guard: what is applied
-    (optim/guard.py).
+    loss_fn(params, batch, constrain) -> (sum, its weight) or (sum, weight, {name: further sum}); a token counts 1.
+    optimizer: message and apply (optim/optimizer.py). specs: of the params. accumulate: micro-steps per update.
+    guard: what is applied (optim/guard.py).
     """
 
     loss_fn: Callable
@@ -111,29 +111,32 @@ class Strategy:
         """What each program exchanges, in full."""
         return dict.fromkeys(self.programs(), (self.exchange,))
 
+    def loss(self, params: Any, batch_BT: Batch) -> tuple[jax.Array, tuple]:
+        """(summed loss, what else `loss_fn` gives)."""
+        loss, *beside = self.loss_fn(params, batch_BT, Constrain(self.mesh))
+        return loss, tuple(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), beside))
+
     def loss_and_gradient(self, params: Any, batch_BT: Batch) -> tuple[tuple, Any]:
-        """One replica's (summed loss, tokens) and the gradient of the sum, over all its micro-steps."""
+        """One replica's sums, as `loss_fn` gives them, and the gradient of the first, over all its micro-steps."""
         return self.add_micro_steps(params, self.micro_batches(batch_BT), None)
 
     def micro_batches(self, batch_BT: Batch) -> Batch:
-        """[B, T] -> [A, B/A, T]. Row b goes to micro-step b mod A: with contiguous cuts, rows would have to cross the
+        """[B, …] -> [A, B/A, …]. Row b goes to micro-step b mod A: with contiguous cuts, rows would have to cross the
         mesh."""
         constrain = Constrain(self.mesh)
 
         def split(x_BT: jax.Array) -> jax.Array:
             x_BAT = x_BT.reshape(-1, self.accumulate, *x_BT.shape[1:])
-            return constrain(x_BAT.swapaxes(0, 1), (None, "batch", None))
+            return constrain(x_BAT.swapaxes(0, 1), (None, "batch", *[None] * (x_BT.ndim - 1)))
 
         return jax.tree.map(split if self.accumulate > 1 else lambda x: x[None], batch_BT)
 
     def add_micro_steps(self, params: Any, batch_ABT: Batch, total: Any) -> tuple[tuple, Any]:
-        """total (None: zeros) plus the loss, tokens and gradient of these micro-steps."""
-        constrain = Constrain(self.mesh)
+        """total (None: zeros) plus the sums and the gradient of these micro-steps."""
 
         def micro_step(batch_BT: Batch) -> tuple[tuple, Any]:
-            loss = lambda params: self.loss_fn(params, batch_BT, constrain)
-            (value, tokens), grads = jax.value_and_grad(loss, has_aux=True)(params)
-            return (value, tokens), self.constrain_to_specs(grads)
+            (loss, beside), grads = jax.value_and_grad(self.loss, has_aux=True)(params, batch_BT)
+            return (loss, *beside), self.constrain_to_specs(grads)
 
         add = lambda total, batch_BT: (jax.tree.map(jnp.add, total, micro_step(batch_BT)), None)
         first = take(batch_ABT, 0)
@@ -147,15 +150,16 @@ class Strategy:
         put = lambda x, spec: lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
         return jax.tree.map(put, tree, self.specs)
 
-    def agree(self, sums_R: tuple, tree_R: Any, name: str = "step") -> tuple[jax.Array, ...]:
-        """Over all replicas: these sums [R], and the root mean square of the replicas' norms, before anything is
+    def agree(self, sums_R: tuple, tree_R: Any, name: str = "step") -> tuple[tuple, jax.Array]:
+        """Over all replicas: (these sums [R], the root mean square of the replicas' norms), before anything is
         encoded. One message of a few scalars: nothing else crosses `replica` but the exchange, and every device decides
         by the same bits."""
         R = self.replicas
         squares_R = jax.vmap(lambda tree: optax.tree.norm(tree, squared=True), spmd_axis_name=SLOW)(tree_R)
-        scalars_RM = jnp.stack([*sums_R, squares_R], axis=1)
-        *sums, squares = scalars_RM[0] if R == 1 else self.exchange.scalars(scalars_RM, name)
-        return *sums, jnp.sqrt(squares / R)
+        found_R, treedef = jax.tree.flatten((sums_R, squares_R))
+        scalars_RM = jnp.stack(found_R, axis=1)
+        sums, squares = treedef.unflatten(scalars_RM[0] if R == 1 else self.exchange.scalars(scalars_RM, name))
+        return sums, jnp.sqrt(squares / R)
 
     def mean(self, tree_R: Any, codec: Any, step: jax.Array) -> tuple[Any, Any]:
         """Exchanges a tree [R, …] like the parameters: (its mean, what the exchange remembers)."""
@@ -188,6 +192,16 @@ class Strategy:
             return jax.tree.map(part, before[0], params), state
 
         return self.guard.commit(used, after, before), norm, usable, used
+
+
+def divisor(weight: jax.Array) -> jax.Array:
+    return jnp.where(weight > 0, weight, 1)
+
+
+def means(loss: jax.Array, weight: jax.Array, further: dict[str, jax.Array] | None = None) -> dict[str, jax.Array]:
+    """Metrics of what `loss_fn` gives."""
+    per_weight = {name: x / divisor(weight) for name, x in {"loss": loss, **(further or {})}.items()}
+    return per_weight | {"weight": weight}
 
 
 def take(batch: Any, i: int) -> Any:

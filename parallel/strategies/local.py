@@ -22,7 +22,7 @@ from parallel.exchange.exchange import Exchange
 from parallel.layout import roles
 from parallel.layout.axes import SLOW
 from parallel.strategies import overlap
-from parallel.strategies.base import TINY, Batch, State, Strategy, length, norms, part, per_step, take
+from parallel.strategies.base import TINY, Batch, State, Strategy, divisor, length, means, norms, part, per_step, take
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,17 @@ class Local(Strategy):
         """The same, and `between`. gradient(params, batch, between) -> (sums, gradient, between), of one replica."""
 
         def one(inner: Any, batch_BT: Batch, between: Any) -> tuple[Any, Any, Any]:
-            (loss, tokens), grads, between = gradient(inner["params"], batch_BT, between)
-            weight = 1 / jnp.maximum(tokens, 1)
-            counters, norm = inner["guard"], weight * optax.tree.norm(grads)
-            sound = (tokens > 0) & jnp.isfinite(loss)
+            (loss, weight, *further), grads, between = gradient(inner["params"], batch_BT, between)
+            factor = 1 / divisor(weight)
+            counters, norm = inner["guard"], factor * optax.tree.norm(grads)
+            sound = (weight > 0) & jnp.isfinite(loss)
             verdict = self.guard.judge(counters, counters.norms_W, norm, sound)
-            grads = jax.tree.map(lambda g: g * (weight * verdict.scale), grads)
+            grads = jax.tree.map(lambda g: g * (factor * verdict.scale), grads)
             params, opt = self.optimizer.apply(grads, inner["opt"], inner["params"], norm * verdict.scale)
             before = {"params": inner["params"], "opt": inner["opt"]}
             after = self.guard.commit(verdict, {"params": params, "opt": opt}, before)
             guard = self.guard.count(counters, verdict)
-            metrics = {"loss": weight * loss, "grad_norm": norm, "tokens": tokens} | self.guard.report(guard, verdict)
+            metrics = means(loss, weight, *further) | {"grad_norm": norm} | self.guard.report(guard, verdict)
             return after | {"guard": guard}, metrics, between
 
         per_replica = jax.vmap(one, in_axes=(0, 0, None), out_axes=(0, 0, None), spmd_axis_name=SLOW)
@@ -152,7 +152,7 @@ class Local(Strategy):
     def judge_round(self, counters: Any, delta_R: Any, rate: jax.Array) -> tuple[Any, Any]:
         """(pseudo-gradients as they may be encoded, the verdict on them), agreed by all replicas before anything is.
         Their size is measured by the learning rate that made them. Of refused ones zeros are sent."""
-        (size,) = self.agree((), delta_R, "round")
+        _, size = self.agree((), delta_R, "round")
         verdict = self.guard.judge(counters, counters.norms_W, size / jnp.maximum(rate, TINY))
         sent = lambda x: jnp.where(verdict.applied, jnp.where(verdict.scale < 1, verdict.scale * x, x), 0)
         return jax.tree.map(sent, delta_R), verdict
@@ -160,15 +160,15 @@ class Local(Strategy):
     def rate(self, step: jax.Array) -> jax.Array:
         """The mean learning rate of the round that ends before `step`."""
         steps = jnp.maximum(step - 1 - jnp.arange(self.interval), 0)
-        return jnp.mean(jnp.asarray(jax.vmap(self.optimizer.schedule)(steps), jnp.float32))
+        return jnp.mean(jax.vmap(self.optimizer.rate)(steps))
 
     def report(self, state: State, K: int, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """[K, R] of each replica, and [K] of what all share, of the K steps that led to this state."""
         rounds = state.strategy["rounds"]
-        lr = jax.vmap(self.optimizer.schedule)(state.step - K + jnp.arange(K))
+        rate = jax.vmap(self.optimizer.rate)(state.step - K + jnp.arange(K))
         shared = {
             "param_norm": norms(self.mesh, (self.specs, state.params))[0],
-            "lr": jnp.asarray(lr, jnp.float32),
+            **({"lr": rate} if self.optimizer.schedule else {}),
             "rounds_skipped": jnp.sum(rounds.skipped),
             "rounds_clipped": jnp.sum(rounds.clipped),
         }

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from parallel.layout.rules import Constrain
 from parallel.strategies.base import Batch, Strategy, part
 
 
@@ -21,7 +20,6 @@ def loss_and_gradient(strategy: Strategy, params: Any, batch_BT: Batch, between:
         rest = part(batch_ABT, half, strategy.accumulate)  # in the barrier: else its forward pass would join the first
         between, total, rest = lax.optimization_barrier((between, total, rest))
         return *strategy.add_micro_steps(params, rest, total), between
-    constrain = Constrain(strategy.mesh)
-    loss, backward, tokens = jax.vjp(lambda params: strategy.loss_fn(params, batch_BT, constrain), params, has_aux=True)
+    loss, backward, beside = jax.vjp(lambda params: strategy.loss(params, batch_BT), params, has_aux=True)
     between, loss, cotangent = lax.optimization_barrier((between, loss, jnp.ones_like(loss)))
-    return (loss, tokens), strategy.constrain_to_specs(backward(cotangent)[0]), between
+    return (loss, *beside), strategy.constrain_to_specs(backward(cotangent)[0]), between

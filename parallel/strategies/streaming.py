@@ -40,7 +40,13 @@ class Streaming(Local):
 
     @classmethod
     def divide(cls, leaves: Any, *, fragments: int, **own: Any) -> dict[str, Any]:
-        fragment = jax.tree.map(lambda leaf: leaf.with_layers(leaf.shape[0] // fragments), leaves["blocks"])
+        blocks = leaves.get("blocks")
+        if not isinstance(blocks, dict) or any(not leaf.batch_dims for leaf in jax.tree.leaves(blocks)):
+            raise ValueError(
+                "sync.strategy=streaming exchanges layers in turn, and this model has no parameters 'blocks', a "
+                "dictionary of arrays whose first axis is 'layers'"
+            )
+        fragment = jax.tree.map(lambda leaf: leaf.with_layers(leaf.shape[0] // fragments), blocks)
         return {"exchange": {"blocks": fragment}, "rest": _rest(leaves)}
 
     @property

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from parallel.exchange import residuals
 from parallel.layout.axes import SLOW
-from parallel.strategies.base import Batch, State, Strategy, norms, per_step, take
+from parallel.strategies.base import Batch, State, Strategy, divisor, means, norms, per_step, take
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,27 @@ class Sync(Strategy):
     def judged(self, state: State, sums_R: tuple, grads_R: Any) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
         """What is sent, and what it leaves in the optimizer's state, by the verdict on the gradient that makes both:
         of a refused one, zeros, and nothing."""
-        loss, tokens, size = self.agree(sums_R, grads_R)
+        sums, size = self.agree(sums_R, grads_R)
+        loss, weight, *_ = sums
         # Weighted by n_i / mean(n) before a codec sees it, so that the mean over replicas is the mean over tokens.
-        weight = self.replicas / jnp.maximum(tokens, 1)
-        sound = (tokens > 0) & jnp.isfinite(loss)
-        new = self.guard.judge(state.guard, state.guard.norms_W, weight * size, sound)
-        grads_R = jax.tree.map(lambda g: g * (weight * new.scale), grads_R)
+        factor = self.replicas / divisor(weight)
+        sound = (weight > 0) & jnp.isfinite(loss)
+        new = self.guard.judge(state.guard, state.guard.norms_W, factor * size, sound)
+        grads_R = jax.tree.map(lambda g: g * (factor * new.scale), grads_R)
         messages_R, opt = self.optimizer.message(grads_R, state.opt)
         messages_R = jax.tree.map(lambda m: jnp.where(new.applied, m, 0), messages_R)
-        loss = loss / jnp.maximum(tokens, 1)
-        return messages_R, self.guard.commit(new, opt, state.opt), new, {"loss": loss, "tokens": tokens}
+        return messages_R, self.guard.commit(new, opt, state.opt), new, means(*sums)
 
     def update(self, state: State, mean: Any, codec: Any, ready: Any) -> tuple[State, Any, dict[str, jax.Array]]:
         """(state, the verdict on the mean, metrics). If it is not ready, or not finite, residuals and the codec's state
         stay as they were. If it is only too large it is cut off, and they follow the exchange: nothing comes back."""
-        lr = jnp.asarray(self.optimizer.schedule(state.guard.applied), jnp.float32)
+        rate = self.optimizer.rate(state.guard.applied)
         apply = lambda mean, before, norm: self.optimizer.apply(mean, before[1], before[0], norm)
         (params, opt), norm, usable, used = self.settle(
-            *(state.guard, apply, self.specs, mean, (state.params, state.opt), ready, lr),
+            *(state.guard, apply, self.specs, mean, (state.params, state.opt), ready, rate),
             judged=not self.optimizer.constant_size,
         )
         codec = self.guard.commit(usable, codec, state.codec)
-        metrics = {"grad_norm": norm, "param_norm": norms(self.mesh, (self.specs, params))[0], "lr": lr}
+        metrics = {"grad_norm": norm, "param_norm": norms(self.mesh, (self.specs, params))[0]}
+        metrics |= {"lr": rate} if self.optimizer.schedule else {}
         return replace(state, step=state.step + 1, params=params, opt=opt, codec=codec), used, metrics

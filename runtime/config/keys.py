@@ -38,18 +38,24 @@ CHOICES = {
 
 
 class Methods(NamedTuple):
-    """What `sync.strategy` and `sync.codec` may be: {name: its keys of the group `sync`, without the group's name}."""
+    """What `sync.strategy` and `sync.codec` may be: {name: its keys of the group `sync`, without the group's name}.
+    optimizer: what `optimizer.name` may be besides, an object that reads no keys."""
 
     strategies: dict[str, frozenset[str]]
     codecs: dict[str, frozenset[str]]
+    optimizer: str = ""
 
     def choices(self) -> dict[str, tuple[str, ...]]:
-        """CHOICES, and these two."""
-        return CHOICES | {"sync.strategy": tuple(self.strategies), "sync.codec": tuple(self.codecs)}
+        """CHOICES, and these."""
+        own = {"optimizer.name": (*CHOICES["optimizer.name"], self.optimizer)} if self.optimizer else {}
+        return CHOICES | own | {"sync.strategy": tuple(self.strategies), "sync.codec": tuple(self.codecs)}
 
     def unread(self) -> dict[str, dict[Any, str]]:
-        """UNREAD, and these two: what another one reads and this one does not."""
-        return UNREAD | {"sync.strategy": _unread(self.strategies), "sync.codec": _unread(self.codecs)}
+        """UNREAD, and these: what another one reads and this one does not."""
+        kept = ("optimizer.name", "optimizer.accumulate", "optimizer.z_loss")
+        keys = " ".join(key for key in _base() if key.startswith("optimizer.") and key not in kept)
+        own = {"optimizer.name": UNREAD["optimizer.name"] | {self.optimizer: keys}} if self.optimizer else {}
+        return UNREAD | own | {"sync.strategy": _unread(self.strategies), "sync.codec": _unread(self.codecs)}
 
 
 def _unread(kinds: dict[str, frozenset[str]]) -> dict[Any, str]:

@@ -1,0 +1,340 @@
+"""Tasks of a caller's: any loss and any small model, under every strategy, through the Python door."""
+
+import ast
+import dataclasses
+import json
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import slackline as sl
+from examples import textbook
+from parallel.exchange.codecs.quantized import Int4
+from recipes import door, methods
+from runtime.digest import named_arrays
+
+FEATURES, LAYERS = 8, 4
+BASE = {"steps": 8, "log_every": 1, "eval_every": 4, "data": {"batch_size": 16}, "guard": {"zscore": 0.0}}
+MESH = {"replica": 2, "fsdp": 2, "tensor": 1}
+
+
+def init(key):
+    blocks, out = jax.random.split(key)
+    blocks = {
+        "weight": jax.random.normal(blocks, (LAYERS, FEATURES, FEATURES)) / 4,
+        "bias": jnp.zeros((LAYERS, FEATURES)),
+    }
+    return {"blocks": blocks, "out": jax.random.normal(out, (FEATURES,)), "shift": jnp.zeros(())}
+
+
+AXES = {
+    "blocks": {"weight": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")},
+    "out": ("embed",),
+    "shift": (),
+}
+
+
+def loss(params, batch, constrain):
+    """Squared error, each example with a weight of its own."""
+
+    def layer(x_BD, block):
+        return x_BD + jnp.tanh(x_BD @ block["weight"] + block["bias"][None]), None
+
+    x_BD, _ = jax.lax.scan(layer, batch["x"], params["blocks"])
+    error_B = x_BD @ params["out"] + params["shift"] - batch["y"]
+    return jnp.sum(batch["weight"] * error_B**2), weight(batch), {"off": jnp.sum(batch["weight"] * jnp.abs(error_B))}
+
+
+def weight(batch):
+    return batch["weight"].sum()
+
+
+def examples(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((count, FEATURES))
+    return {"x": x, "y": x.sum(axis=1), "weight": rng.random(count) / 100}  # so that a batch's are less than 1
+
+
+@pytest.fixture(scope="module")
+def task():
+    return sl.Task(init, AXES, loss, weight, examples(64), examples(20, seed=1))
+
+
+# ── what is no language ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_in_parallel_names_a_key_of_a_batch():
+    keys = set(helpers.build(helpers.tiny(data__document_mask=True), (1, 1, 1)).task.row)
+    assert keys >= {"tokens", "targets", "mask", "segments"}
+    for file in sorted((helpers.ROOT / "parallel").rglob("*.py")):
+        named = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+        assert not keys & {x for x in named if isinstance(x, str)}, file
+
+
+def test_a_loss_is_the_mean_by_weight_over_all_replicas_and_micro_steps(task):
+    """Of weights that are no whole numbers, and less than 1 together: two losses, and the step of SGD between them."""
+    plain = textbook.PLAIN | {"data": {"batch_size": 16}, "steps": 2, "seed": 3}
+    plain["optimizer"] = plain["optimizer"] | {"accumulate": 2, "lr": 0.01}
+    updates = sl.steps("base", task=task, mesh={"replica": 2, "fsdp": 2, "tensor": 1}, **plain)
+    rows = [updates.loader.rows(step, slice(None)) for step in range(2)]
+    params = jax.device_get(updates.state.params)
+    found = {name: [] for name in ("loss", "off", "weight")}
+    for _, metrics in updates:
+        for name, values in found.items():
+            values.append(float(metrics[name][0]))
+    for step, batch in enumerate(rows):
+        (total, parts), gradient = jax.value_and_grad(lambda p: with_rest(p, batch), has_aux=True)(params)  # noqa: B023
+        n, off = float(parts[0]), float(parts[1]["off"])
+        assert n < 1 and found["weight"][step] == pytest.approx(n, rel=1e-5)
+        assert found["loss"][step] == pytest.approx(float(total) / n, rel=1e-5)
+        assert found["off"][step] == pytest.approx(off / n, rel=1e-5)
+        params = jax.tree.map(lambda w, g: w - 0.01 * g / n, params, gradient)  # noqa: B023
+
+
+def with_rest(params, batch):
+    total, *rest = loss(params, batch, None)
+    return total, rest
+
+
+@pytest.mark.parametrize("name", ["digits", pytest.param("binary", marks=pytest.mark.slow)])
+def test_8_replicas_train_like_1(name):
+    rng = np.random.default_rng(0)
+    made = textbook.binary() if name == "binary" else textbook.digits(
+        rng.integers(0, 256, (1200, 784)), rng.integers(0, 10, 1200)
+    )  # fmt: skip
+    one, eight = (
+        [float(m["loss"][0]) for _, m in sl.steps("base", task=made, steps=24, mesh={"replica": R}, **textbook.PLAIN)]
+        for R in (1, 8)
+    )
+    assert one[-1] < one[0] and np.max(np.abs(np.subtract(one, eight))) <= 5e-6
+
+
+# ── a run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def whole(task, tmp_path_factory):
+    return fit(task, tmp_path_factory.mktemp("task") / "run")
+
+
+def fit(task, workdir, **changes):
+    return sl.fit("base", task=task, workdir=workdir, mesh=MESH, **BASE | changes)
+
+
+def test_a_run_of_a_task_keeps_and_says_what_it_has_and_nothing_of_text(task, whole, capsys):
+    row, summary = whole.metrics[-2], whole.summary
+    assert row["examples"] == 8 * 16 and row["off"] > 0 and not {"tokens", "tokens_per_second"} & row.keys()
+    assert summary["final_eval_off"] > 0 and not any("bits" in key or "tokens" in key for key in summary)
+    files = {path.name for path in whole.workdir.iterdir()}
+    assert files >= {"config.json", "plots", "checkpoints"} and not files & {
+        "tokenizer.json",
+        "data.json",
+        "samples.txt",
+    }
+    assert whole.plot()._repr_png_().startswith(b"\x89PNG")
+    found = whole.evaluate(dict(task.eval_data))
+    assert found.loss == summary["final_eval_loss"] and found.values()["off"] == summary["final_eval_off"]
+    rows = {name: x[:20] for name, x in task.eval_data.items()}
+    total, rest = with_rest(jax.device_get(whole.params), rows)
+    assert found.loss == pytest.approx(float(total / rest[0]), rel=1e-5)
+    with pytest.raises(sl.UsageError, match="no text"):
+        whole.sample("def ")
+
+
+def test_a_run_of_a_task_is_opened_with_it(task, whole):
+    alone = sl.open(whole.workdir, task=task)
+    assert alone.parts.mesh.size == 1 and alone.evaluate(task.eval_data).loss == pytest.approx(
+        whole.summary["final_eval_loss"]
+    )
+    with pytest.raises(sl.UsageError, match="pass task= again") as error:
+        sl.open(whole.workdir)
+    assert "test_task.init" in str(error.value) and "test_task.loss" in str(error.value)
+    with pytest.raises(sl.UsageError, match="pass task= again"):
+        sl.fit("base", workdir=whole.workdir)
+    done = helpers.run_here(whole.workdir, check=False, config=None)
+    assert done.returncode == 2 and "slackline.fit" in done.stderr and "Task" in done.stderr
+
+
+def test_config_json_says_which_task_it_was(task, whole):
+    kept = json.loads((whole.workdir / "config.json").read_text())["objects"]["task"]
+    assert kept["class"] == "recipes.task.Task" and kept["fields"]["loss"] == "test_task.loss"
+    other = dataclasses.replace(task, loss=lambda params, batch, constrain: loss(params, batch, constrain))
+    same = sl.Task(init, AXES, loss, weight, examples(64, seed=9), examples(20))
+    assert described(task) == described(same) == kept and described(other)["source"] != kept["source"]
+
+
+def described(task):
+    return door.configure("base", {"task": task}).own.describe()["task"]
+
+
+# ── what is wrong ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def wrong(**changes):
+    made = {"init": init, "axes": AXES, "loss": loss, "weight": weight, "data": examples(8), "eval_data": examples(8)}
+    return lambda: sl.Task(**made | changes)
+
+
+def without(name):
+    return {key: x for key, x in AXES.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        (wrong(init=3), ["init=3", "function"]),
+        (wrong(weight=None), ["weight=None", "function"]),
+        (wrong(data=np.zeros(3)), ["data", "ndarray", "dictionary"]),
+        (wrong(data={}), ["data", "dictionary"]),
+        (wrong(data=examples(8) | {"y": np.zeros(9)}), ["data", "'y': 9"]),
+        (wrong(data=examples(8) | {"y": np.array(["a"] * 8)}), ["data['y']", "numbers"]),
+        (wrong(eval_data={"x": np.zeros((3, FEATURES))}), ["eval_data", "rows"]),
+        (wrong(init=lambda key: jnp.zeros(3)), ["init", "dictionary"]),
+        (wrong(init=lambda key: {"a": [jnp.zeros(3)]}), ["a/0", "dictionaries"]),
+        (wrong(init=lambda key: {"count": jnp.zeros(3)}), ["'count'"]),
+        (wrong(init=lambda key: {"a": jnp.zeros(3, jnp.int32)}), ["a as int32", "float32"]),
+        (wrong(axes=without("out")), ["axes of out", "(8,)", "embed"]),
+        (wrong(axes=AXES | {"out": ("model",)}), ["axes of out", "'model'", "embed"]),
+        (wrong(axes=AXES | {"out": ("embed", None)}), ["axes of out", "(8,)"]),
+        (wrong(axes=AXES | {"more": (None,)}), ["axes has more"]),
+        (wrong(loss=lambda params, batch, constrain: jnp.zeros(())), ["loss gives ()", "weight"]),
+        (
+            wrong(loss=lambda params, batch, constrain: (batch["y"], batch["weight"].sum())),
+            ["loss gives ((2,)", "scalars"],
+        ),
+        (
+            wrong(loss=lambda params, batch, constrain: (*loss(params, batch, constrain)[:2], {"loss": jnp.zeros(())})),
+            ["'loss'", "metrics"],
+        ),
+        (wrong(weight=lambda batch: batch["weight"]), ["weight gives", "(2,)"]),
+    ],
+)
+def test_a_task_that_does_not_fit_together_is_one_sentence(call, parts):
+    says(call, parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"task": lambda: 0}, ["task=", "Task(init, axes, loss, weight, data, eval_data)"]),
+        ({"model": {"num_layers": 3}}, ["model.num_layers=3", "task"]),
+        ({"sample": {"tokens": 3}}, ["sample.tokens=3", "task"]),
+        ({"data": {"seq_len": 3}}, ["data.seq_len=3", "task"]),
+        ({"data": {"batch_size": 6}, "mesh": {"replica": 4}}, ["data.batch_size=6", "4 replicas"]),
+        ({"task": wrong(eval_data=examples(7))(), "mesh": {"replica": 8}}, ["eval_data has 7", "8 at a time"]),
+        ({"mesh": {"fsdp": 3}, "data": {"batch_size": 6}}, ["blocks/weight", "'embed' of size 8", "mesh.fsdp=3"]),
+        (
+            {"mesh": {"replica": 2}, "sync": {"strategy": "streaming", "fragments": 3, "interval": 6}, "steps": 6},
+            ["sync.fragments=3", "model.num_layers=4"],
+        ),
+    ],
+)
+def test_a_call_with_a_task_that_does_not_fit_is_one_sentence(task, changes, parts):
+    says(lambda: sl.build("base", **{"task": task} | changes), parts)
+
+
+def test_streaming_needs_layers():
+    plain = BASE | {"mesh": {"replica": 2}, "sync": {"strategy": "streaming", "fragments": 1, "interval": 4}}
+    says(lambda: sl.build("base", task=textbook.binary(8), **plain), ["sync.strategy=streaming", "'blocks'", "layers"])
+
+
+def says(call, parts):
+    with pytest.raises(sl.UsageError) as error:
+        call()
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+# ── everything of a caller's at once ──────────────────────────────────────────────────────────────────────────────
+
+STRATEGIES = {
+    "sync": {},
+    "stale": {"staleness": 1},
+    "diloco": {"interval": 4},
+    "eager": {"interval": 4},
+    "streaming": {"interval": 4, "overlap": 1},
+}
+OWN = {name: type(f"My{name}", (methods.STRATEGIES[name],), {}) for name in STRATEGIES}
+
+
+class Coarse(Int4):
+    """A codec of a test's."""
+
+
+def schedule_free():
+    """Chained, with two counts, moments, a state without arrays, and numbers that may be changed."""
+    decaying = optax.inject_hyperparams(optax.scale)(step_size=lambda count: -0.01 / (1 + count))
+    return optax.chain(optax.clip(1.0), optax.scale_by_adam(), optax.trace(0.5), decaying)
+
+
+@pytest.mark.parametrize("name", [x if x == "diloco" else pytest.param(x, marks=pytest.mark.slow) for x in STRATEGIES])
+def test_a_codec_a_strategy_an_optimizer_and_a_loss_of_a_caller_s_train_and_go_on_to_the_same_bits(
+    task, name, tmp_path, monkeypatch
+):
+    def run(workdir):
+        sync = {"strategy": OWN[name], "codec": Coarse()} | STRATEGIES[name]
+        return fit(task, tmp_path / workdir, sync=sync, optimizer=schedule_free())
+
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(door.Interrupt, "requested", lambda self, step: step == 4)
+        assert run("stopped").step == 4
+    again = run("stopped")
+    np.testing.assert_array_equal(again.losses, whole.losses[4:])
+    assert again.summary["params_digest"] == whole.summary["params_digest"]
+    assert np.isfinite(whole.losses).all() and whole.wire_bytes["replica"] > 0
+    assert not any("lr" in row for row in whole.metrics)
+    kept = json.loads((tmp_path / "whole" / "config.json").read_text())["objects"]
+    assert kept.keys() == {"sync.codec", "sync.strategy", "optimizer", "task"}
+    with pytest.raises(sl.UsageError, match="pass optimizer= again"):
+        fit(task, tmp_path / "whole")
+    own = whole.state.strategy.get("replicas")
+    arrays = named_arrays(own["opt"] if own else whole.state.opt)
+    assert {
+        "1/count",
+        "1/mu/blocks/weight",
+        "1/nu/out",
+        "2/trace/blocks/bias",
+        "3/hyperparams/step_size",
+    } <= arrays.keys()
+    leading = ("replica",) if own else ()
+    assert tuple(arrays["1/mu/blocks/weight"].sharding.spec) == (*leading, None, "fsdp", "tensor")
+
+
+def test_an_optimizer_of_a_caller_s_is_the_config_s_where_it_is_the_same():
+    made, base = textbook.binary(200), textbook.PLAIN | {"steps": 6, "mesh": {"replica": 2}}
+    rate = optax.sgd(0.1)
+    ours, theirs = (
+        [float(m["loss"][0]) for _, m in sl.steps("base", task=made, **base | change)]
+        for change in ({}, {"optimizer": rate})
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"optimizer": 3}, ["optimizer=3", "init and update"]),
+        ({"optimizer": optax.adafactor(0.1, min_dim_size_to_factor=4)}, ["v_row", "neither a number nor"]),
+        ({"optimizer": optax.add_noise(0.1, 0.5, 0)}, ["rng_key", "neither a number nor"]),
+        ({"optimizer": optax.scale_by_backtracking_linesearch(3)}, ["update(gradients, state, params) fails"]),
+        (
+            {"optimizer": optax.GradientTransformation(lambda p: (), lambda g, s, p: ({}, s))},
+            ["updates of other shapes"],
+        ),
+        ({"optimizer": optax.sgd(0.1), "optimizer.lr": 0.3}, ["optimizer.lr=0.3 is not read", "optimizer.name=own"]),
+        ({"optimizer": {"name": "own"}}, ["optimizer.name='own'", "adamw"]),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_is_one_sentence(task, changes, parts):
+    says(lambda: sl.build("base", **{"task": task} | changes), parts)
+
+
+def test_another_optimizer_is_told_by_what_it_closes_over(task):
+    found = [
+        door.configure("base", {"optimizer": optax.sgd(x)}).own.describe()["optimizer"]["source"] for x in (1, 1, 2)
+    ]
+    assert found[0] == found[1] != found[2]
