@@ -111,7 +111,7 @@ class Built:
         this mesh; None: those that the seed gives."""
         return self._once.gradients(self.loader(), params, step)
 
-    def loader(self) -> Batches:
+    def loader(self) -> Any:
         """Reads the data: rows(step, which) of training batches."""
         with bad_input():
             data = self.parts.task.read(self.config)
