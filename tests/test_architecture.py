@@ -185,6 +185,7 @@ MAY_IMPORT = {
     "train": {"recipes", "data", *PARALLEL, "runtime"},
     "slackline": {"recipes", "data", "runtime"},
     "examples": {"slackline"},
+    "notebooks": set(),
 }
 FREE = {"tests", "bench"}  # these may use everything, and nothing may use them
 
