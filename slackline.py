@@ -34,14 +34,23 @@ from runtime.progress import Phases
 __all__ = ["Picture", "RunError", "Task", "Trained", "UsageError", "build", "compare", "fit", "open", "steps"]
 
 
-def fit(config: Any, *, simulate: int | None = None, workdir: str | Path | None = None, **changes: Any) -> Trained:
+def fit(
+    config: Any,
+    *,
+    simulate: int | None = None,
+    workdir: str | Path | None = None,
+    task: Task | None = None,
+    optimizer: Any = None,
+    **changes: Any,
+) -> Trained:
     """Trains, as `python train.py` does, and returns the run. Ctrl-C ends it after the call under way, saved.
 
     workdir: where the run lives; it goes on there if it has begun, to the same bits as without a stop.
+    task: what is trained in place of a language model. optimizer: a transformation of optax, or keys of the group.
     Raises RunError where training cannot go on.
     """
     phases, where = Phases(time.time()), door.folder(workdir)
-    asked = door.configure(config, changes, where)
+    asked = door.configure(config, changes | {"task": task, "optimizer": optimizer}, where)
     mesh = door.mesh_of(asked.config, simulate)
     console = phases.console = begin.make_console(asked.config, simulate, asked.notes)
     parts, notice = recipe.build(asked.config, mesh, asked.own), door.Interrupt()

@@ -75,11 +75,9 @@ def configure(config: Any, changes: Mapping[str, Any], workdir: str | None = Non
 def _apart(changes: Mapping[str, Any]) -> tuple[dict[str, Any], methods.Own]:
     """({key: value}, the objects among them). A key that holds an object has the name of its class."""
     changes = dict(changes)
-    task, optimizer = changes.pop("task", None), changes.get("optimizer")
-    if optimizer is None or not isinstance(optimizer, Mapping):
-        changes.pop("optimizer", None)
-    else:
-        optimizer = None
+    task, optimizer = changes.pop("task", None), changes.pop("optimizer", None)
+    if isinstance(optimizer, Mapping):
+        changes["optimizer"], optimizer = optimizer, None
     values = dict(configuration.flatten(changes))
     given = {key: values[key] for key in ("sync.codec", "sync.strategy") if not isinstance(values.get(key, ""), str)}
     own = methods.Own(given.get("sync.codec"), given.get("sync.strategy"), optimizer, task)

@@ -100,8 +100,8 @@ class Task:
     axes: Any
     loss: Callable[..., Any]
     weight: Callable[..., Any]
-    data: Mapping[str, np.ndarray]
-    eval_data: Mapping[str, np.ndarray]
+    data: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    eval_data: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
     further: tuple[str, ...] = dataclasses.field(init=False, default=())
     unit: ClassVar[str] = "examples"
 

@@ -13,8 +13,10 @@ import pytest
 
 import slackline as sl
 from examples import textbook
+from parallel.exchange.codecs import CODECS
 from parallel.exchange.codecs.quantized import Int4
 from recipes import door, methods
+from runtime import config as configuration
 from runtime.digest import named_arrays
 
 FEATURES, LAYERS = 8, 4
@@ -256,8 +258,9 @@ STRATEGIES = {
     "diloco": {"interval": 4},
     "eager": {"interval": 4},
     "streaming": {"interval": 4, "overlap": 1},
+    "warm stale": {"staleness": 1, "warm_steps": 2},
 }
-OWN = {name: type(f"My{name}", (methods.STRATEGIES[name],), {}) for name in STRATEGIES}
+OWN = {name: type(f"My_{name}", (methods.STRATEGIES[name.split()[-1]],), {}) for name in STRATEGIES}
 
 
 class Coarse(Int4):
@@ -302,6 +305,24 @@ def test_a_codec_a_strategy_an_optimizer_and_a_loss_of_a_caller_s_train_and_go_o
     } <= arrays.keys()
     leading = ("replica",) if own else ()
     assert tuple(arrays["1/mu/blocks/weight"].sharding.spec) == (*leading, None, "fsdp", "tensor")
+
+
+SIGNS = {"codec": "sign", "error_feedback": "off", "stochastic": True}
+CATALOGUE = {name: ({"codec": name} | ({"rank": 1} if name == "powersgd" else {}), {}) for name in CODECS} | {
+    name: (SIGNS if name == "signum" else {}, {"name": name}) for name in configuration.CHOICES["optimizer.name"]
+}
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_codec_and_every_optimizer_takes_a_model_that_is_no_language_model(task, name):
+    """Traced, not compiled. One array has its layers, one is a vector, one a number."""
+    sync, optimizer = CATALOGUE[name]
+    spec = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    parts = sl.build("base", task=task, mesh=MESH, data={"batch_size": 16}, sync=sync, optimizer=optimizer).parts
+    for program in parts.strategy.programs().values():
+        state, metrics = jax.eval_shape(program, parts.state, parts.batch)
+        assert spec(state) == spec(parts.state)
+        assert metrics["off"].shape == (1,)
 
 
 def test_an_optimizer_of_a_caller_s_is_the_config_s_where_it_is_the_same():
