@@ -2,8 +2,8 @@
 
 python compare.py --config=configs/compare/quickstart.py --simulate=4
 
-Trains every row of the config (a strategy, a codec, further changes) on the same budget of tokens with the same seeds,
-after tuning each with the same small budget: one key, at most 3 candidates, a third of the length, the first seed. Stop
+Trains every row of the config (a strategy, a codec, further changes) on the same budget of tokens with the same seeds.
+With --tune it only looks for rates: of each row that names candidates, one run of each, of a third of the length. Stop
 it at any time: the same command goes on where it stopped.
 """
 
@@ -39,7 +39,13 @@ def main(argv: list[str]) -> int:
     with bad_input():
         workdir = Path(configuration.local_path("--workdir", args.workdir or f"runs/compare-{Path(args.config).stem}"))
     lock.hold(workdir)  # exits.guarded lets go of it
-    found = comparing.run(plan, workdir)
+    if args.tune:
+        for row in comparing.search(plan, workdir):
+            said = ", ".join(f"{value:g}: {loss:.4f}" for value, loss in row.losses.items())
+            edge = ", at the edge: try more" if row.edge else ""
+            print(f"{row.name} | {row.key} | {said} | best {row.best:g}{edge}")
+        return 0
+    found = comparing.run(plan, workdir, processes=args.processes, simulate=args.simulate or 0)
     print(f"\n{table.markdown(found)}\nin {workdir}: table.md, table.csv, table.json, plots/")
     return 0
 
@@ -49,6 +55,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a file like configs/compare/quickstart.py")
     parser.add_argument("--workdir", help="where results are kept; default runs/compare-<config>")
     parser.add_argument("--simulate", type=int, help="simulated CPU devices, over which the replicas are laid")
+    parser.add_argument("--processes", type=int, default=1, help="rows at once, each on a core of its own")
+    parser.add_argument("--tune", action="store_true", help="try the candidates of each row, and train nothing else")
     parser.add_argument("--only", default="", help="rows whose name contains this; the baseline always runs")
     parser.add_argument("--version", action="version", version=configuration.version())
     return parser.parse_args(argv)

@@ -180,7 +180,7 @@ def compare(
     already, by default runs/compare-<config>, is not trained again.
 
     config: as everywhere; of a file with ROWS and SEEDS these are the defaults. rows: dictionaries with `name`,
-    `changes` ({key: value}) and perhaps `tune` ((key, values)); the first one is the baseline. seeds: three or more.
+    `changes` ({key: value}) and perhaps `floor` (recipes/compare.py); the first one is the baseline. seeds: at least 3.
     """
     asked = door.configure(config, changes)
     given = {"ROWS": rows, "SEEDS": seeds}

@@ -82,7 +82,7 @@ class Arrays:
     def loader(self, seed: int, batch_size: int) -> ArrayLoader:
         return ArrayLoader(self._train, batch_size=batch_size, seed=seed)
 
-    def eval_batches(self, rows: int, batch_size: int, most: int) -> list[dict[str, np.ndarray]]:
+    def eval_batches(self, rows: int, batch_size: int, most: int | None) -> list[dict[str, np.ndarray]]:
         """All that is held out, in whole batches of so many rows, whatever the others are."""
         return whole_batches(self._held_out, rows)
 

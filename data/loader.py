@@ -216,12 +216,12 @@ def eval_batches(
     *,
     seq_len: int,
     batch_size: int,
-    num_batches: int,
+    num_batches: int | None,
     document_mask: bool = False,
     eos: int = 0,
 ) -> list[Batch]:
-    """The first num_batches * B windows of the held-out split, in order, of a mixture by its weights: the same at every
-    evaluation.
+    """The first num_batches * B windows of the held-out split (None: all), in order, of a mixture by its weights: the
+    same at every evaluation.
 
     With fewer windows than that there are fewer batches, and the last one is filled up with rows of zeros and mask 0.
 
@@ -230,7 +230,7 @@ def eval_batches(
     """
     mixture = Mixture.of(tokens_N)
     rows = rows_in_order(_num_windows(mixture, seq_len), mixture)
-    picks = list(itertools.islice(rows, num_batches * batch_size))
+    picks = list(itertools.islice(rows, None if num_batches is None else num_batches * batch_size))
     batches = []
     for first in range(0, len(picks), batch_size):
         some = picks[first : first + batch_size]

@@ -21,9 +21,10 @@ from runtime.progress import Phases, Profiler, Recorder
 from runtime.workdir import Workdir
 
 
-def make_evaluator(config: Any, parts: Parts, data: Data, program: Callable[[], Any]) -> Evaluator:
-    """params -> Evaluation of what is held out. program: gives the compiled evaluation."""
-    batches = data.eval_batches(rows_of_evaluation(parts), config.data.batch_size, config.eval_batches)
+def make_evaluator(config: Any, parts: Parts, data: Data, program: Callable[[], Any], whole: bool = False) -> Evaluator:
+    """params -> Evaluation of `eval_batches` of what is held out, or of the whole. program: gives the compiled one."""
+    count = None if whole else config.eval_batches
+    batches = data.eval_batches(rows_of_evaluation(parts), config.data.batch_size, count)
     return Evaluator(parts, batches, data.num_bytes(batches), program)
 
 

@@ -131,8 +131,8 @@ class Text:
     def loader(self, seed: int, batch_size: int) -> Loader:
         return Loader(self.corpus.train_N, seed=seed, **self._shape(batch_size))
 
-    def eval_batches(self, rows: int, batch_size: int, most: int) -> list[dict[str, np.ndarray]]:
-        """So many batches as are trained on, at most."""
+    def eval_batches(self, rows: int, batch_size: int, most: int | None) -> list[dict[str, np.ndarray]]:
+        """So many batches as are trained on, at most; None: all."""
         return eval_batches(self.corpus.eval_N, num_batches=most, **self._shape(batch_size))
 
     def _shape(self, batch_size: int) -> dict[str, Any]:

@@ -17,14 +17,19 @@ SHAPES = ("-", "--", ":", "-.")
 
 
 def tabulate(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
-    """Gaps are paired: each seed's eval loss less the baseline's of the same seed, in percent of the baseline's mean;
-    with the 95 % interval of the mean over seeds (Student's t)."""
-    base = np.array([losses[-1] for losses in rows[0]["eval_losses"]])
+    """Gaps are paired: each seed's final loss less the baseline's of the same seed, in percent of the baseline's mean;
+    with the 95 % interval of the mean over seeds (Student's t), and that by the deviation of all rows together, for
+    rows whose gaps scatter alike: three seeds say little about how much they do."""
+    final_RS = np.array([row["final_losses"] for row in rows], float)
+    gap_RS = 100 * (final_RS - final_RS[0]) / final_RS[0].mean()
+    finite = [gap for gap in gap_RS[1:] if np.isfinite(gap).all()]
+    count = gap_RS.shape[1]
+    pooled = math.sqrt(np.mean([gap.var(ddof=1) for gap in finite])) if finite else math.nan
+    mean_half = student_t(max(1, len(finite)) * (count - 1)) * pooled / math.sqrt(count)
     table = []
-    for row in rows:
-        final = np.array([losses[-1] for losses in row["eval_losses"]], float)
-        gap = 100 * (final - base) / base.mean()
-        half = student_t(len(gap) - 1) * gap.std(ddof=1) / math.sqrt(len(gap))
+    for i, (row, final, gap) in enumerate(zip(rows, final_RS, gap_RS, strict=True)):
+        half = student_t(count - 1) * gap.std(ddof=1) / math.sqrt(count)
+        together = mean_half if i else 0.0
         method = Method(**row["method"])
         table.append(
             row
@@ -33,6 +38,8 @@ def tabulate(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any
                 "gap_percent": gap.mean(),
                 "gap_low": gap.mean() - half,
                 "gap_high": gap.mean() + half,
+                "gap_low_pooled": gap.mean() - together,
+                "gap_high_pooled": gap.mean() + together,
                 "ratio": rows[0]["wire_bytes_per_step"] / row["wire_bytes_per_step"],
                 "gbit_per_s": {name: [bandwidth_for(w, method, t) for t in TARGETS] for name, w in WORKLOADS.items()},
             }
@@ -52,7 +59,18 @@ def verdict(row: dict[str, Any], bound: float) -> str:
     return "holds" if row["gap_high"] <= bound else "fails" if row["gap_low"] > bound else "unresolved"
 
 
-COLUMNS = ("method", "eval loss", "gap %", "95 % interval", "skipped", "clipped", "bytes/step", "ratio", "tuned")
+COLUMNS = (
+    "method",
+    "eval loss",
+    "gap %",
+    "95 % interval",
+    "pooled",
+    "skipped",
+    "clipped",
+    "s/run",
+    "bytes/step",
+    "ratio",
+)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -61,11 +79,12 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['eval_loss']:.4f}",
         f"{row['gap_percent']:+.2f}",
         f"{row['gap_low']:+.2f} … {row['gap_high']:+.2f}",
+        f"{row['gap_low_pooled']:+.2f} … {row['gap_high_pooled']:+.2f}",
         " / ".join(map(str, row["skipped"])),
         " / ".join(map(str, row["clipped"])),
+        f"{np.median(row['seconds']):.0f}",
         human_bytes(row["wire_bytes_per_step"]),
         f"{row['ratio']:.1f} ×",
-        row["tuned"],
     ]
     return found + [" / ".join(f"{rate:.1f}" for rate in rates) for rates in row["gbit_per_s"].values()]
 
@@ -79,8 +98,9 @@ def markdown(table: dict[str, Any]) -> str:
     about = table["about"]
     lines = [
         f"{about['replicas']} replicas, {about['steps']} steps, {about['tokens']:,} tokens, {about['seeds']} seeds. "
-        "Gap: to the first row, paired by seed. Skipped, clipped: updates that the guard left out, or made smaller, of "
-        "each seed. Bytes: what a replica sends over the slow link per step, on average. "
+        "Loss: of all held-out text, at the end. Gap: to the first row, paired by seed; its interval by its own seeds, "
+        "and by the deviation of all rows together. Skipped, clipped: updates that the guard left out, or made "
+        "smaller, of each seed. s/run: the median. Bytes: sent by a replica over the slow link per step, on average. "
         "Gbit/s: the link that a model of this size needs for such a share of time spent computing (simulated, no "
         "latency, infinity: more than 1,000).",
         "",

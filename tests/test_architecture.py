@@ -328,7 +328,14 @@ MAY_LOOK = {
     ("runtime/workdir.py", "summary"): "inside a decision of process 0, or of process 0",
 }
 # The one room for it; tools that never train; a comparison, which has no processes beside it.
-ALONE = {"runtime/agree.py", "runtime/launch.py", "runtime/verify.py", "recipes/compare.py", "recipes/door.py"}
+ALONE = {
+    "runtime/agree.py",
+    "runtime/launch.py",
+    "runtime/verify.py",
+    "recipes/compare.py",
+    "recipes/runner.py",
+    "recipes/door.py",
+}
 
 
 def looks(tree: ast.Module) -> set[str]:

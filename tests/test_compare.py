@@ -14,8 +14,9 @@ import pytest
 import compare
 from data.tokenizer import ByteTokenizer
 from recipes import fit
-from recipes.compare import Plan, Row, Runner
+from recipes.compare import Plan, search, summary
 from recipes.language import Text
+from recipes.runner import Job, Runner
 from recipes.table import markdown, student_t, tabulate, verdict, write
 from runtime import lock
 from runtime.config import UsageError
@@ -27,30 +28,43 @@ SEEDS = (0, 1, 2)
 def get_config():
     c = tiny.get_config()
     c.steps, c.eval_every, c.sync.replicas = 6, 2, 2
-    c.data.batch_size = 8
+    c.data.batch_size, c.data.eval_fraction = 8, 0.001
     return c
 def row(name, **changes):
     return {"name": name, "changes": {k.replace("__", "."): v for k, v in changes.items()},
             "tune": ("optimizer.lr", (1e-3, 4e-3))}
-ROWS = [row("base"), row("signs", sync__codec="sign"), row("late", sync__strategy="diloco", sync__interval=3)]
+LATE = {"sync__strategy": "diloco", "sync__interval": 3}
+ROWS = [row("base"), row("signs", sync__codec="sign") | {"floor": True}, row("late", **LATE),
+        row("warm", sync__warm_steps=3, **LATE) | {"tune": None}]
 """
 
 
-def summary(name, finals, size=100.0, ended=""):
+def summary_of(name, finals, size=100.0, ended=""):
     none = [0] * len(finals)
-    return {"name": name, "tuned": "", "steps": [1], "eval_losses": [[x] for x in finals], "wire_bytes_per_step": size,
-            "wire_bytes_from": "", "parameters": 10, "method": {"bytes_per_parameter": 4.0, "interval": 1,
-            "fragments": 1, "overlap": 0}, "skipped": none, "clipped": none, "ended": [ended]}  # fmt: skip
+    method = {"bytes_per_parameter": 4.0, "interval": 1, "fragments": 1, "overlap": 0}
+    return {"name": name, "steps": [1], "eval_losses": [[x] for x in finals], "final_losses": finals,
+            "seconds": [1.0] * len(finals), "wire_bytes_per_step": size, "wire_bytes_from": "", "parameters": 10,
+            "method": method, "skipped": none, "clipped": none, "ended": [ended]}  # fmt: skip
 
 
 def test_gaps_are_paired_by_seed_with_student_intervals():
-    table = tabulate([summary("a", [2.0, 3.0, 4.0]), summary("b", [2.1, 3.1, 4.4], 25.0)], {})
+    table = tabulate([summary_of("a", [2.0, 3.0, 4.0]), summary_of("b", [2.1, 3.1, 4.4], 25.0)], {})
     row = table["rows"][1]
     gaps = 100 * np.array([0.1, 0.1, 0.4]) / 3.0
     half = 4.302653 * gaps.std(ddof=1) / np.sqrt(3)
     assert row["gap_percent"] == pytest.approx(gaps.mean()) and row["ratio"] == 4.0
     assert (row["gap_low"], row["gap_high"]) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
-    assert table["rows"][0]["gap_percent"] == 0
+    assert table["rows"][0]["gap_percent"] == 0 == table["rows"][0]["gap_low_pooled"]
+
+
+def test_rows_that_scatter_alike_share_their_deviation():
+    """4 degrees of freedom instead of 2: Student's quantile is 2.776. A row that was ended is not one of them."""
+    rows = [summary_of("a", [2.0, 3.0, 4.0]), summary_of("b", [2.1, 3.1, 4.4]), summary_of("c", [2.0, 3.1, 4.1])]
+    found = tabulate([*rows, summary_of("d", [np.nan, 3.0, 4.0])], {})["rows"]
+    gaps = 100 * np.array([[0.1, 0.1, 0.4], [0.0, 0.1, 0.1]]) / 3.0
+    half = 2.7764451 * np.sqrt(gaps.var(axis=1, ddof=1).mean() / 3)
+    for row, gap in zip(found[1:3], gaps, strict=True):
+        assert (row["gap_low_pooled"], row["gap_high_pooled"]) == pytest.approx((gap.mean() - half, gap.mean() + half))
 
 
 def test_students_quantiles_for_any_number_of_seeds():
@@ -58,12 +72,12 @@ def test_students_quantiles_for_any_number_of_seeds():
     known = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
     assert {n: round(student_t(n), 3) for n in known} == known
     seeds = np.linspace(2, 3, 11)
-    rows = tabulate([summary("a", list(seeds)), summary("b", list(seeds + 0.1))], {})["rows"]
+    rows = tabulate([summary_of("a", list(seeds)), summary_of("b", list(seeds + 0.1))], {})["rows"]
     assert rows[1]["gap_low"] == pytest.approx(4.0) == rows[1]["gap_high"]
 
 
 def test_a_row_whose_run_was_ended_says_so_and_leaves_the_others_alone(tmp_path):
-    rows = [summary("a", [2.0, 3.0, 4.0]), summary("b", [np.nan, 3.1, 4.4], ended="20 updates were skipped")]
+    rows = [summary_of("a", [2.0, 3.0, 4.0]), summary_of("b", [np.nan, 3.1, 4.4], ended="20 updates were skipped")]
     rows[1]["skipped"] = [20, 0, 1]
     table = tabulate(rows, {"replicas": 2, "steps": 3, "tokens": 4, "seeds": 3})
     assert verdict(table["rows"][1], 1.0) == "unresolved"
@@ -72,32 +86,63 @@ def test_a_row_whose_run_was_ended_says_so_and_leaves_the_others_alone(tmp_path)
     write(table, tmp_path)  # and the plots are drawn
 
 
+def kept(runner: Runner, job: Job, loss: float, **more) -> None:
+    """A result as if it had been trained."""
+    found = {"steps": [2], "eval_loss": [loss], "final_loss": loss, "skipped": job.seed, "clipped": 0, "ended": "",
+             "seconds": 1.0, "parameters": 1, "wire_bytes_per_step": 4.0, "wire_bytes_from": "",
+             "method": summary_of("", [])["method"]}  # fmt: skip
+    write_json(runner.file(job), found | more)
+
+
+def plan_of(tmp_path, text=CONFIG, only="") -> Plan:
+    (tmp_path / "three.py").write_text(text)
+    return Plan.read(str(tmp_path / "three.py"), only)
+
+
 def test_a_row_is_summed_up_from_the_files_of_its_runs(tmp_path):
-    """A candidate whose loss is not a number, null in its file, is not chosen."""
-    config = tmp_path / "three.py"
-    config.write_text(CONFIG)
-    plan = Plan.read(str(config), "")
-    runner, row, method = Runner(plan, tmp_path), plan.rows[0], summary("", [])["method"]
-    for value, loss in zip(row.candidates, (2.0, np.nan), strict=True):
-        for steps, seed in {(plan.third, 0), *((plan.steps, seed) for seed in plan.seeds)}:
-            found = {"steps": [2], "eval_loss": [loss], "skipped": seed, "clipped": 0, "ended": "", "parameters": 1,
-                     "wire_bytes_per_step": 4.0, "wire_bytes_from": "", "method": method}  # fmt: skip
-            write_json(runner._file(row, value, seed, steps), found)
-    found = runner.summary(row)
-    assert found["tuned"].startswith("optimizer.lr=0.001 of") and found["eval_losses"] == [[2.0]] * 3
-    assert found["skipped"] == [0, 1, 2] and runner.finished(row)
-    assert "| 0 / 1 / 2 | 0 / 0 / 0 |" in markdown(tabulate([found], plan.about()))
+    row, *_ = plan_of(tmp_path).jobs()
+    runner = Runner(tmp_path, row)
+    for job in row:
+        kept(runner, job, np.nan if job.seed == 1 else 2.0)
+    found = summary(runner, row)
+    assert found["skipped"] == [0, 1, 2]
+    np.testing.assert_array_equal(found["final_losses"], [2.0, np.nan, 2.0])
+    assert "| 0 / 1 / 2 | 0 / 0 / 0 |" in markdown(tabulate([found], plan_of(tmp_path).about()))
+
+
+def test_a_search_tells_the_best_candidate_and_whether_it_is_at_the_edge(tmp_path, monkeypatch):
+    """One whose loss is not a number is not chosen."""
+    plan = plan_of(tmp_path, CONFIG.replace("(1e-3, 4e-3)", "(1e-3, 2e-3, 4e-3)"))
+    losses = {"base": {1e-3: 3.0, 2e-3: 2.0, 4e-3: np.nan}, "signs": {1e-3: 1.0, 2e-3: 2.0, 4e-3: 3.0}}
+
+    def train(self, jobs):
+        for job in jobs:
+            name, _, value = job.name.partition(", optimizer.lr=")
+            assert job.config.optimizer.lr == float(value) and (job.config.steps, job.seed) == (2, 0)
+            kept(self, job, losses.get(name, losses["base"])[float(value)])
+
+    monkeypatch.setattr(Runner, "train", train)
+    found = {row.name: row for row in search(plan, tmp_path)}
+    assert list(found) == ["base", "signs", "late"], "and no floor"
+    assert (found["base"].best, found["base"].edge) == (2e-3, False)
+    assert (found["signs"].best, found["signs"].edge) == (1e-3, True)
+    with pytest.raises(UsageError, match="no row has `tune`"):
+        search(plan_of(tmp_path, CONFIG.replace('"tune": ("optimizer.lr", (1e-3, 4e-3))', "")), tmp_path)
 
 
 @pytest.mark.slow
 def test_updates_that_are_refused_are_counted_and_end_a_run_as_in_training(tmp_path, capsys, monkeypatch):
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda: two)
-    config = tmp_path / "one.py"
-    text = CONFIG.replace("(1e-3, 4e-3)", "(1e-3, 1e30)").replace("steps, c", "model.num_layers = 1\n    c.steps, c")
-    config.write_text(text.replace("    return c", "    c.guard.abort_after = 3\n    return c"))
-    plan = Plan.read(str(config), "")
-    run = lambda: Runner(plan, tmp_path).result(plan.rows[0], 1e30, 0, 6)
+    text = CONFIG.replace("steps, c", "model.num_layers = 1\n    c.steps, c")
+    text = text.replace("    return c", "    c.guard.abort_after, c.optimizer.lr = 3, 1e30\n    return c")
+    row, *_ = plan_of(tmp_path, text).jobs()
+    runner = Runner(tmp_path, row)
+
+    def run():
+        runner.train(row[:1])
+        return runner.result(row[0])
+
     bad = run()
     assert bad["skipped"] == 3 and "the last 3 updates were skipped or scaled (guard.abort_after)" in bad["ended"]
     assert len(bad["eval_loss"]) == 3 and np.isnan(bad["eval_loss"][-1]), "evaluations that were not made"
@@ -125,12 +170,12 @@ def test_what_is_due_every_so_many_updates_is_due_after_the_last_one_too():
 
 @pytest.mark.slow
 def test_documents_are_masked_in_a_comparison_too(tmp_path):
-    config = tmp_path / "masked.py"
-    masked = "c.data.batch_size, c.data.document_mask, c.sync.replicas = 8, True, 8"
-    config.write_text(CONFIG.replace("c.data.batch_size = 8", masked))
-    plan = Plan.read(str(config), "base")
-    found = Runner(plan, tmp_path).result(plan.rows[0], 1e-3, 0, 2)
-    assert found["steps"] == [2] and 3 < found["eval_loss"][0] < 6
+    masked = "c.data.batch_size, c.data.eval_fraction, c.data.document_mask, c.sync.replicas = 8, 0.001, True, 8"
+    row, *_ = plan_of(tmp_path, CONFIG.replace("c.data.batch_size, c.data.eval_fraction = 8, 0.001", masked)).jobs()
+    runner = Runner(tmp_path, row)
+    runner.train(row[:1])
+    found = runner.result(row[0])
+    assert found["steps"] == [2, 4, 6] and 3 < found["eval_loss"][0] < 6
 
 
 @pytest.mark.slow
@@ -141,22 +186,41 @@ def test_a_comparison_is_made_and_goes_on_where_it_was_stopped(tmp_path):
     done = subprocess.run([*command, "--only=signs"], cwd=helpers.ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "results").glob("*.json")}
-    # Of each row 2 candidates and 3 seeds; without the floor, which `--only` leaves out.
-    assert len(files) == 2 * (2 + 3) and "ETA" in done.stdout
+    assert len(files) == 3 * 3 and "ETA" in done.stdout, "the baseline, signs, and these with weights that are moved"
+    command += ["--processes=2"]
     done = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert all(file.stat().st_mtime_ns == before for file, before in files.items()), "nothing is run twice"
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     names = [row["name"] for row in table["rows"]]
-    assert names == ["base", "base, weights moved by 1e-06", "signs", "late"]
-    base, floor, signs, late = table["rows"]
+    assert names == ["base", "base, weights moved by 1e-06", "signs", "signs, weights moved by 1e-06", "late", "warm"]
+    base, floor, signs, other, late, warm = table["rows"]
     assert abs(floor["gap_percent"]) < 0.01 and floor["eval_losses"] != base["eval_losses"]
+    assert other["final_losses"] != signs["final_losses"] and other["ratio"] == signs["ratio"]
     assert signs["ratio"] > 20 and base["wire_bytes_from"] == "compiled program"
     assert late["wire_bytes_per_step"] == pytest.approx(base["wire_bytes_per_step"] / 3, rel=0.01)
+    assert warm["wire_bytes_per_step"] == pytest.approx(base["wire_bytes_per_step"] * (3 + 1) / 6, rel=0.01)
     markdown = (tmp_path / "out" / "table.md").read_text()
-    assert markdown.count("\n| ") == 5 and (tmp_path / "out" / "table.csv").read_text().count("\n") == 5
+    assert markdown.count("\n| ") == 7 and (tmp_path / "out" / "table.csv").read_text().count("\n") == 7
     for plot in ("loss_steps", "loss_bytes", "utilisation"):
         assert (tmp_path / "out" / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_row_with_warm_steps_begins_with_the_baselines_state(tmp_path):
+    """To the same losses as by itself, on programs that were compiled apart."""
+    rows = {row[0].name: row for row in plan_of(tmp_path).jobs()}
+    jobs, two = [*rows["base"], *rows["warm"]], jax.devices()[:2]
+    both = Runner(tmp_path / "both", jobs, two)
+    both.train(rows["base"][:1])
+    both.train(rows["warm"][:1])
+    alone = Runner(tmp_path / "alone", jobs, two)
+    alone._keep = lambda *_: None
+    alone.train(rows["warm"][:1])
+    found, expected = both.result(rows["warm"][0]), alone.result(rows["warm"][0])
+    assert found["eval_loss"] == expected["eval_loss"] and found["final_loss"] == expected["final_loss"]
+    assert found["eval_loss"][0] == both.result(rows["base"][0])["eval_loss"][0], "of the steps that both have made"
+    assert len(list((tmp_path / "both" / "states").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -202,7 +266,7 @@ def test_a_comparison_is_kept_in_a_folder(tmp_path, scheme):
 def test_what_a_codec_draws_varies_with_the_seed(tmp_path, monkeypatch, codec, built):
     """Only programs that draw are built for each seed."""
     config = helpers.tiny(sync__codec=codec, sync__replicas=2)
-    runner = Runner(Plan(config, [], (0, 1, 2)), tmp_path)
+    runner = Runner(tmp_path, [])
     seeds = []
 
     def stop(config):
@@ -212,5 +276,5 @@ def test_what_a_codec_draws_varies_with_the_seed(tmp_path, monkeypatch, codec, b
     monkeypatch.setattr(runner, "_build", stop)
     for seed in (0, 1, 2):
         with pytest.raises(KeyboardInterrupt):
-            runner._train(Row(codec, {}, None), config.copy_and_resolve_references(), seed)
+            runner._train(Job(codec, config, seed))
     assert len(set(seeds)) == built

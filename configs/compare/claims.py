@@ -1,6 +1,6 @@
 """The rows of configs/compare/quickstart.py that lose little, with more seeds: 3 cannot tell 0.2 % from nothing.
 
-python compare.py --config=configs/compare/claims.py --workdir=runs/compare-quickstart
+python compare.py --config=configs/compare/claims.py --workdir=runs/compare-quickstart --processes=2
 takes what configs/compare/quickstart.py has left in that folder, and trains what is missing.
 """
 
