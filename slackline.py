@@ -180,12 +180,13 @@ def compare(
     already, by default runs/compare-<config>, is not trained again.
 
     config: as everywhere; of a file with ROWS and SEEDS these are the defaults. rows: dictionaries with `name`,
-    `changes` ({key: value}) and perhaps `floor` (recipes/compare.py); the first one is the baseline. seeds: at least 3.
+    `changes` ({key: value}, values also objects) and perhaps `floor` (recipes/compare.py); the first one is the
+    baseline. seeds: at least 3.
     """
     asked = door.configure(config, changes)
     given = {"ROWS": rows, "SEEDS": seeds}
     found = {name: asked.file.get(name, ()) if x is None else x for name, x in given.items()}
-    plan = comparing.Plan.of(asked.config, found["ROWS"], found["SEEDS"])
+    plan = comparing.Plan.of(asked.config, found["ROWS"], found["SEEDS"], own=asked.own)
     devices = door.devices(simulate, asked.config.sync.replicas)
     folder = Path(door.folder(workdir) or f"runs/compare-{asked.name}")
     try:

@@ -29,6 +29,7 @@ class Row:
     tune: tuple[str, tuple[float, ...]] | None = None
     floor: bool = False
     is_floor: bool = False
+    own: methods.Own = methods.NONE  # objects among its changes, or of all rows
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,25 @@ class Plan:
         return cls.of(base, found["ROWS"], found["SEEDS"], only)
 
     @classmethod
-    def of(cls, base: Any, rows: Iterable[dict[str, Any]], seeds: Iterable[int], only: str = "") -> "Plan":
-        """Raises UsageError for a row or a number of seeds that cannot be compared; checks every row."""
+    def of(
+        cls,
+        base: Any,
+        rows: Iterable[dict[str, Any]],
+        seeds: Iterable[int],
+        only: str = "",
+        own: methods.Own = methods.NONE,
+    ) -> "Plan":
+        """own: objects of all rows. Raises UsageError for a row or a number of seeds that cannot be compared; checks
+        every row."""
         seeds, found = tuple(seeds), []
         if len(set(seeds)) < max(3, len(seeds)):
             raise UsageError(f"SEEDS={seeds}: an interval needs 3 seeds or more, all different")
         for row in rows:
             if not isinstance(row, dict) or not {"name", "changes"} <= row.keys() <= KEYS:
                 raise UsageError(f"row {row!r}: expected a dictionary with name, changes and perhaps tune and floor")
-            found.append(Row(**row))
+            changes, objects = methods.apart(row["changes"], own)
+            kept: dict[str, Any] = row | {"changes": changes, "own": objects}
+            found.append(Row(**kept))
         if not found:
             raise UsageError("ROWS is empty: the first row is the baseline, the others are compared with it")
         plan = cls(base, found, seeds)
@@ -83,7 +94,9 @@ class Plan:
         candidates = [({row.tune[0]: value}, self.third) for value in row.tune[1]] if row.tune else []
         for more, steps in [({}, self.steps), *candidates]:
             config = self.config(row, steps, more)
-            methods.validate(config)
+            methods.validate(config, row.own)
+            if row.own.task:
+                methods.check_unread(row.own.task, row.changes | more)
             if config.init.workdir:
                 raise UsageError(f"row {row.name!r} sets init.workdir: a comparison draws its weights by seed")
 
@@ -99,14 +112,14 @@ class Plan:
         warm = {self.config(row, self.steps).sync.warm_steps for row in self.rows} - {0}
         borders = frozenset(warm)
         return [
-            [Job(row.name, self.config(row, self.steps), seed, row.is_floor, borders) for seed in self.seeds]
+            [Job(row.name, self.config(row, self.steps), seed, row.is_floor, borders, row.own) for seed in self.seeds]
             for row in self.rows
         ]
 
     def about(self) -> dict[str, Any]:
-        tokens = self.steps * self.base.data.batch_size * self.base.data.seq_len
-        replicas = self.base.sync.replicas
-        return {"seeds": len(self.seeds), "steps": self.steps, "tokens": tokens, "replicas": replicas}
+        rows, task = self.steps * self.base.data.batch_size, self.rows[0].own.task
+        read = {task.unit: rows * task.units} if task else {"tokens": rows * self.base.data.seq_len}
+        return {"seeds": len(self.seeds), "steps": self.steps, "replicas": self.base.sync.replicas} | read
 
 
 def run(
@@ -178,7 +191,7 @@ def search(plan: Plan, workdir: Path, devices: Sequence[Any] = ()) -> list[Tried
         raise UsageError("no row has `tune`, a key and the values to try: see configs/compare/quickstart.py")
     jobs = {
         (row.name, value): Job(
-            f"{row.name}, {key}={value:g}", plan.config(row, plan.third, {key: value}), plan.seeds[0]
+            f"{row.name}, {key}={value:g}", plan.config(row, plan.third, {key: value}), plan.seeds[0], own=row.own
         )
         for row, key, values in tuned
         for value in values

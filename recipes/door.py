@@ -24,9 +24,6 @@ from runtime.config import UsageError, bad_input
 from runtime.console import Console
 from runtime.workdir import Workdir
 
-# Keys of a language model's alone, and those of the group `data` that any task has.
-TEXT = ("model.", "compute.", "data.", "sample.", "eval_batches", "optimizer.z_loss")
-ANY_DATA = ("data.batch_size",)
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -58,9 +55,11 @@ def configure(config: Any, changes: Mapping[str, Any], workdir: str | None = Non
     Raises UsageError as the command line does; for a workdir whose run had an object that is not given.
     """
     name, before, file = _start(config)
-    values, own = _apart(changes)
+    values, own = methods.apart(changes)
     typed = configuration.converted(values, "the call sets")
-    before |= _without_text(own.task, typed) if own.task else {}
+    if own.task:
+        methods.check_unread(own.task, typed)
+        before |= {"sample.tokens": 0, "model.num_layers": own.task.layers()}
     before |= {"optimizer.warmup_steps": 0} if own.optimizer else {}
     flat, notes, wrong = configuration.override(before, typed, workdir, methods.known(own))
     if wrong:
@@ -70,27 +69,6 @@ def configure(config: Any, changes: Mapping[str, Any], workdir: str | None = Non
     found = configuration.nested(flat)
     methods.validate(found, own)
     return Asked(name, found.lock(), own, notes, file)
-
-
-def _apart(changes: Mapping[str, Any]) -> tuple[dict[str, Any], methods.Own]:
-    """({key: value}, the objects among them). A key that holds an object has the name of its class."""
-    changes = dict(changes)
-    task, optimizer = changes.pop("task", None), changes.pop("optimizer", None)
-    if isinstance(optimizer, Mapping):
-        changes["optimizer"], optimizer = optimizer, None
-    values = dict(configuration.flatten(changes))
-    given = {key: values[key] for key in ("sync.codec", "sync.strategy") if not isinstance(values.get(key, ""), str)}
-    own = methods.Own(given.get("sync.codec"), given.get("sync.strategy"), optimizer, task)
-    values |= {key: (x if isinstance(x, type) else type(x)).__name__ for key, x in given.items()}
-    return values | ({"optimizer.name": methods.OWN_OPTIMIZER} if optimizer is not None else {}), own
-
-
-def _without_text(task: Any, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says where a caller's task is trained. Raises UsageError for keys of a language model's."""
-    for key in typed:
-        if key.startswith(TEXT) and key not in ANY_DATA:
-            raise UsageError(f"{key}={typed[key]!r} is not read with a task of your own: leave it out")
-    return {"sample.tokens": 0, "model.num_layers": task.layers()}
 
 
 def check_given(workdir: Path, own: methods.Own, needed: Collection[str] = ("task", "optimizer")) -> None:

@@ -3,7 +3,7 @@ config's group `sync`. Codecs are listed where they are, in parallel/exchange/co
 caller's stand beside them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,6 +85,37 @@ class Own:
 
 NONE = Own()
 OWN_OPTIMIZER = "own"  # in the config, for `optimizer.name`
+OBJECT_KEYS = ("sync.codec", "sync.strategy")
+# Keys of a language model's alone, and those of the group `data` that any task has.
+TEXT = ("model.", "compute.", "data.", "sample.", "eval_batches", "optimizer.z_loss")
+ANY_DATA = ("data.batch_size",)
+
+
+def apart(changes: Mapping[str, Any], before: Own = NONE) -> tuple[dict[str, Any], Own]:
+    """({key: value}, the objects among them): what a call or a row changes. A dictionary changes the keys of its group;
+    a key that holds an object is given the name of its class. before: objects that stay where nothing is changed."""
+    changes = dict(changes)
+    task, optimizer = changes.pop("task", None), changes.pop("optimizer", None)
+    if isinstance(optimizer, Mapping):
+        changes["optimizer"], optimizer = optimizer, None
+    values = dict(configuration.flatten(changes))
+    own: dict[str, Any] = {"task": task if task is not None else before.task}
+    for name in ("codec", "strategy"):
+        x = values.get(f"sync.{name}", getattr(before, name))
+        own[name] = None if isinstance(x, str) else x
+    if optimizer is None and "optimizer.name" not in values:
+        optimizer = before.optimizer
+    found = Own(**own, optimizer=optimizer)
+    named = {key: (x if isinstance(x, type) else type(x)).__name__ for key, x in values.items() if key in OBJECT_KEYS}
+    values |= {key: name for key, name in named.items() if not isinstance(values[key], str)}
+    return values | ({"optimizer.name": OWN_OPTIMIZER} if optimizer is not None else {}), found
+
+
+def check_unread(task: Task, values: Mapping[str, Any]) -> None:
+    """Raises UsageError for a key that only a language model reads."""
+    for key, value in values.items():
+        if key.startswith(TEXT) and key not in ANY_DATA:
+            raise UsageError(f"{key}={value!r} is not read with a task of your own: leave it out")
 
 
 def known(own: Own = NONE) -> configuration.Methods:
@@ -122,9 +153,9 @@ def codec(s: Any, own: Own = NONE) -> Any:
     return kind(**{key: s[key] for key in _keys(kind) if s[key] != -1})
 
 
-def draws(s: Any) -> bool:
+def draws(s: Any, own: Own = NONE) -> bool:
     """Whether that codec draws random numbers: what it draws follows from `seed`, and is a part of the programs."""
-    found = codec(s)
+    found = codec(s, own)
     return is_round(found) or found.uses_key
 
 

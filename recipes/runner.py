@@ -40,13 +40,14 @@ KIND = 2  # of result files: those with another number are not read
 @dataclass(frozen=True)
 class Job:
     """A run. floor: with weights that are moved, and other draws of its codec. borders: steps at which synchronous
-    states are kept, for runs with as many warm steps."""
+    states are kept, for runs with as many warm steps. own: objects of the caller's."""
 
     name: str
     config: Any
     seed: int
     floor: bool = False
     borders: frozenset[int] = frozenset()
+    own: methods.Own = methods.NONE
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Runner:
     jobs: list[Job]  # all, of which some may be done: for the ETA
     devices: Sequence[Any] = ()  # all, if none are given
     started: float = field(default_factory=time.time)
-    _built: dict[str, Any] = field(default_factory=dict)
+    _built: dict[tuple[str, int], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._to_do = [job for job in self.jobs if not self.file(job).exists()]
@@ -67,7 +68,7 @@ class Runner:
         return vars(self) | {"devices": (), "_built": {}}
 
     def file(self, job: Job) -> Path:
-        described = [job.config.to_json(sort_keys=True), job.seed, job.floor, KIND]
+        described = [job.config.to_json(sort_keys=True), job.seed, job.floor, KIND, *described_objects(job.own)]
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
         return self.workdir / "results" / f"{digest}.json"
 
@@ -104,9 +105,9 @@ class Runner:
     def _train(self, job: Job) -> dict[str, Any]:
         config, seed = job.config.copy_and_resolve_references(), job.seed
         # What a codec draws varies with the seed, as the weights and the order of the data do.
-        if methods.draws(config.sync):
+        if methods.draws(config.sync, job.own):
             config.seed = seed + OTHER_DRAWS * job.floor
-        parts, programs, init, evaluate, evaluate_whole, data = self._build(config)
+        parts, programs, init, evaluate, evaluate_whole, data = self._build(config, job.own)
         loader = data.loader(seed, config.data.batch_size)
         start, losses, state = self._begin(job, parts) or (0, {}, init(np.uint32(seed)))
         if job.floor:
@@ -119,7 +120,7 @@ class Runner:
                 recorder.step(done, metrics, updates.units)
                 if fit.due(done, config.eval_every, config.steps):
                     losses[done] = evaluate(trained.params).loss
-                if done in job.borders and _is_exact(config, done) and not job.floor:
+                if done in job.borders and _is_exact(job, done) and not job.floor:
                     self._keep(job, done, trained, losses)
                 if done == config.steps:
                     final = evaluate_whole(trained.params).loss
@@ -141,15 +142,15 @@ class Runner:
             "method": _method(parts, config.steps),
         }
 
-    def _build(self, config: Any) -> tuple:
+    def _build(self, config: Any, own: methods.Own) -> tuple:
         """Compiled programs are shared by the seeds of a row, unless they draw; only the last ones are kept."""
-        key = config.to_json(sort_keys=True)
+        key = config.to_json(sort_keys=True), id(own)
         if key not in self._built:
             devices = self.devices or jax.devices()
             R, D = config.sync.replicas, len(devices)
             if R % D:
                 raise UsageError(f"sync.replicas={R} replicas cannot be laid over {D} devices: use --simulate={R}")
-            parts = build(config, meshes.build({SLOW: D}, devices))
+            parts = build(config, meshes.build({SLOW: D}, devices), own)
             data = parts.task.read(config)
             program = functools.cache(functools.partial(compile_evaluation, parts))
             evaluate = fit.make_evaluator(config, parts, data, program)
@@ -163,7 +164,9 @@ class Runner:
     def _state_file(self, job: Job, step: int) -> Path:
         """Named by all that a synchronous state of this step depends on."""
         config = {key: x for key, x in job.config.to_dict().items() if key != "sync"}
+        others = methods.Own(optimizer=job.own.optimizer, task=job.own.task)
         described = [config, job.config.sync.replicas, job.config.sync.algorithm, job.seed, step]
+        described += described_objects(others)
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
         return self.workdir / "states" / f"{digest}.safetensors"
 
@@ -199,9 +202,15 @@ def one_core(count: Any, simulate: int) -> None:
     use_compilation_cache(cache_directory())
 
 
-def _is_exact(config: Any, done: int) -> bool:
+def described_objects(own: methods.Own) -> list[dict[str, Any]]:
+    """What the name of a file says of a caller's objects besides their classes, which the config names."""
+    return [found] if (found := own.describe()) else []
+
+
+def _is_exact(job: Job, done: int) -> bool:
     """Whether the steps until then were synchronous, in float32."""
-    return (config.sync.strategy, config.sync.codec) == ("sync", "none") or done <= config.sync.warm_steps
+    named = job.config.sync.strategy, job.config.sync.codec, job.own.strategy, job.own.codec
+    return named == ("sync", "none", None, None) or done <= job.config.sync.warm_steps
 
 
 def _recorder(config: Any) -> Recorder:

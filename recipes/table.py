@@ -96,10 +96,11 @@ def header(table: dict[str, Any]) -> list[str]:
 
 def markdown(table: dict[str, Any]) -> str:
     about = table["about"]
+    read = ", ".join(f"{about[unit]:,} {unit}" for unit in ("tokens", "examples") if unit in about)
     lines = [
-        f"{about['replicas']} replicas, {about['steps']} steps, {about['tokens']:,} tokens, {about['seeds']} seeds. "
-        "Loss: of all held-out text, at the end. Gap: to the first row, paired by seed; its interval by its own seeds, "
-        "and by the deviation of all rows together. Skipped, clipped: updates that the guard left out, or made "
+        f"{about['replicas']} replicas, {about['steps']} steps, {read}, {about['seeds']} seeds. Loss: of all that is "
+        "held out, at the end. Gap: to the first row, paired by seed; its interval by its own seeds, and by the "
+        "deviation of all rows together. Skipped, clipped: updates that the guard left out, or made "
         "smaller, of each seed. s/run: the median. Bytes: sent by a replica over the slow link per step, on average. "
         "Gbit/s: the link that a model of this size needs for such a share of time spent computing (simulated, no "
         "latency, infinity: more than 1,000).",

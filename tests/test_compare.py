@@ -269,7 +269,7 @@ def test_what_a_codec_draws_varies_with_the_seed(tmp_path, monkeypatch, codec, b
     runner = Runner(tmp_path, [])
     seeds = []
 
-    def stop(config):
+    def stop(config, own):
         seeds.append(config.seed)
         raise KeyboardInterrupt
 

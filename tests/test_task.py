@@ -15,7 +15,9 @@ import slackline as sl
 from examples import textbook
 from parallel.exchange.codecs import CODECS
 from parallel.exchange.codecs.quantized import Int4
+from recipes import compare as comparing
 from recipes import door, methods
+from recipes.runner import Runner
 from runtime import config as configuration
 from runtime.digest import named_arrays
 
@@ -352,6 +354,62 @@ def test_an_optimizer_of_a_caller_s_is_the_config_s_where_it_is_the_same():
 )
 def test_an_optimizer_that_does_not_fit_is_one_sentence(task, changes, parts):
     says(lambda: sl.build("base", **{"task": task} | changes), parts)
+
+
+# ── in a comparison ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_file_of_a_run_is_named_by_the_objects_of_its_row_too(task, tmp_path):
+    def files(changes, **shared):
+        asked = door.configure("base", {"sync": {"replicas": 2}, "eval_every": 10, **shared})
+        plan = comparing.Plan.of(asked.config, [{"name": "a", "changes": changes}], range(3), own=asked.own)
+        (row, *_) = jobs = plan.jobs()
+        runner = Runner(tmp_path, [job for row in jobs for job in row])
+        return [runner.file(job).name for job in row]
+
+    plain = files({"sync.codec": "int4"})
+    named = [plain]
+    for codec in (Coarse(), Coarse(block=64), Int4()):
+        named += [files({"sync.codec": codec})]
+        assert files({"sync": {"codec": codec}}) == named[-1] == files({}, sync={"replicas": 2, "codec": codec})
+    named += [files({"optimizer": optax.sgd(rate)}) for rate in (0.1, 0.2)]
+    named += [files({"sync.codec": "int4"}, task=task, data={"batch_size": 16})]
+    named += [files({"sync.strategy": OWN["stale"]}), files({"sync.strategy": OWN["sync"]})]
+    assert files({"sync.codec": "int4"}, sync={"replicas": 2, "codec": Coarse()}) == plain, (
+        "a name takes an object away"
+    )
+    assert len({name for names in named for name in names}) == 3 * len(named)
+
+
+def test_rows_of_a_comparison_hold_objects(tmp_path):
+    rows = [
+        {"name": "plain", "changes": {}},
+        {"name": "own", "changes": {"sync.codec": Coarse(), "optimizer": optax.sgd(0.1)}},
+    ]
+    small = {"steps": 4, "eval_every": 4, "sync": {"replicas": 2}} | textbook.PLAIN
+    task = textbook.binary(80)
+    made = lambda: sl.compare("base", task=task, rows=rows, seeds=[0, 1, 2], workdir=tmp_path, **small)
+    table = made()
+    losses = {row["name"]: row["final_losses"] for row in table.rows}
+    assert losses["own"] != losses["plain"]
+    # Its weights begin at 0, and residuals are judged by the update relative to them: nothing is refused for that.
+    assert max(losses["own"]) < 0.6 and all(row["skipped"] == [0, 0, 0] for row in table.rows)
+    assert "160 examples" in repr(table) and "held out" in repr(table)
+    assert repr(made()) == repr(table), "from the files"
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"sync.codec": 3}, ["sync.codec=3", "BlockCodec"]),
+        ({"optimizer": 3}, ["optimizer=3", "init and update"]),
+        ({"model.num_layers": 2}, ["model.num_layers=2", "task"]),
+        ({"sync.codec": "int5"}, ["sync.codec='int5'", "int4"]),
+    ],
+)
+def test_an_object_that_does_not_fit_a_row_is_one_sentence(task, changes, parts):
+    rows = [{"name": "a", "changes": changes}]
+    says(lambda: sl.compare("base", task=task, rows=rows, seeds=[0, 1, 2]), parts)
 
 
 def test_another_optimizer_is_told_by_what_it_closes_over(task):

@@ -183,7 +183,7 @@ class Strategy:
             # Worked out here for its size alone, and again where it is kept: from here it would be one more copy.
             moved = jax.tree.map(jnp.subtract, apply(mean, before, norm)[0], before[0])
             size, whole = norms(self.mesh, (specs, moved), (specs, before[0]))
-            ratio = size / (whole * jnp.maximum(rate, TINY))
+            ratio = size / (divisor(whole) * jnp.maximum(rate, TINY))
             used = self.guard.judge(counters, counters.ratios_W, ratio, usable.applied)
 
         def after() -> tuple[Any, Any]:
@@ -194,8 +194,8 @@ class Strategy:
         return self.guard.commit(used, after, before), norm, usable, used
 
 
-def divisor(weight: jax.Array) -> jax.Array:
-    return jnp.where(weight > 0, weight, 1)
+def divisor(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, 1)
 
 
 def means(loss: jax.Array, weight: jax.Array, further: dict[str, jax.Array] | None = None) -> dict[str, jax.Array]:
