@@ -30,6 +30,7 @@ from runtime import config as configuration
 from runtime.config import RunError, UsageError, bad_input
 from runtime.console import plain_table
 from runtime.progress import Phases
+from runtime.workdir import default_name
 
 __all__ = ["Picture", "RunError", "Task", "Trained", "UsageError", "build", "compare", "fit", "open", "steps"]
 
@@ -49,13 +50,14 @@ def fit(
     task: what is trained in place of a language model. optimizer: a transformation of optax, or keys of the group.
     Raises RunError where training cannot go on.
     """
-    phases, where = Phases(time.time()), door.folder(workdir)
-    asked = door.configure(config, changes | {"task": task, "optimizer": optimizer}, where)
+    phases, given = Phases(time.time()), door.folder(workdir)
+    asked = door.configure(config, changes | {"task": task, "optimizer": optimizer}, given)
+    where = given or default_name(asked.name, asked.config)
     mesh = door.mesh_of(asked.config, simulate)
-    console = phases.console = begin.make_console(asked.config, simulate, asked.notes)
+    console = phases.console = begin.make_console(asked.name, where, asked.config, simulate, asked.notes)
     parts, notice = recipe.build(asked.config, mesh, asked.own), door.Interrupt()
     try:
-        opened = begin.open_workdir(asked.config, where, asked.name, True, console)
+        opened = begin.open_workdir(asked.config, where, True, console)
         door.tell_changed(opened, asked.own, console)
         run, state = begin.begin(asked.config, parts, opened, console, phases, agree.code_facts())
         with contextlib.closing(notice):

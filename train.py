@@ -30,6 +30,7 @@ from runtime.config import bad_input
 from runtime.console import Console
 from runtime.preemption import EXIT_CODE, PreemptionNotice
 from runtime.progress import Phases
+from runtime.workdir import default_name
 
 
 def main(argv: list[str]) -> int:
@@ -40,16 +41,17 @@ def main(argv: list[str]) -> int:
     methods.validate(config)
 
     # ── Devices ──────────────────────────────────────────────────────────────────────────────────────────────────
-    notice, facts, console, mesh = start_devices(config, flags)
+    where = None if flags.dry_run else flags.workdir or default_name(flags.config_name, config)
+    notice, facts, console, mesh = start_devices(config, flags, where)
     phases.console = console
     parts = build.build(config, mesh)
     programs.use_compilation_cache(cache_directory())
     phases.mark("import")
-    if flags.dry_run:
+    if where is None:
         return describe.dry_run(flags.config_name, config, parts, console, phases)
 
     # ── Begin, or go on: compile while the data is read; restore, or make the first state ────────────────────────
-    workdir = begin.open_workdir(config, flags.workdir, flags.config_name, flags.resume, console)
+    workdir = begin.open_workdir(config, where, flags.resume, console)
     run, state = begin.begin(config, parts, workdir, console, phases, facts)
 
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
     return finish.finish(run, outcome.state.params, outcome.evaluated)
 
 
-def start_devices(config, flags) -> tuple[PreemptionNotice, dict[str, Any], Console, Mesh]:
+def start_devices(config, flags, where: str | None) -> tuple[PreemptionNotice, dict[str, Any], Console, Mesh]:
     """Meets the other processes, if there are any, and makes sure that all were started alike. The dictionary is the
     facts of code and versions."""
     with bad_input():
@@ -76,7 +78,7 @@ def start_devices(config, flags) -> tuple[PreemptionNotice, dict[str, Any], Cons
         )
     library_log.begin()
     notice, facts = preemption.notice(), agree.same_start(config, flags)
-    console = begin.make_console(config, flags.simulate, flags.notes, warning)
+    console = begin.make_console(flags.config_name, where, config, flags.simulate, flags.notes, warning)
     with bad_input():
         mesh = meshes.build(meshes.fill_sizes(config.mesh, len(jax.devices())))
     return notice, facts, console, mesh

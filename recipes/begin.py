@@ -26,8 +26,12 @@ from runtime.progress import Phases, Recorder
 from runtime.workdir import Workdir, choose
 
 
-def make_console(config: Any, simulate: int | None, notes: Iterable[str], warning: str | None = None) -> Console:
+def make_console(
+    name: str, where: str | None, config: Any, simulate: int | None, notes: Iterable[str], warning: str | None = None
+) -> Console:
+    """Its first line says which config this is, and in which workdir (None: a dry run's)."""
     console = Console(config.steps, config.log_every, quiet=not agree.leader())
+    console.say(f"{name}, dry run" if where is None else f"{name} in {where}" if where != name else name)
     if simulate:
         console.say(f"simulating {simulate} devices on the CPU: right results, no speed-up")
     for note in notes:
@@ -37,9 +41,9 @@ def make_console(config: Any, simulate: int | None, notes: Iterable[str], warnin
     return console
 
 
-def open_workdir(config: Any, asked: str | None, name: str, resume: bool, console: Console) -> Workdir:
-    """The workdir that is asked for, or a new one by this name; it is this run's from here on."""
-    workdir = Workdir(*choose(asked, name, config), agree.leader())
+def open_workdir(config: Any, path: str, resume: bool, console: Console) -> Workdir:
+    """The workdir of this name; it is this run's from here on."""
+    workdir = Workdir(*choose(path), agree.leader())
     for change in workdir.open(config, resume):
         console.say(f"config changed since this run began: {change}")
     return workdir
@@ -68,7 +72,7 @@ def begin(
         state, begun = first_state(parts, config.seed, given, others["init"], workdir, console)
     times.mark("restore", then="making the first step")
     about = data.describe(num_units(config, parts.task), programs.rows_of_evaluation(parts))
-    wire_bytes = describe.start(f"{workdir.path}", config, parts, compiled, others, times.seconds, console, about)
+    wire_bytes = describe.start("before the first step", config, parts, compiled, others, times.seconds, console, about)
     recorder = make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
     write_down(config, parts.own, workdir, data, start, begun)
     tell = functools.partial(describe.beside, config, parts, console)
@@ -156,7 +160,7 @@ def say_resumed(
     """changed: of `agree.changed`."""
     if not workdir.leader:
         return
-    console.say(f"resuming {workdir.path} from step {start}; every array has the digest it was saved with")
+    console.say(f"resuming from step {start}; every array has the digest it was saved with")
     if changed:
         console.say(changed)
     before = configuration.read_json(workdir.path)
@@ -174,13 +178,12 @@ def first_state(parts: Parts, seed: int, origin: Path | None, init: Any, workdir
     The strategy makes everything else from the parameters: copies of the replicas, and an optimizer that begins anew.
     """
     if origin is None:
-        console.say(f"starting {workdir.path}")
         return init(np.uint32(seed)), {}
     from runtime.checkpoint import load_params  # slow to import
 
     console.doing(f"reading the parameters of {origin}")
     given = load_params(origin / "checkpoints", parts.state.params, console.warn)
-    console.say(f"starting {workdir.path} from the parameters of {origin}, step {given.step}")
+    console.say(f"starting from the parameters of {origin}, step {given.step}")
     facts = {"workdir": str(origin), "step": given.step, "params_digest": given.digest}
     return init(given.params), {"init": facts}
 

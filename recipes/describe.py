@@ -10,7 +10,8 @@ from parallel.cost import stray
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
-from recipes import phases
+from parallel.layout.axes import SLOW
+from recipes import methods, phases
 from recipes.build import Parts, num_parameters
 from recipes.programs import compile_beside, compile_init, compile_steps
 from runtime.config import UsageError
@@ -94,7 +95,17 @@ def read(
     """What compiled programs say of themselves: (rows, what each sends, what `wire_bytes` makes of that)."""
     found = traffic(parts, programs) | traffic_beside(parts, others)
     per_step = wire_bytes(parts, found, config.steps)
-    return rows(parts, programs, found, per_step, seconds), found, per_step
+    rows = model_rows(parts) + slow_rows(config, parts, programs, found, per_step)
+    sent = [
+        (f"wire per step, {axis}", f"{human_bytes(size)} sent by each device")
+        for axis, size in per_step.items()
+        if axis != SLOW and parts.mesh.shape[axis] > 1
+    ]
+    rows += [("inside a replica", ""), *sent] if sent else []
+    rows += memory_rows(parts, programs) + weight_rows(parts)
+    if seconds:
+        rows += [("start-up", ""), *((name, f"{number:.1f} s") for name, number in seconds.items())]
+    return rows, found, per_step
 
 
 def beside(config: Any, parts: Parts, console: Console, programs: dict[str, Any]) -> None:
@@ -108,7 +119,7 @@ def dry_run(name: str, config: Any, parts: Parts, console: Console, times: Phase
     """Compiles every program of a run and shows what they need. Returns the exit code."""
     programs, others = compile_all(config, parts)
     times.mark("compile")
-    start(f"{name}, dry run", config, parts, programs, others, times.seconds, console, last=rows_beside(others))
+    start("programs", config, parts, programs, others, times.seconds, console, last=rows_beside(others))
     return 0
 
 
@@ -118,48 +129,79 @@ def compile_all(config: Any, parts: Parts) -> tuple[dict[str, Any], dict[str, An
     return compile_steps(parts), others
 
 
-def rows(
-    parts: Parts,
-    programs: dict[str, Any],
-    found: dict[str, stray.Traffic],
-    per_step: dict[str, float],
-    seconds: dict[str, float],
-) -> list[tuple[str, str]]:
-    """Rows of the start-up table. Memory and wire bytes are those of the compiled programs, not estimates.
+# A row without a value is a heading.
 
-    found: what these programs send, and those beside them that are compiled already.
-    """
-    mesh, task = parts.mesh, parts.task
-    need = max((memory(program) for program in programs.values()), key=lambda sizes: sizes[-1])
-    rows_of_step = math.prod(next(iter(parts.batch.values())).shape[1:3])
-    flops = task.flops()
-    state = max(sum(_shard_bytes(x) for x in jax.tree.leaves(phase.state)) for phase in parts.phases)
-    kinds = {d.device_kind for d in mesh.devices.flat}
-    rows = [
+
+def model_rows(parts: Parts) -> list[tuple[str, str]]:
+    mesh, task, flops = parts.mesh, parts.task, parts.task.flops()
+    kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
+    each_step = math.prod(next(iter(parts.batch.values())).shape[1:3]) * task.units
+    return [
+        ("model", ""),
         ("parameters", human_count(num_parameters(parts))),
-        ("mesh", f"{meshes.describe(mesh)} = {mesh.size} devices ({', '.join(sorted(kinds))})"),
-        ("replicas", f"{parts.replicas}, {_exchange(parts)}"),
-        *(("", f"the first {phase.first} steps synchronous, in float32") for phase in parts.phases[1:]),
         *task.about(),
-        (f"{task.unit} per step", human_count(rows_of_step * task.units)),
         *([("FLOPs per token", f"{human_count(flops)} (training, full attention)")] if flops else []),
-        ("state per device", f"{human_bytes(state)}; as much again while a checkpoint is being copied"),
-        ("temporary per device", said_bytes(need[1])),
-        ("in all per device", said_bytes(sum(need))),
+        ("mesh", f"{meshes.describe(mesh)} = {mesh.size} devices ({kinds})"),
+        (f"{task.unit} per step", human_count(each_step)),
     ]
-    largest = sorted(named_arrays(parts.state.params).items(), key=lambda row: -math.prod(row[1].shape))[:4]
-    for name, x in largest:
-        rows.append((f"  {name}", f"{list(x.shape)} as {x.sharding.spec}, {human_bytes(_shard_bytes(x))} per device"))
-    for axis, size in per_step.items():
-        if mesh.shape[axis] > 1:
-            rows.append((f"wire per step, {axis}", f"{human_bytes(size)} sent by each device"))
+
+
+def slow_rows(
+    config: Any, parts: Parts, programs: dict[str, Any], found: dict[str, stray.Traffic], per_step: dict[str, float]
+) -> list[tuple[str, str]]:
+    """What crosses the slow axis, by the names that were typed; nothing where there is one replica."""
+    if parts.replicas == 1:
+        odd = any(t.stray or t.not_counted for t in found.values())
+        return [(f"stray, {SLOW}", stray_row(found))] if odd else []
+    s, exchange = config.sync, parts.strategy.exchange
+    feedback = ", error feedback" if exchange.feedback else ""
+    feedback += f" with decay {s.decay:g}" if feedback and s.decay != 1 else ""
+    exchanges = {id(e): e for each in parts.strategy.exchanges().values() for e in each}  # streaming has two
+    size = sum(sum(exchange_bytes(e).values()) for e in exchanges.values())
+    rows = [
+        ("across replicas", ""),
+        ("replicas", f"{parts.replicas}"),
+        ("strategy", methods.say(s.strategy, s, parts.own)),
+        *(("", f"the first {phase.first} steps synchronous, in float32") for phase in parts.phases[1:]),
+        ("codec", f"{methods.say(s.codec, s, parts.own)}{feedback}; {_forms(exchange)}"),
+        ("one exchange", f"{human_bytes(size)} sent by each device, predicted"),
+    ]
+    if SLOW in per_step:
+        rows.append((f"wire per step, {SLOW}", f"{human_bytes(per_step[SLOW])} sent by each device, counted"))
     if len(programs) > 1 and per_step:
-        for name in programs:
-            rows.append((f"  {name}", f"{human_bytes(found[name].per_axis['replica'])} over replica per call"))
-    rows.append(("stray, replica", stray_row(found)))
-    if seconds:
-        rows.append(("start-up", ", ".join(f"{name} {number:.1f} s" for name, number in seconds.items())))
-    return rows
+        rows += [(f"  {name}", f"{human_bytes(found[name].per_axis[SLOW])} a call") for name in programs]
+    return [*rows, (f"stray, {SLOW}", stray_row(found))]
+
+
+def memory_rows(parts: Parts, programs: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of the compiled programs, not estimates."""
+    need = max((memory(program) for program in programs.values()), key=lambda sizes: sizes[-1])
+    state = max(sum(_shard_bytes(x) for x in jax.tree.leaves(phase.state)) for phase in parts.phases)
+    return [
+        ("memory per device", ""),
+        ("state", f"{human_bytes(state)}; as much again while a checkpoint is being copied"),
+        ("temporary", said_bytes(need[1])),
+        ("in all", said_bytes(sum(need))),
+    ]
+
+
+def weight_rows(parts: Parts) -> list[tuple[str, str]]:
+    """How the largest ones lie, where there is more than one device to lie on."""
+    if parts.mesh.size == 1:
+        return []
+    largest = sorted(named_arrays(parts.state.params).items(), key=lambda row: -math.prod(row[1].shape))[:4]
+    how = lambda x: f"{list(x.shape)} as {x.sharding.spec}, {human_bytes(_shard_bytes(x))} on each device"
+    return [("largest weights", ""), *((name, how(x)) for name, x in largest)]
+
+
+def _forms(exchange: Any) -> str:
+    """How it is sent: the algorithm, or that a codec goes in rounds; by codec where several are at work."""
+    kinds = {
+        type(unit.codec).__name__: "in rounds" if is_round(unit.codec) else exchange.net.form(unit.codec)
+        for unit in exchange.units
+    }
+    forms = list(kinds.values())
+    return forms[0] if len(forms) == 1 else ", ".join(f"{name} {form}" for name, form in kinds.items())
 
 
 def rows_beside(programs: dict[str, Any]) -> list[tuple[str, str]]:
@@ -187,21 +229,6 @@ def stray_row(found: dict[str, stray.Traffic]) -> str:
     odd = [f"{name}: {said[name]}" for name, t in found.items() if t.stray or t.not_counted]
     fine = [name for name, t in found.items() if not (t.stray or t.not_counted)]
     return "; ".join(([f"0 B in {', '.join(fine)}"] if fine else []) + odd)
-
-
-def _exchange(parts: Parts) -> str:
-    strategy, exchange = parts.strategy, parts.strategy.exchange
-    if parts.replicas == 1:
-        return "so nothing is exchanged"
-    kinds = {
-        type(unit.codec).__name__: exchange.net.form(unit.codec) for unit in exchange.units if not is_round(unit.codec)
-    }
-    kinds |= {type(unit.codec).__name__: "in rounds" for unit in exchange.units if is_round(unit.codec)}
-    parts_of_model = {id(e): e for exchanges in strategy.exchanges().values() for e in exchanges}  # streaming has two
-    size = sum(sum(exchange_bytes(e).values()) for e in parts_of_model.values())
-    how = ", ".join(f"{name} ({form})" for name, form in kinds.items())
-    feedback = ", error feedback" if exchange.feedback else ""
-    return f"{type(strategy).__name__}, {how}{feedback}, {human_bytes(size)} per exchange predicted"
 
 
 def _shard_bytes(x: Any) -> int:

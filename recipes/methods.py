@@ -159,6 +159,20 @@ def draws(s: Any, own: Own = NONE) -> bool:
     return is_round(found) or found.uses_key
 
 
+SYMBOLS = {"interval": " H", "staleness": " s", "compensation": " λ", "overlap": " τ", "mix": " α"}
+
+
+def say(name: str, s: Any, own: Own = NONE) -> str:
+    """A strategy or a codec of config group `sync` in words: its name as it is typed, and its keys; what a codec's own
+    default is, is left out."""
+    methods, values = known(own), dict(configuration.flatten(s))
+    keys = (methods.strategies | methods.codecs)[name]
+    if s.outer.optimizer == "sgd":
+        keys -= {"outer.momentum"}
+    said = {key: values[key] for key in values if key in keys and values[key] not in (-1, False)}
+    return ", ".join([name, *(f"{key}{SYMBOLS.get(key, '')} = {x}" for key, x in said.items())])
+
+
 class Chosen(NamedTuple):
     """A codec, the class of a strategy, and its own fields."""
 

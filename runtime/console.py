@@ -184,10 +184,12 @@ def fit_fields(fields: list[tuple[int, str]], columns: int) -> str:
 
 
 def plain_table(title: str, rows: list[tuple[str, str]]) -> str:
-    """Title, then `name  value` lines; a value of several lines is indented below its first."""
-    width = max((len(name) for name, _ in rows), default=0)
-    indent = "\n" + " " * (width + 4)
-    return "\n".join([title, *(f"  {name:<{width}}  {value.replace(chr(10), indent)}" for name, value in rows)])
+    """Title, then `name  value` lines; a value of several lines is indented below its first. A row without a value is a
+    heading."""
+    width = max((len(name) for name, value in rows if value), default=0)
+    indent = "\n" + " " * (width + 6)
+    line = lambda name, value: f"    {name:<{width}}  {value.replace(chr(10), indent)}" if value else f"  {name}"
+    return "\n".join([title, *(line(*row) for row in rows)])
 
 
 def boxed_table(title: str, rows: list[tuple[str, str]]) -> str:
@@ -201,7 +203,7 @@ def boxed_table(title: str, rows: list[tuple[str, str]]) -> str:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:  # Text, because rich would read "[data]" in a plain string as markup
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(name, style="" if value else "bold"), Text(value))
     console = RichConsole(file=sys.stdout, width=terminal_columns())
     with console.capture() as captured:
         console.print(table)

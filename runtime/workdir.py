@@ -19,15 +19,15 @@ def default_name(config_file: str, config: Any) -> str:
     return f"runs/{Path(config_file).stem}-{time.strftime('%Y%m%d')}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def choose(asked: str | None, config_file: str, config: Any) -> tuple[Path, bool]:
-    """The workdir: the one asked for, or a new one; and whether it holds a run. Held from now on by process 0, which
-    decides both: looking for themselves, the others could see what it, or one of them, has just made.
+def choose(name: str) -> tuple[Path, bool]:
+    """The workdir, by the name that process 0 has for it, and whether it holds a run. Held from now on by process 0,
+    which decides both: looking for themselves, the others could see what it, or one of them, has just made.
 
     Raises UsageError where another run holds it, or where the processes do not see the same folder.
     """
 
     def decide() -> tuple[str, bool, str]:
-        path = Path(asked or default_name(config_file, config))
+        path = Path(name)
         nonce = lock.hold(path)
         return str(path), holds_run(path), nonce
 

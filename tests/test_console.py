@@ -93,7 +93,7 @@ def test_other_processes_print_nothing(capsys):
 def test_a_table_in_a_log_is_aligned_text(capsys):
     Console(1, 1).table("Slackline", [("parameters", "1.2 M"), ("mesh", "replica=2\ndata=4"), ("note", "[bold]")])
     assert capsys.readouterr().out == (
-        "Slackline\n  parameters  1.2 M\n  mesh        replica=2\n              data=4\n  note        [bold]\n"
+        "Slackline\n    parameters  1.2 M\n    mesh        replica=2\n                data=4\n    note        [bold]\n"
     )
 
 

@@ -44,12 +44,12 @@ def test_the_workdir_says_what_the_run_was_trained_on(finished):
     assert facts["data"] == summary["data_digest"] and facts["data.tokenizer"] == tokenizer.digest
     size = sum(size for _, size, _ in source["files"])
     assert re.search(
-        rf"^  data +stdlib: {len(source['files'])} files, \d+ documents, {size} bytes$", output, re.MULTILINE
+        rf"^    data +stdlib: {len(source['files'])} files, \d+ documents, {size} bytes$", output, re.MULTILINE
     )
     assert re.search(
-        r"^    tokens +[\d,]+ for training, [\d,]+ held out \(5\.\d%\); 0\.0\d+ epochs$", output, re.MULTILINE
+        r"^      tokens +[\d,]+ for training, [\d,]+ held out \(5\.\d%\); 0\.0\d+ epochs$", output, re.MULTILINE
     )
-    assert re.search(r"^    tokenizer +bytes, 256 ids; a document ends with byte 0$", output, re.MULTILINE)
+    assert re.search(r"^      tokenizer +bytes, 256 ids; a document ends with byte 0$", output, re.MULTILINE)
 
 
 def test_the_summary_has_its_keys(finished):
@@ -89,9 +89,9 @@ def test_each_row_of_metrics_has_its_keys(finished):
 def test_the_user_sees_the_table_and_the_steps(finished):
     _, done = finished
     for text in (
-        "simulating 8 devices", "parameters", "replica 2 × fsdp 2 × tensor 2 = 8 devices", "Sync, Identity (gather)",
-        "FLOPs per token", "temporary per device", "wire per step, replica", "start-up", "step 20/20", "MFU n/a",
-        "ETA", "bits per byte", "a sample:", "stray, replica", "attention", "beside the step", "evaluation",
+        "simulating 8 devices", "parameters", "replica 2 × fsdp 2 × tensor 2 = 8 devices", "none; gather", "attention",
+        "FLOPs per token", "memory per device", "temporary", "wire per step, replica", "start-up", "step 20/20",
+        "MFU n/a", "ETA", "bits per byte", "a sample:", "stray, replica", "beside the step", "evaluation",
     ):  # fmt: skip
         assert text in done.stdout, text
     assert "Traceback" not in done.stderr
@@ -99,11 +99,13 @@ def test_the_user_sees_the_table_and_the_steps(finished):
 
 def test_a_dry_run_compiles_and_trains_nothing(tmp_path):
     done = helpers.run_here(tmp_path / "never", "--dry_run", "--config.mesh.fsdp=8")
-    assert "dry run" in done.stdout and "temporary per device" in done.stdout and "step 1/" not in done.stdout
-    assert re.search(r"^  stray, replica +0 B in step, evaluation, sample, digest, init$", done.stdout, re.MULTILINE)
-    assert re.search(r"^  attention +auto: reference; cudnn runs on NVIDIA", done.stdout, re.MULTILINE)
+    for text in ("configs/tiny.py, dry run\n", "memory per device"):
+        assert text in done.stdout, text
+    assert "step 1/" not in done.stdout
+    assert "across replicas" not in done.stdout, "there is one"
+    assert re.search(r"^    attention +auto: reference; cudnn runs on NVIDIA", done.stdout, re.MULTILINE)
     for program in ("evaluation", "sample", "digest", "init"):
-        assert re.search(rf"^  {program} +\S+ [KM]iB temporary per device$", done.stdout, re.MULTILINE), program
+        assert re.search(rf"^    {program} +\S+ [KM]iB temporary per device$", done.stdout, re.MULTILINE), program
     assert not (tmp_path / "never").exists()
 
 
