@@ -485,7 +485,7 @@ CASES = [
     TakenOut(
         "seeds: what a codec draws varies in a comparison",
         "recipes/runner.py",
-        "if methods.draws(config.sync):",
+        "if methods.draws(config.sync, job.own):",
         "if False:",
         "tests/test_compare.py::test_what_a_codec_draws_varies_with_the_seed",
     ),
