@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from data.corpus import cache_directory
 from parallel.layout import mesh as meshes
-from recipes import begin, build, describe, finish, fit, methods, programs
+from recipes import begin, build, describe, finish, fit, methods, over_link, programs
 from runtime import agree, exits, library_log, preemption
 from runtime.config import bad_input
 from runtime.console import Console
@@ -45,10 +45,11 @@ def main(argv: list[str]) -> int:
     notice, facts, console, mesh = start_devices(config, flags, where)
     phases.console = console
     parts = build.build(config, mesh)
+    link = over_link.read(flags.link, flags.step_seconds, flags.dry_run, parts.replicas)
     programs.use_compilation_cache(cache_directory())
     phases.mark("import")
     if where is None:
-        return describe.dry_run(flags.config_name, config, parts, console, phases)
+        return describe.dry_run(config, parts, console, phases, link, flags.step_seconds)
 
     # ── Begin, or go on: compile while the data is read; restore, or make the first state ────────────────────────
     workdir = begin.open_workdir(config, where, flags.resume, console)
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     if outcome.interrupted:
         console.say(f"stopped by SIGTERM after step {outcome.step}, saved; the same command goes on from there")
         return EXIT_CODE
-    return finish.finish(run, outcome.state.params, outcome.evaluated)
+    return finish.finish(run, outcome.state.params, outcome.evaluated, link)
 
 
 def start_devices(config, flags, where: str | None) -> tuple[PreemptionNotice, dict[str, Any], Console, Mesh]:

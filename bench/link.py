@@ -13,7 +13,8 @@ replicas that exchange gradients, of replica 0 where each has parameters of its 
 cores, alone or with others, and the batch is 4 however many hosts there are: real ones compute faster. What a step
 takes without the link say the rows `no link limit`: `sync none` moves its 25 MB through sockets on the same cores,
 `diloco none` computes, and sends something in one step of 30. Speed-ups are over `sync none`, float32 through the same
-exchange, and over `psum`, XLA's own all-reduce.
+exchange, and over `psum`, XLA's own all-reduce. `--link` is what that option of train.py says: the time of `diloco
+none, no link limit`, and of what is sent, with nothing hidden and no time for coding.
 """
 
 import argparse
@@ -74,14 +75,28 @@ def predicted(row: Row, config: str, hosts: int) -> float:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Bytes and packets are those that a host sends per step; off: socket bytes beside predicted ones."""
-    heads = ["", "predicted", "HLO", "socket", "raw", "packets", "off", "s/step", "× none", "× psum", "loss", "steps"]
+    heads = ["", "predicted", "HLO", "socket", "raw", "packets", "off", "s/step", "--link"]
+    heads += ["× none", "× psum", "loss", "steps"]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for r in rows:
         counted = [f"{r[key]:,.0f}" for key in ("predicted", "hlo", "socket", "raw", "packets")]
         rest = [f"{r[key]:.2f}" if r[key] else "" for key in ("speedup", "speedup_psum")]
         rest += [f"{r['loss']:.3f}" if r["loss"] else "n/a"]
-        lines.append([r["name"], *counted, f"{r['off']:+.1%}", f"{r['step_seconds']:.3f}", *rest, f"{r['loss_steps']}"])
+        seconds = link_seconds(r, rows)
+        told = f"{seconds:.3f} ({seconds / r['step_seconds'] - 1:+.0%})" if seconds else ""
+        times = [f"{r['step_seconds']:.3f}", told]
+        lines.append([r["name"], *counted, f"{r['off']:+.1%}", *times, *rest, f"{r['loss_steps']}"])
     print("", *("| " + " | ".join(line) + " |" for line in lines), sep="\n")
+
+
+def link_seconds(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """Of a step, by `--link`; None where computing was not measured, or there is no limit."""
+    from parallel.cost.link import Link
+
+    computing = next((r["step_seconds"] for r in rows if r["name"] == "diloco none, no link limit"), None)
+    if computing is None or not row["mbit"]:
+        return None
+    return computing + Link("", row["mbit"] * 1e6).seconds(row["predicted"])
 
 
 def report_on(report: common.Report, rows: list[Row], found: list[dict[str, Any]]) -> None:
@@ -89,6 +104,8 @@ def report_on(report: common.Report, rows: list[Row], found: list[dict[str, Any]
         if row.limited:
             report.row(f"{row.name}: seconds per step", r["step_seconds"], "s")
             report.row(f"{row.name}: socket bytes beside predicted", abs(r["off"]), "", at_most=0.05)
+            if seconds := link_seconds(r, found):
+                report.row(f"{row.name}: a step by --link, off", abs(seconds / r["step_seconds"] - 1))
         if row.speedup and r["speedup"]:
             report.row(f"{row.name}: steps as fast as those of sync none", r["speedup"], "×", at_least=row.speedup)
             if r["speedup_psum"]:
@@ -130,6 +147,7 @@ def main() -> int:
         for i, (row, size) in enumerate(zip(rows, predictions, strict=True)):
             hosts.limit(args.mbit if row.limited else 0)
             result = link_row.measure(row, hosts, args.config, PORT + i, args.steps, args.seconds)
+            result["mbit"] = args.mbit if row.limited else 0
             result |= {"predicted": size, "off": result["socket"] / size - 1, "load": os.getloadavg()[0]}
             found.append(result)
             times = {r["name"]: r["step_seconds"] for r in found}

@@ -8,10 +8,11 @@ import jax
 
 from parallel.cost import stray
 from parallel.cost.bytes import exchange_bytes
+from parallel.cost.link import Link
 from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
-from recipes import methods, phases
+from recipes import methods, over_link, phases
 from recipes.build import Parts, num_parameters
 from recipes.programs import compile_beside, compile_init, compile_steps
 from runtime.config import UsageError
@@ -115,11 +116,16 @@ def beside(config: Any, parts: Parts, console: Console, programs: dict[str, Any]
     refuse_stray(found, config.sync.allow_stray_bytes)
 
 
-def dry_run(name: str, config: Any, parts: Parts, console: Console, times: Phases) -> int:
+def dry_run(
+    config: Any, parts: Parts, console: Console, times: Phases, link: Link | None, step_seconds: float | None
+) -> int:
     """Compiles every program of a run and shows what they need. Returns the exit code."""
     programs, others = compile_all(config, parts)
     times.mark("compile")
-    start("programs", config, parts, programs, others, times.seconds, console, last=rows_beside(others))
+    last = [("beside the step", ""), *rows_beside(others)]
+    sent = start("programs", config, parts, programs, others, times.seconds, console, last=last)
+    if link and SLOW in sent:
+        console.table(f"over {link.text}", over_link.rows(link, parts, sent[SLOW], step_seconds))
     return 0
 
 

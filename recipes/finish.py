@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 
 from data import corpus as corpora
+from parallel.cost.link import Link
+from parallel.layout.axes import SLOW
+from recipes import over_link
 from recipes.build import num_parameters
 from recipes.fit import Run
 from recipes.programs import Evaluation, sample_text
@@ -35,8 +38,9 @@ def try_prompt(sample: Any, tokenizer: Any, seq_len: int) -> np.ndarray | None:
     return prompt_P
 
 
-def finish(run: Run, params: Any, evaluated: Evaluation) -> int:
-    """summary.json, then samples.txt, then plots/loss.png: a later one that fails costs only itself.
+def finish(run: Run, params: Any, evaluated: Evaluation, link: Link | None = None) -> int:
+    """summary.json, then samples.txt, then plots/loss.png: a later one that fails costs only itself. link: what a step
+    takes on it is told, too.
 
     Called by every process: the parameters stay in their shards. Returns the exit code, 1 if something failed.
     """
@@ -62,6 +66,9 @@ def finish(run: Run, params: Any, evaluated: Evaluation) -> int:
     if run.workdir.leader:
         attempt("plots/loss.png", lambda: plot(run, evaluated, baselines))
         console.doing("")
+        if link and SLOW in run.recorder.wire_bytes:
+            sent, seconds = run.recorder.wire_bytes[SLOW], run.recorder.median_seconds()
+            console.table(f"over {link.text}", over_link.rows(link, run.parts, sent, seconds))
         console.say(
             f"complete after {run.config.steps} steps; "
             + held_out(evaluated, baselines)

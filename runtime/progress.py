@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class Recorder:
         self._pending: tuple[int, Any, int] | None = None
         self._clock = time.perf_counter()
         self._recent: list[float] = []
+        self._newest: deque[float] = deque(maxlen=1000)
         self._counts: dict[str, int] | None = None if units else dict.fromkeys(COUNTS, 0)  # before; None: unknown
 
     def step(self, step: int, metrics: dict[str, jax.Array], units: int) -> None:
@@ -97,6 +99,7 @@ class Recorder:
 
     def _record(self, step: int, seconds: float, values: dict[str, Any], units: int) -> None:
         self._recent.append(seconds)
+        self._newest.append(seconds)
         self.train_seconds += seconds
         self.units += units
         # The middle of the steps since the last row: one slow step does not make the row look slow.
@@ -129,6 +132,10 @@ class Recorder:
         row = {"step": step} | {f"eval_{name}": x for name, x in values.items()}
         self._write(row)
         self.console.evaluation(row)
+
+    def median_seconds(self) -> float | None:
+        """Of a step, of the newest thousand."""
+        return statistics.median(self._newest) if self._newest else None
 
     def finish(self) -> None:
         """The last step is logged whatever log_every is."""

@@ -988,6 +988,20 @@ CASES = [
         "tests/test_exchange.py::test_without_replicas_nothing_is_rounded",
     ),
     TakenOut(
+        "link: a whole replica sends through it",
+        "recipes/over_link.py",
+        "    through = sent * senders(parts.mesh)\n",
+        "    through = sent\n",
+        "tests/test_over_link.py::test_the_time_on_the_wire_is_that_of_a_whole_replica",
+    ),
+    TakenOut(
+        "link: a rate has a unit and is not 0",
+        "parallel/cost/link.py",
+        " or not float(found[1])",
+        "",
+        "tests/test_over_link.py::test_what_is_no_link_is_a_sentence",
+    ),
+    TakenOut(
         "warm steps: the state crosses the border",
         "recipes/fit.py",
         "                self.state = phases.cross(self.parts, phase, self.state)\n",

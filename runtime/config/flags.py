@@ -40,6 +40,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "simulate", None, "Train on this many simulated CPU devices.", flag_values=values, lower_bound=1
     )
     flags.DEFINE_bool("dry_run", False, "Build, compile, print the table; train nothing.", flag_values=values)
+    flags.DEFINE_string(
+        "link", None, "A slow link, as 100mbit or 10gbit,20ms: what a step takes on it.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "step_seconds", None, "Of computing, for --link in a dry run.", flag_values=values, lower_bound=1e-6
+    )
     flags.DEFINE_bool("resume", True, "Go on if the workdir has a run; --noresume refuses to.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values, lower_bound=1)
