@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
             print(f"{row.name} | {row.key} | {said} | best {row.best:g}{edge}")
         return 0
     found = comparing.run(plan, workdir, processes=args.processes, simulate=args.simulate or 0)
-    print(f"\n{table.markdown(found)}\nin {workdir}: table.md, table.csv, table.json, plots/")
+    print(f"\n{table.markdown(found)}\nin {workdir}: report.html, table.md, table.csv, table.json, plots/")
     return 0
 
 

@@ -21,9 +21,12 @@ from runtime import agree, library_log, steps
 from runtime import config as configuration
 from runtime.config import bad_input
 from runtime.console import Console
+from runtime.environment import environment
 from runtime.metrics import MetricsLog, optional_writers, read
 from runtime.progress import Phases, Recorder
 from runtime.workdir import Workdir, choose
+
+MEMORY = ("arguments", "temporary")  # as `describe.memory` gives them
 
 
 def make_console(
@@ -74,7 +77,7 @@ def begin(
     about = data.describe(num_units(config, parts.task), programs.rows_of_evaluation(parts))
     wire_bytes = describe.start("before the first step", config, parts, compiled, others, times.seconds, console, about)
     recorder = make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
-    write_down(config, parts.own, workdir, data, start, begun)
+    write_down(config, parts.own, workdir, data, start, begun | computed_by(compiled, facts))
     tell = functools.partial(describe.beside, config, parts, console)
     beside = programs.Later(parts, config.sample, background, tell)
     run = Run(
@@ -192,14 +195,20 @@ def first_state(parts: Parts, seed: int, origin: Path | None, init: Any, workdir
 
 
 def write_down(
-    config: Any, own: methods.Own, workdir: Workdir, data: Data, start: int | None, begun: dict[str, Any]
+    config: Any, own: methods.Own, workdir: Workdir, data: Data, start: int | None, about: dict[str, Any]
 ) -> None:
-    """The workdir says from here on what this run is and trains on. begun: of `first_state`."""
+    """The workdir says from here on what this run is and trains on. about: what else goes into summary.json."""
     if workdir.leader:
         data.keep(workdir.path)
     workdir.begin(config, start, own.describe())
     library_log.keep(workdir.path, jax.process_index())
-    workdir.update_summary(data_digest=data.digest, **begun)
+    workdir.update_summary(data_digest=data.digest, **about)
+
+
+def computed_by(compiled: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What summary.json says of this start: versions and devices, and what the step's programs need, in bytes."""
+    needs = {name: dict(zip(MEMORY, describe.memory(program), strict=True)) for name, program in compiled.items()}
+    return {"environment": environment(facts), "memory": needs}
 
 
 def make_recorder(

@@ -12,8 +12,10 @@ import numpy as np
 
 from recipes import methods, table
 from recipes.runner import PER_SEED, PERTURBATION, Job, Runner, one_core
+from runtime import agree, report
 from runtime import config as configuration
 from runtime.config import UsageError
+from runtime.environment import software
 
 KEYS = {"name", "changes", "tune", "floor"}
 
@@ -130,11 +132,13 @@ def run(
     processes: on so many cores at once, a row in each; each simulates so many devices."""
     jobs, found = plan.jobs(), {}
     runner = Runner(workdir, [job for row in jobs for job in row], devices)
+    about = plan.about() | {"environment": software(agree.code_facts())}
     for _ in _trained(runner, jobs, processes, simulate):
         there = [row for row in jobs if all(runner.file(job).exists() for job in row)]
         if jobs[0] in there:
-            found = table.tabulate([summary(runner, row) for row in there], plan.about())
+            found = table.tabulate([summary(runner, row) for row in there], about)
             table.write(found, workdir)
+            report.write([workdir], workdir / report.PAGE)
     return found
 
 
@@ -158,6 +162,7 @@ def summary(runner: Runner, row: list[Job]) -> dict[str, Any]:
     keys = ("wire_bytes_per_step", "wire_bytes_from", "method", "parameters", "steps")
     return {
         "name": row[0].name,
+        "config": dict(configuration.flatten(row[0].config)),
         "eval_losses": [run["eval_loss"] for run in runs],
         "final_losses": [run["final_loss"] for run in runs],
         **{key: [run[key] for run in runs] for key in PER_SEED},

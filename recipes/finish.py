@@ -12,8 +12,10 @@ from recipes import over_link
 from recipes.build import num_parameters
 from recipes.fit import Run
 from recipes.programs import Evaluation, sample_text
+from runtime import report
 from runtime.config import UsageError
 from runtime.digest import params_digest
+from runtime.environment import peak_memory
 from runtime.metrics import read
 from runtime.plot import plot_loss
 
@@ -39,8 +41,8 @@ def try_prompt(sample: Any, tokenizer: Any, seq_len: int) -> np.ndarray | None:
 
 
 def finish(run: Run, params: Any, evaluated: Evaluation, link: Link | None = None) -> int:
-    """summary.json, then samples.txt, then plots/loss.png: a later one that fails costs only itself. link: what a step
-    takes on it is told, too.
+    """summary.json, then samples.txt, plots/loss.png, report.html: a later one that fails costs only itself. link: what
+    a step takes on it is told, too.
 
     Called by every process: the parameters stay in their shards. Returns the exit code, 1 if something failed.
     """
@@ -65,6 +67,7 @@ def finish(run: Run, params: Any, evaluated: Evaluation, link: Link | None = Non
             console.say(f"a sample:\n{text}")
     if run.workdir.leader:
         attempt("plots/loss.png", lambda: plot(run, evaluated, baselines))
+        attempt(report.PAGE, lambda: report.write([folder], folder / report.PAGE))
         console.doing("")
         if link and SLOW in run.recorder.wire_bytes:
             sent, seconds = run.recorder.wire_bytes[SLOW], run.recorder.median_seconds()
@@ -72,7 +75,7 @@ def finish(run: Run, params: Any, evaluated: Evaluation, link: Link | None = Non
         console.say(
             f"complete after {run.config.steps} steps; "
             + held_out(evaluated, baselines)
-            + f"; see {folder}/plots/loss.png and summary.json"
+            + f"; see {folder}/{report.PAGE} and summary.json"
         )
     if failed:
         console.warn(f"training is complete and saved in {folder}, but not all of its end: {', '.join(failed)}")
@@ -96,6 +99,7 @@ def summarise(run: Run, digest: str, evaluated: Evaluation, baselines: Baselines
         wire_bytes_per_step=last["wire_bytes"],
         compiles=len(run.programs),  # ahead of time: the executables cannot compile again
         phases=run.phases.seconds,
+        peak_memory=peak_memory(),
         goodput=round(last["train_seconds"] / run.workdir.seconds_since_first_start(), 4),
     )
 

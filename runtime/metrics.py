@@ -97,12 +97,18 @@ def read(path: Path) -> list[dict]:
 
     Raises ValueError, with the line number, where a line before the last is damaged.
     """
-    rows, damaged = _parse(Path(path).read_bytes())
+    rows, damaged = read_sound(path)
     if damaged:
         raise ValueError(
             f"{path}: line {damaged[0]} is not a JSON object. Delete it, or resume the run, which drops damaged lines."
         )
-    return [row for _, row in rows]
+    return rows
+
+
+def read_sound(path: Path) -> tuple[list[dict], list[int]]:
+    """The rows of a metrics.jsonl that are whole, and the numbers of the lines that are damaged, as in `read`."""
+    rows, damaged = _parse(Path(path).read_bytes())
+    return [row for _, row in rows], damaged
 
 
 def write_json(path: Path, obj: dict) -> None:

@@ -1043,6 +1043,42 @@ CASES = [
         "last, stopping = done == config.steps, False",
         "tests/test_python.py::test_ctrl_c_ends_at_the_border_of_a_call_and_the_same_call_goes_on",
     ),
+    # ── the page of a run ────────────────────────────────────────────────────────────────────────────────────────
+    TakenOut(
+        "report: nothing in a sample or a config can end the script that holds the data",
+        "runtime/report.py",
+        'text = re.sub("[<>&]", lambda found: f"\\\\u{ord(found[0]):04x}", text)',
+        "pass",
+        "tests/test_report.py::test_markup_in_a_sample_a_config_or_a_name_stays_text",
+    ),
+    TakenOut(
+        "report: the browser is told to load nothing",
+        "runtime/report.html",
+        "default-src 'none'; ",
+        "",
+        "tests/test_report.py::test_the_page_asks_for_nothing_outside_of_it",
+    ),
+    TakenOut(
+        "report: spikes of a long curve stay",
+        "runtime/report.py",
+        "places += [finite_M[y_M[finite_M].argmin()], finite_M[y_M[finite_M].argmax()]]",
+        "pass",
+        "tests/test_report.py::test_a_page_stays_below_2_megabytes_and_says_what_it_left_out",
+    ),
+    TakenOut(
+        "report: of many runs fewer points are drawn",
+        "runtime/report.py",
+        "points //= 2",
+        "points = 0",
+        "tests/test_report.py::test_a_page_stays_below_2_megabytes_and_says_what_it_left_out",
+    ),
+    TakenOut(
+        "report: the end of a run writes its page",
+        "recipes/finish.py",
+        "attempt(report.PAGE, lambda: report.write([folder], folder / report.PAGE))",
+        "pass",
+        "tests/test_ending.py::test_what_fails_at_the_end_costs_only_itself_and_is_said",
+    ),
 ]
 
 

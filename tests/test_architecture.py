@@ -332,6 +332,7 @@ ALONE = {
     "runtime/agree.py",
     "runtime/launch.py",
     "runtime/verify.py",
+    "runtime/report.py",
     "recipes/compare.py",
     "recipes/runner.py",
     "recipes/door.py",

@@ -204,6 +204,9 @@ def test_a_comparison_is_made_and_goes_on_where_it_was_stopped(tmp_path):
     assert markdown.count("\n| ") == 7 and (tmp_path / "out" / "table.csv").read_text().count("\n") == 7
     for plot in ("loss_steps", "loss_bytes", "utilisation"):
         assert (tmp_path / "out" / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+    assert signs["config"]["sync.codec"] == "sign" and table["about"]["environment"]["versions.jax"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(json.dumps(row["final_losses"], separators=(",", ":")) in page for row in table["rows"])
 
 
 @pytest.mark.slow

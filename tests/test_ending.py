@@ -28,18 +28,20 @@ def run(workdir, *options: str) -> int:
 
 
 def test_what_fails_at_the_end_costs_only_itself_and_is_said(tmp_path, capsys):
-    """A folder where the sample belongs, a file where the plots do."""
+    """A folder where the sample and the page belong, a file where the plots do."""
     (tmp_path / "samples.txt").mkdir()
+    (tmp_path / "report.html").mkdir()
     (tmp_path / "plots").write_text("")
     assert run(tmp_path) == 1
     summary, said = json.loads((tmp_path / "summary.json").read_text()), capsys.readouterr()
     assert summary["step"] == 2 and summary["final_eval_loss"] > 0 and len(summary["params_digest"]) == 64
     assert "held-out text: " in said.out and "a sample:" in said.out, "what did not fail is there"
-    assert re.findall(r"^warning: no (\S+): \S+Error", said.err, re.MULTILINE) == ["samples.txt", "plots/loss.png"]
+    failed = ["samples.txt", "plots/loss.png", "report.html"]
+    assert re.findall(r"^warning: no (\S+): \S+Error", said.err, re.MULTILINE) == failed
     assert "training is complete and saved" in said.err and "Traceback" not in said.err
 
 
-def test_what_is_trained_is_saved_before_the_evaluation_and_the_sample_run(tmp_path, monkeypatch):
+def test_what_is_trained_is_saved_before_the_evaluation_and_the_sample_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(programs, "compile_evaluation", lambda *_: pytest.fail("no evaluation"))
     with pytest.raises(pytest.fail.Exception, match="no evaluation"):
         run(tmp_path)
@@ -49,6 +51,11 @@ def test_what_is_trained_is_saved_before_the_evaluation_and_the_sample_run(tmp_p
     assert run(tmp_path) == 0, "the same command goes on with what is left: the end"
     assert json.loads((tmp_path / "summary.json").read_text())["final_eval_loss"] > 0
     assert (tmp_path / "plots" / "loss.png").exists() and (tmp_path / "samples.txt").exists()
+    said, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    assert f"; see {tmp_path}/report.html and summary.json" in said
+    (shown,) = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)[0])["runs"]
+    assert shown["summary"] == json.loads((tmp_path / "summary.json").read_text()) and shown["sample"]
+    assert shown["series"]["loss"]["step"] == [1, 2]
 
 
 def test_the_end_is_tried_at_the_start(tmp_path, capsys):

@@ -26,7 +26,8 @@ def finished(tmp_path_factory):
 
 def test_the_workdir_holds_what_is_promised(finished):
     workdir, _ = finished
-    for name in ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "plots/loss.png", "samples.txt"):
+    made = "config.json metrics.jsonl summary.json checkpoints plots/loss.png samples.txt report.html"
+    for name in made.split():
         assert (workdir / name).exists(), name
     assert list((workdir / "profile").rglob("*.xplane.pb")), "the trace that was asked for"
 
@@ -68,6 +69,8 @@ def test_the_summary_has_its_keys(finished):
     assert len(summary["params_digest"]) == 64 and 0 < summary["goodput"] <= 1
     assert summary["starts"][0]["restored_step"] is None
     assert {"import", "data", "compile", "restore", "first step", "total"} <= summary["phases"].keys()
+    assert summary["memory"]["step"]["arguments"] > 0 and summary["peak_memory"]["process"] > 10**8
+    assert summary["environment"]["versions.jax"] == jax.__version__ and summary["environment"]["devices"] == {"cpu": 8}
     assert 4 < summary["unigram_bits_per_byte"] < 5.5 and summary["bigram_bits_per_byte"] < 4.2
 
 
