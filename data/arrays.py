@@ -89,7 +89,11 @@ class Arrays:
     def num_bytes(self, batches: Any) -> None:
         """Of text: there is none."""
 
-    def baselines(self) -> dict[str, float | None]:
+    def first_words(self) -> str:
+        """Of text: there is none."""
+        return ""
+
+    def baselines(self, batches: Any) -> dict[str, float | None]:
         return {}
 
 

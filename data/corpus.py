@@ -8,7 +8,7 @@ Shapes: N tokens (of either split), V vocabulary, P distinct pairs of tokens.
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,32 +252,40 @@ def _check_lengths(name: str, part: Part, seq_len: int, eval_fraction: float) ->
 # ---------------------------------------------------------------------------------------------- baselines
 
 
-def ngram_bits_per_byte(corpus: Corpus, max_tokens: int = 2**26) -> tuple[float, float]:
-    """What counting alone achieves on the held-out split: (unigram, bigram) bits per UTF-8 byte.
+def ngram_bits_per_byte(
+    corpus: Corpus, windows: Sequence[Mapping[str, np.ndarray]], max_tokens: int = 2**26
+) -> tuple[float, float]:
+    """What counting alone achieves on windows of the held-out split: (unigram, bigram) bits per UTF-8 byte.
 
-    Counted on the first max_tokens of the training split, scored on the first max_tokens of the held-out split, with
-    one pseudo-count so that unseen events stay finite: for the unigram spread over the vocabulary as add-one does,
-    p(b) = (c(b) + 1) / (N + V); for the bigram one token spread as the unigram says,
-    p(b|a) = (c(ab) + p(b)) / (c(a) + 1), since add-one over a whole row would drown the counts of a large vocabulary.
-    (MacKay and Peto, 1995, eq. 12 with alpha = 1.) EOS is predicted as any token and stands for no byte. Of a mixture,
-    each part gives its share of the tokens.
+    Counted on the first max_tokens of the training split, scored on the targets of these windows (batches as
+    loader.eval_batches makes them), with one pseudo-count so that unseen events stay finite: for the unigram spread
+    over the vocabulary as add-one does, p(b) = (c(b) + 1) / (N + V); for the bigram one token spread as the unigram
+    says, p(b|a) = (c(ab) + p(b)) / (c(a) + 1), since add-one over a whole row would drown the counts of a large
+    vocabulary. (MacKay and Peto, 1995, eq. 12 with alpha = 1.) EOS is predicted as any token and stands for no byte. Of
+    a mixture, each part gives its share of the tokens.
     """
     vocab, eos = corpus.tokenizer.vocab_size, max(corpus.tokenizer.eos, 0)
-    train_N, eval_N = _head(corpus.train_N, max_tokens), _head(corpus.eval_N, max_tokens)
+    train_N = _head(corpus.train_N, max_tokens)
     count_V = np.bincount(train_N, minlength=vocab)
     unigram_V = (count_V + 1) / (len(train_N) + vocab)
 
-    # Both splits start a document, as if after EOS: every token has a token before it.
-    pair_P, pair_count_P = np.unique(_pair_codes(train_N, eos, vocab), return_counts=True)
+    # The split starts a document, as if after EOS: every token has a token before it.
+    before_N = np.concatenate([np.array([eos], train_N.dtype), train_N[:-1]])
+    pair_P, pair_count_P = np.unique(_pair_codes(before_N, train_N, vocab), return_counts=True)
     context_V = np.bincount(train_N[:-1], minlength=vocab)
     context_V[eos] += 1
-    seen_P, seen_count_P = np.unique(_pair_codes(eval_N, eos, vocab), return_counts=True)
+    scored = [batch["mask"] > 0 for batch in windows]
+    before_E, eval_E = (
+        np.concatenate([batch[name][rows] for batch, rows in zip(windows, scored, strict=True)])
+        for name in ("tokens", "targets")
+    )
+    seen_P, seen_count_P = np.unique(_pair_codes(before_E, eval_E, vocab), return_counts=True)
     before_P, token_P = np.divmod(seen_P.astype(np.int64), vocab)
     at_P = np.minimum(np.searchsorted(pair_P, seen_P), len(pair_P) - 1)
     matched_P = np.where(pair_P[at_P] == seen_P, pair_count_P[at_P], 0)
     bigram_P = (matched_P + unigram_V[token_P]) / (context_V[before_P] + 1)
 
-    num_bytes = float(corpus.token_bytes()[eval_N].sum(dtype=np.float64))
+    num_bytes = float(corpus.token_bytes()[eval_E].sum(dtype=np.float64))
     unigram_bits = -np.log2(unigram_V[token_P]) @ seen_count_P
     bigram_bits = -np.log2(bigram_P) @ seen_count_P
     return float(unigram_bits / num_bytes), float(bigram_bits / num_bytes)
@@ -291,8 +299,7 @@ def _head(tokens: np.ndarray | Mixture, max_tokens: int) -> np.ndarray:
     return np.concatenate([part_N[: round(total * s)] for part_N, s in zip(mixture.arrays, share, strict=True)])
 
 
-def _pair_codes(tokens_N: np.ndarray, eos: int, vocab: int) -> np.ndarray:
+def _pair_codes(before_N: np.ndarray, token_N: np.ndarray, vocab: int) -> np.ndarray:
     """(token before) * V + token, in the narrowest type, in which they are sorted fastest."""
     dtype = np.uint32 if vocab <= 2**16 else np.uint64
-    before_N = np.concatenate([np.array([eos], dtype), tokens_N[:-1].astype(dtype)])
-    return before_N * dtype(vocab) + tokens_N.astype(dtype)
+    return before_N.astype(dtype) * dtype(vocab) + token_N.astype(dtype)

@@ -110,7 +110,7 @@ def load_data(
     """The data, the same in every process, and the ids of the prompt. What the data is joins the facts."""
     with agree.together("data"):
         data = read_data(config, task, workdir, console, origin)
-        prompt_P = try_prompt(config.sample, data.tokenizer, config.data.seq_len)
+        prompt_P = try_prompt(config.sample, data, config.data.seq_len)
     agree.same("data", data.facts())
     facts.update(data.facts())
     return data, prompt_P

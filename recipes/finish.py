@@ -11,7 +11,8 @@ from parallel.layout.axes import SLOW
 from recipes import over_link
 from recipes.build import num_parameters
 from recipes.fit import Run
-from recipes.programs import Evaluation, sample_text
+from recipes.programs import Evaluation, rows_of_evaluation, sample_text
+from recipes.task import Data
 from runtime import report
 from runtime.config import UsageError
 from runtime.digest import params_digest
@@ -22,15 +23,17 @@ from runtime.plot import plot_loss
 Baselines = dict[str, float | None]  # bits per byte of counting alone, by its name; None: it failed
 
 
-def try_prompt(sample: Any, tokenizer: Any, seq_len: int) -> np.ndarray | None:
+def try_prompt(sample: Any, data: Data, seq_len: int) -> np.ndarray | None:
     """The sample's prompt as ids [P], None without a sample. Tried before training: at the end it would be too late.
 
     Raises UsageError for a prompt that the tokenizer cannot encode, or ids that it cannot decode.
     """
     if not sample.tokens:
         return None
+    tokenizer = data.tokenizer
     try:
-        prompt_P = corpora.encode_prompt(tokenizer, sample.prompt)[-max(1, seq_len - 1) :]
+        prompt = data.first_words() if sample.prompt == "auto" else sample.prompt
+        prompt_P = corpora.encode_prompt(tokenizer, prompt)[-max(1, seq_len - 1) :]
         tokenizer.decode(prompt_P)
     except Exception as error:  # of whatever type the tokenizer raises
         raise UsageError(
@@ -58,7 +61,8 @@ def finish(run: Run, params: Any, evaluated: Evaluation, link: Link | None = Non
     console.doing("digesting the weights and writing a sample")
     digest = params_digest(params)
     if run.workdir.leader:
-        baselines = attempt("baselines", run.data.baselines) or dict.fromkeys(run.data.compared_with)
+        baselines = attempt("baselines", lambda: run.data.baselines(evaluated_on(run)))
+        baselines = baselines or dict.fromkeys(run.data.compared_with)
         summarise(run, digest, evaluated, baselines)
     if run.prompt_P is not None:
         text = attempt("sample", lambda: sample(run, params))
@@ -80,6 +84,11 @@ def finish(run: Run, params: Any, evaluated: Evaluation, link: Link | None = Non
     if failed:
         console.warn(f"training is complete and saved in {folder}, but not all of its end: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def evaluated_on(run: Run) -> list[dict[str, np.ndarray]]:
+    """The batches that `evaluated` is of."""
+    return run.data.eval_batches(rows_of_evaluation(run.parts), run.config.data.batch_size, run.config.eval_batches)
 
 
 def summarise(run: Run, digest: str, evaluated: Evaluation, baselines: Baselines) -> None:
@@ -121,4 +130,5 @@ def held_out(evaluated: Evaluation, baselines: Baselines) -> str:
     if evaluated.bits_per_byte is None:
         return "held-out data: " + ", ".join(f"{name} {x:.4f}" for name, x in evaluated.values().items())
     beaten = ", ".join(f"{name} {x:.2f}" for name, x in baselines.items() if x is not None)
-    return f"held-out text: {evaluated.bits_per_byte:.3f} bits per byte" + (f" ({beaten})" if beaten else "")
+    beside = f" (on the same windows, by counts of the training text: {beaten})" if beaten else ""
+    return f"held-out text: {evaluated.bits_per_byte:.3f} bits per byte{beside}"

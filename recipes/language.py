@@ -1,6 +1,7 @@
 """A language model on text, as what a run trains (recipes/task.py)."""
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from data import corpus as corpora
 from data.loader import Loader, eval_batches
+from data.mixture import Mixture
 from model import kernels
 from model.config import Compute, ModelConfig, RopeScaling
 from model.transformer import Transformer
@@ -20,6 +22,8 @@ from parallel.cost import flops
 from parallel.layout import rules
 from runtime import config as configuration
 from runtime.config import UsageError, nearest_multiples
+
+PROMPT_TOKENS, PROMPT_WORDS = 64, 4  # of the sample, where none is given
 
 
 def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
@@ -143,9 +147,18 @@ class Text:
         """Of the text in these batches."""
         return num_bytes(self.corpus.token_bytes(), batches)
 
-    def baselines(self) -> dict[str, float | None]:
-        """Bits per byte of what counting alone achieves."""
-        return dict(zip(self.compared_with, corpora.ngram_bits_per_byte(self.corpus), strict=True))
+    def first_words(self) -> str:
+        """Of what is held out; a model of few steps knows the kind of text at best."""
+        return first_words(Mixture.of(self.corpus.eval_N).arrays[0], self.tokenizer)
+
+    def baselines(self, batches: list[dict[str, np.ndarray]]) -> dict[str, float | None]:
+        """Bits per byte of what counting alone achieves on these."""
+        return dict(zip(self.compared_with, corpora.ngram_bits_per_byte(self.corpus, batches), strict=True))
+
+
+def first_words(ids_N: np.ndarray, tokenizer: Any) -> str:
+    """Of a text: a few whole ones, within the first tokens."""
+    return "".join(re.findall(r"\s*\S+(?=\s)", tokenizer.decode(ids_N[:PROMPT_TOKENS]))[:PROMPT_WORDS])
 
 
 def num_bytes(bytes_V: np.ndarray, batches: list[dict[str, np.ndarray]]) -> float:

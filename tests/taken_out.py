@@ -988,6 +988,13 @@ CASES = [
         "tests/test_exchange.py::test_without_replicas_nothing_is_rounded",
     ),
     TakenOut(
+        "baselines: of the windows that are evaluated",
+        "data/corpus.py",
+        'scored = [batch["mask"] > 0 for batch in windows]',
+        'scored = [batch["mask"] >= 0 for batch in windows]',
+        "tests/test_data.py::test_ngram_baseline",
+    ),
+    TakenOut(
         "link: a whole replica sends through it",
         "recipes/over_link.py",
         "    through = sent * senders(parts.mesh)\n",

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import tokenizers
 from tokenizers import normalizers, pre_tokenizers, trainers
 
 from data import bpe, corpus, files, flat, parts, pieces, reading, record, sources, split, subwords, tokenizer, waiting
+from data.loader import eval_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 UNICODE = "naïve café — 日本語 🙂🏽\n\tdef f(x):\r\n    return x  # ∑\n"
@@ -388,7 +390,7 @@ def test_stdlib(load):
     assert 8e6 < num_tokens < 20e6 and 0.04 < len(found.eval_N) / num_tokens < 0.06
     names = [document.where for document in sources.find("stdlib", "").documents()]
     assert names and not any({"test", "tests", "idle_test", "site-packages"} & set(Path(n).parts) for n in names)
-    unigram, bigram = corpus.ngram_bits_per_byte(found)
+    unigram, bigram = corpus.ngram_bits_per_byte(found, windows(found))
     assert 4.3 < unigram < 5.1 and 3.2 < bigram < 3.9
 
 
@@ -751,7 +753,7 @@ def test_ids_without_a_tokenizer_have_an_end_only_where_one_is_given(load, tmp_p
         found = load(tmp_path / "a.bin", vocab_size=2000)
     assert found.tokenizer.eos == -1 and "documents not known" in found.describe(1)[0][1]
     assert corpus.encode_prompt(found.tokenizer, "def ").tolist() == [0]
-    assert all(math.isfinite(bits) for bits in corpus.ngram_bits_per_byte(found))
+    assert all(math.isfinite(bits) for bits in corpus.ngram_bits_per_byte(found, windows(found)))
     given = load(tmp_path / "a.bin", vocab_size=2000, end_of_document="1249")
     assert given.tokenizer.eos == 1249 and given.num_documents == 4
 
@@ -960,7 +962,7 @@ def test_a_mixture_has_one_tokenizer_and_each_text_by_itself(mixed, load, folder
     assert [row for row, _ in rows] == ["data", "  data", "  tokens", "  tokens", "  tokenizer"]
     assert rows[0][1].startswith("texts: 60 files") and rows[0][1].endswith("0.7 of the rows")
     assert found.digest != mixed("0.6,0.4", tokenizer="bpe", vocab_size=400).digest
-    assert all(math.isfinite(bits) for bits in corpus.ngram_bits_per_byte(found))
+    assert all(math.isfinite(bits) for bits in corpus.ngram_bits_per_byte(found, windows(found)))
 
 
 def test_a_mixture_is_resumed_with_its_weights_and_names_the_text_that_changed(mixed, tmp_path):
@@ -1209,31 +1211,35 @@ def test_importing_data_is_cheap():
 # ---------------------------------------------------------------------------------------------- baselines
 
 
-def obvious_ngram(train, held_out, vocab, eos, num_bytes):
-    """The formulas of the docstring, one token at a time."""
+def windows(found, seq_len=8, most=None):
+    return eval_batches(found.eval_N, seq_len=seq_len, batch_size=3, num_batches=most)
+
+
+def obvious_ngram(train, windows, vocab, eos, num_bytes):
+    """The formulas of the docstring, one token at a time. windows: lists of tokens; the first of each is not scored."""
     count, pairs, contexts = collections.Counter(train), collections.Counter(), collections.Counter()
     for before, token in zip([eos, *train], train, strict=False):
         pairs[before, token] += 1
         contexts[before] += 1
     bits = [0.0, 0.0]
-    for before, token in zip([eos, *held_out], held_out, strict=False):
-        unigram = (count[token] + 1) / (len(train) + vocab)
-        bits[0] -= math.log2(unigram)
-        bits[1] -= math.log2((pairs[before, token] + unigram) / (contexts[before] + 1))
+    for window in windows:
+        for before, token in itertools.pairwise(window):
+            unigram = (count[token] + 1) / (len(train) + vocab)
+            bits[0] -= math.log2(unigram)
+            bits[1] -= math.log2((pairs[before, token] + unigram) / (contexts[before] + 1))
     return [b / num_bytes for b in bits]
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_ngram_baseline(name, load, folder):
+    """Of the windows that are evaluated, the last batch of which is filled up with rows that do not count."""
     found = load(folder, tokenizer=name, vocab_size=400)
-    held_out = found.eval_N.tolist()
-    num_bytes = sum(len(text.encode()) for text in documents_in(found.eval_N, found.tokenizer))
-    expected = obvious_ngram(
-        found.train_N.tolist(), held_out, found.tokenizer.vocab_size, found.tokenizer.eos, num_bytes
-    )
-    np.testing.assert_allclose(corpus.ngram_bits_per_byte(found), expected, rtol=1e-9)
-    short = obvious_ngram(
-        found.train_N.tolist()[:100], held_out[:100], found.tokenizer.vocab_size, found.tokenizer.eos, 1
-    )
-    num_bytes = int(found.tokenizer.token_bytes()[found.eval_N[:100]].sum())
-    np.testing.assert_allclose(corpus.ngram_bits_per_byte(found, 100), np.array(short) / num_bytes, rtol=1e-9)
+    for most, max_tokens in ((None, 2**26), (2, 100)):
+        T, count = 8, (len(found.eval_N) - 1) // 8
+        count = count if most is None else min(count, most * 3)
+        tokens = [found.eval_N[n * T : n * T + T + 1].tolist() for n in range(count)]
+        num_bytes = int(found.tokenizer.token_bytes()[found.eval_N[1 : count * T + 1]].sum())
+        train, tokenizer = found.train_N.tolist()[:max_tokens], found.tokenizer
+        expected = obvious_ngram(train, tokens, tokenizer.vocab_size, tokenizer.eos, num_bytes)
+        scored = corpus.ngram_bits_per_byte(found, windows(found, T, most), max_tokens)
+        np.testing.assert_allclose(scored, expected, rtol=1e-9)

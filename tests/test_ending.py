@@ -5,12 +5,14 @@ In this process: train.run without --simulate takes the devices that the tests h
 
 import json
 import re
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
 import pytest
 
 import train
+from data.tokenizer import ByteTokenizer
 from recipes import finish, language, programs
 from runtime.metrics import MetricsLog
 
@@ -116,3 +118,14 @@ def test_a_writer_that_fails_costs_only_its_own_rows(tmp_path):
     log.close()
     assert [len(w.rows) for w in writers] == [1, 3] and len(log.path.read_text().splitlines()) == 3
     assert log.failed == ["Away"] and len(said) == 1 and "ConnectionError: the service is away" in said[0]
+
+
+def test_by_default_a_sample_begins_with_the_first_words_of_what_is_held_out():
+    """Whole ones, of the first tokens; ids without a tokenizer have none."""
+    text = "def first_words(of):\n    return of.split()\n" * 9
+    ids_N = np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+    assert language.first_words(ids_N, ByteTokenizer()) == "def first_words(of):\n    return of.split()"
+    assert language.first_words(ids_N[:7], ByteTokenizer()) == "def", "a word that is cut off is none"
+    data = SimpleNamespace(first_words=lambda: "def first", tokenizer=ByteTokenizer())
+    prompt_P = finish.try_prompt(SimpleNamespace(tokens=4, prompt="auto"), data, 32)
+    assert bytes(prompt_P.tolist()) == b"def first"
