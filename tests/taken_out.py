@@ -961,8 +961,8 @@ CASES = [
     TakenOut(
         "beginning: the summary says where it began",
         "recipes/begin.py",
-        "data_digest=data.digest, **begun)",
-        "data_digest=data.digest)",
+        "start, begun | computed_by(compiled, facts))",
+        "start, computed_by(compiled, facts))",
         "tests/test_beginning.py -k begins_with_the_parameters",
     ),
     # ── the house ────────────────────────────────────────────────────────────────────────────────────────────────
