@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import slackline as sl
+from data.arrays import ArrayLoader, Arrays
 from examples import textbook
 from parallel.exchange.codecs import CODECS
 from parallel.exchange.codecs.quantized import Int4
@@ -29,6 +30,7 @@ MESH = {"replica": 2, "fsdp": 2, "tensor": 1}
 def init(key):
     blocks, out = jax.random.split(key)
     blocks = {
+        "gain": jnp.ones((LAYERS, FEATURES)),
         "weight": jax.random.normal(blocks, (LAYERS, FEATURES, FEATURES)) / 4,
         "bias": jnp.zeros((LAYERS, FEATURES)),
     }
@@ -36,7 +38,7 @@ def init(key):
 
 
 AXES = {
-    "blocks": {"weight": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")},
+    "blocks": {"gain": ("layers", "mlp"), "weight": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")},
     "out": ("embed",),
     "shift": (),
 }
@@ -46,7 +48,7 @@ def loss(params, batch, constrain):
     """Squared error, each example with a weight of its own."""
 
     def layer(x_BD, block):
-        return x_BD + jnp.tanh(x_BD @ block["weight"] + block["bias"][None]), None
+        return x_BD + block["gain"][None] * jnp.tanh(x_BD @ block["weight"] + block["bias"][None]), None
 
     x_BD, _ = jax.lax.scan(layer, batch["x"], params["blocks"])
     error_B = x_BD @ params["out"] + params["shift"] - batch["y"]
@@ -115,6 +117,20 @@ def test_8_replicas_train_like_1(name):
         for R in (1, 8)
     )
     assert one[-1] < one[0] and np.max(np.abs(np.subtract(one, eight))) <= 5e-6
+
+
+def test_every_epoch_has_every_example_once_in_an_order_of_its_own_whoever_asks():
+    loader = lambda seed, batch_size: ArrayLoader({"x": np.arange(40)}, batch_size=batch_size, seed=seed)
+    read = lambda loader, steps: np.concatenate([loader.rows(step, slice(None))["x"] for step in range(steps)])
+    first, second = read(loader(0, 8), 10).reshape(2, 40)
+    assert sorted(first) == sorted(second) == list(range(40)) and (first != second).any()
+    assert (read(loader(0, 16), 5) == [*first, *second]).all() and (read(loader(1, 8), 5) != first).any()
+    assert loader(0, 8).rows(3, [2, 5])["x"].tolist() == [first[26], first[29]]
+
+
+def test_what_is_held_out_and_not_read_is_said():
+    said = lambda rows: dict(Arrays(examples(64), examples(20)).describe(128, rows))["  examples"]
+    assert "2 epochs; 20 held out, of which 4 are not read" in said(16) and said(4).endswith("20 held out")
 
 
 # ── a run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
