@@ -43,13 +43,24 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
+def of_device(parts: Parts, options: Any) -> Any:
+    """XLA's options, with what the model's size and the chip ask for.
+
+    XLA:CPU hands operations that are ready to other threads only where there are more than a few. In a program as small
+    as a caller's task each device would begin with another one of two independent collectives, and wait for ever. On
+    one thread a device all begin with the same."""
+    if isinstance(parts.task, Language) or parts.mesh.devices.flat[0].platform != "cpu":
+        return options
+    return {"xla_cpu_multi_thread_eigen": False} | (options or {})
+
+
 def compile_steps(parts: Parts, options: Any = None) -> dict[str, Any]:
     """The strategies' programs, compiled ahead of time: calling them can never compile again. options: XLA's."""
 
     def compile_one(phase: Phase, f: Callable) -> Any:
         outputs = (shardings_of(phase.state), None)
         lowered = jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(phase.state, phase.batch)
-        return lowered.compile(compiler_options=options)
+        return lowered.compile(compiler_options=of_device(parts, options))
 
     with ThreadPoolExecutor(2) as pool:
         found = {
@@ -73,8 +84,7 @@ def compile_init(parts: Parts, given: bool = False) -> Any:
     donated = (0,) if given else ()
     lowered = jax.jit(init, out_shardings=shardings_of(first.state), donate_argnums=donated).lower(argument)
     # It runs once: level 1 compiles sooner, to the same bits.
-    options: Any = {"xla_backend_optimization_level": 1}
-    return lowered.compile(compiler_options=options)
+    return lowered.compile(compiler_options=of_device(parts, {"xla_backend_optimization_level": 1}))
 
 
 # ── beside the step ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -83,6 +93,7 @@ def compile_init(parts: Parts, given: bool = False) -> Any:
 def compile_beside(parts: Parts, sample: Any, options: Any = None) -> dict[str, Any]:
     """{evaluation, sample, digest (of the whole state)}. sample: the config's group; without tokens, none. options:
     XLA's."""
+    options = of_device(parts, options)
     programs = {"evaluation": compile_evaluation(parts, options)}
     if sample.tokens:
         programs["sample"] = compile_sample(parts, sample.tokens, sample.temperature, options)
@@ -116,7 +127,8 @@ class Later:
 def compile_evaluation(parts: Parts, options: Any = None) -> Any:
     """(params, batch[D, B, …] of `parts.eval_batch`'s shape) -> the sums that the task's loss gives."""
     evaluate = jax.jit(placement.evaluation(parts.task.eval_loss, parts.mesh))
-    return evaluate.lower(parts.state.params, parts.eval_batch).compile(compiler_options=options)
+    lowered = evaluate.lower(parts.state.params, parts.eval_batch)
+    return lowered.compile(compiler_options=of_device(parts, options))
 
 
 @dataclass(frozen=True)
