@@ -1,6 +1,7 @@
 """One gradient, and one exchange of it, by themselves: what a codec does to it, without a loop around."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,6 +67,9 @@ class Once:
             if found != [R, *x.shape]:
                 raise UsageError(f"{name}: expected {[R, *x.shape]}, one for each of {R} replicas, and found {found}")
 
+    def _jit(self, f: Callable, out_shardings: Any) -> Any:
+        return jax.jit(f, out_shardings=out_shardings, compiler_options=programs.of_device(self.parts, None))
+
     # ── compiled ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     @functools.cached_property
@@ -78,15 +82,15 @@ class Once:
             return jax.tree.map(lambda g: g / weight_R.reshape(-1, *[1] * (g.ndim - 1)), grads_R)
 
         specs = jax.tree.map(lambda spec: jax.sharding.PartitionSpec(SLOW, *spec), strategy.specs)
-        return jax.jit(gradients, out_shardings=rules.shardings(self.parts.mesh, specs))
+        return self._jit(gradients, rules.shardings(self.parts.mesh, specs))
 
     @functools.cached_property
     def _nothing(self) -> Any:
         shardings = rules.shardings(self.parts.mesh, self.exchange.state_specs)
-        return jax.jit(lambda: residuals.init(self.exchange), out_shardings=shardings)()
+        return self._jit(lambda: residuals.init(self.exchange), shardings)()
 
     @functools.cached_property
     def _mean(self) -> Any:
         mesh, strategy = self.parts.mesh, self.parts.strategy
         shardings = [rules.shardings(mesh, specs) for specs in (strategy.specs, self.exchange.state_specs)]
-        return jax.jit(strategy.mean, out_shardings=tuple(shardings))
+        return self._jit(strategy.mean, tuple(shardings))

@@ -106,6 +106,17 @@ def with_rest(params, batch):
     return total, rest
 
 
+def test_a_gradient_of_a_task_goes_through_an_exchange_by_itself():
+    made = textbook.binary(40)
+    built = sl.build("base", task=made, mesh={"replica": 2}, **textbook.PLAIN | {"data": {"batch_size": 8}})
+    gradients = jax.device_get(built.gradients())
+    mean, _ = built.exchange(gradients)
+    rows = built.loader().rows(0, slice(None))
+    params = jax.device_get(made.init(jax.random.key(0)))
+    exact = jax.grad(lambda params: made.loss(params, rows, None)[0] / 8)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), mean, exact)
+
+
 @pytest.mark.parametrize("name", ["digits", pytest.param("binary", marks=pytest.mark.slow)])
 def test_8_replicas_train_like_1(name):
     rng = np.random.default_rng(0)
