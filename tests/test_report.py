@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from runtime import exits, report
 from runtime.config import UsageError, base_values
 from runtime.metrics import MetricsLog, write_json
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or ""
 HOSTILE = "</script><script>alert(1)</script> <!-- & \u2028 {{DATA}} {{TITLE}} 日本 \udc80"
 
 
@@ -194,6 +196,38 @@ def test_a_page_stays_below_2_megabytes_and_says_what_it_left_out(tmp_path, monk
 def test_a_page_of_2_megabytes_is_the_most(tmp_path):
     assert report.LIMIT <= 2_000_000
     assert len(report.page([make_comparison(tmp_path / "all", rows=30)])) < 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium")
+def test_a_browser_draws_all_of_it_without_an_error(tmp_path):
+    """Runs that are complete, go on, have no row, no finite loss or another unit; comparisons with and without a
+    table."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("")
+    (tmp_path / "new" / "results").mkdir(parents=True)
+    own = [{"step": step, "loss": 1 / step, "accuracy": 0.5, "examples": step, "examples_per_second": 3.0,
+            "wire_bytes": {}, "train_seconds": 1.0 * step, "skipped": step // 9} for step in range(1, 30)]  # fmt: skip
+    folders = [
+        make_run(tmp_path / "mine", rows_of(200), HOSTILE),
+        make_run(tmp_path / "now", rows_of(15), done=False),
+        make_run(tmp_path / "nothing", [row | {"loss": math.nan} for row in rows_of(200)]),
+        make_run(tmp_path / "own", own),
+        make_comparison(tmp_path / "three"),
+        make_comparison(tmp_path / "ended", final_losses=[math.nan, 3.0, 4.0]),
+        *(tmp_path / "empty", tmp_path / "new"),
+    ]
+    for paths in (folders[:1], folders[-2:-1], folders[-1:], folders):
+        report.write(paths, tmp_path / "page.html")
+        command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=1000"]
+        command += ["--enable-logging=stderr", "--dump-dom", f"file://{tmp_path}/page.html"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        drawn = done.stdout.split("<main")[1].split("</main>")[0]
+        assert "Uncaught" not in done.stderr and "undefined" not in drawn and "NaN" not in drawn, (paths, done.stderr)
+        found = [path.name for path in paths if path.name in drawn]
+        assert found == [path.name for path in paths], "the page's last line has been reached"
+    assert drawn.count("alert(1)") == 1 and "&lt;script&gt;alert(1)" in drawn and drawn.count("row 1") > 6
+    assert drawn.count('<svg viewBox="0 0') > 20
 
 
 # ── what is not finished ─────────────────────────────────────────────────────────────────────────────────────────
