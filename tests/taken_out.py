@@ -1204,7 +1204,7 @@ CASES = [
         "optim/own.py",
         "weights[keystr(path)] = weight",
         "weights[keystr(path)] = ()",
-        "tests/test_task.py -k same_bits and diloco",
+        "tests/test_task.py::test_a_codec_a_strategy_an_optimizer_and_a_loss_of_a_caller_s_train_and_go_on_to_the_same_bits[diloco]",
     ),
     TakenOut(
         "task: an optimizer whose state cannot be laid out is refused",
@@ -1218,7 +1218,7 @@ CASES = [
         "parallel/strategies/local.py",
         '**({"lr": rate} if self.optimizer.schedule else {}),',
         '"lr": rate,',
-        "tests/test_task.py -k same_bits and diloco",
+        "tests/test_task.py::test_a_codec_a_strategy_an_optimizer_and_a_loss_of_a_caller_s_train_and_go_on_to_the_same_bits[diloco]",
     ),
     TakenOut(
         "task: a function is told by what it closes over",
