@@ -3,13 +3,15 @@
 python compare.py --config=configs/compare/long.py --processes=2
 """
 
+from typing import Any
+
 from configs.compare import quickstart
 from configs.compare.quickstart import AVERAGE, FROZEN, row
 
 STEPS = 4500  # 150 rounds of H = 30
 SEEDS = tuple(range(5))
 # The second half of the run: from the baseline's state, which is made once.
-WARM = {"sync__warm_steps": STEPS // 2}
+WARM: dict[str, Any] = {"sync__warm_steps": STEPS // 2}
 
 ROWS = [
     row(tune=None),
