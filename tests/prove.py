@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "runs" / "prove"
 REPORT = ROOT / "docs" / "proofs.md"
 CORES = 2
+TAKEN_OUT = "taken out, "
 TORCH = "torch==2.13.0"  # its hook is the oracle of PowerSGD
 
 
@@ -50,7 +51,7 @@ def pieces() -> list[Piece]:
     edits = [case.name for case in taken_out.CASES]
     return [
         *(Piece(file, [*pytest, file]) for file in files),
-        *(Piece(f"taken out, {name}", [sys.executable, "tests/taken_out.py", name], cores=1) for name in edits),
+        *(Piece(f"{TAKEN_OUT}{name}", [sys.executable, "tests/taken_out.py", name], cores=1) for name in edits),
     ]
 
 
@@ -255,15 +256,31 @@ def report(names: Iterable[str], stores: list[Store]) -> str:
             f"{' and '.join(reversed(commits))}.\n",
             "| piece | passed | failed | skipped | counted | seconds | commit | date |",
             "|---|---|---|---|---|---|---|---|",
-            *(row(result) for result in found),
+            *(row(result) for result in together(found)),
             "",
         ]
         skips = sorted({reason for result in found for reason in result["skips"]})
         if skips:
             parts += ["Skipped, because:\n", *(f"- {' '.join(reason.split())}" for reason in skips), ""]
-        if missing := [name for name in names if not store.last(name)]:
-            parts += ["Missing:\n", *(f"- {name}" for name in missing), ""]
+        missing = [name for name in names if not store.last(name)]
+        edits = sum(name.startswith(TAKEN_OUT) for name in missing)
+        missing = [name for name in missing if not name.startswith(TAKEN_OUT)] + [f"{edits} edits"] * bool(edits)
+        parts += ["Missing:\n", *(f"- {name}" for name in missing), ""] if missing else []
     return "\n".join(parts if len(parts) > 1 else [HEAD, "Nothing has been run.\n"])
+
+
+def together(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The edits of one commit that a test notices are one row."""
+    noticed: dict[str, list[dict[str, Any]]] = {}
+    for result in found:
+        if result["piece"].startswith(TAKEN_OUT) and not result["failed"]:
+            noticed.setdefault(result["commit"], []).append(result)
+    rows = [result for result in found if not any(result in group for group in noticed.values())]
+    for group in noticed.values():
+        last = max(group, key=lambda result: result["date"])
+        total = {key: sum(result[key] for result in group) for key in ("passed", "skipped", "seconds")}
+        rows.append(last | total | {"piece": f"{len(group)} edits taken out, and noticed"})
+    return rows
 
 
 def row(result: dict[str, Any]) -> str:

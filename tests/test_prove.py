@@ -102,6 +102,24 @@ def test_the_report_has_the_last_result_of_every_piece_and_what_is_missing(store
     assert "at commit abc and newer" in page or "at commit newer and abc" in page
 
 
+def test_edits_that_are_noticed_are_one_row_of_the_report(store):
+    names = [f"{prove.TAKEN_OUT}{name}" for name in ("one", "two", "three")]
+    for name, failed in zip(names, (0, 0, 1), strict=True):
+        done = {
+            "piece": name,
+            "passed": 1 - failed,
+            "failed": failed,
+            "skipped": 0,
+            "counted": {},
+            "skips": [],
+            "seconds": 2.0,
+        }
+        store.put(done | {"seconds": 2.0, "date": name, "commit": "abc", "python": "3", "jax": "0"})
+    page = prove.report(names, [store])
+    assert "| 2 edits taken out, and noticed | 2 | 0 | 0 |  | 4 | abc |" in page
+    assert "| taken out, three | 0 | 1 | 0 |" in page and "taken out, one" not in page
+
+
 def test_every_test_file_and_every_edit_is_a_piece():
     names = [p.name for p in prove.pieces()]
     assert "tests/test_prove.py" in names and len(names) == len(set(names))
