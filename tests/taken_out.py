@@ -1076,7 +1076,7 @@ CASES = [
         "parallel/layout/roles.py",
         'TALLY if name in ("skipped", "clipped") else kind',
         "kind",
-        "tests/test_seams.py::test_what_was_refused_is_counted_once",
+        "tests/test_seams.py::test_what_was_refused_is_counted_once[sync-diloco-4]",
     ),
     TakenOut(
         "python: the objects of a run are kept",

@@ -127,7 +127,11 @@ def test_a_few_changes_of_mesh_and_replicas(pair):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "R_after"), [("sync", "diloco", 4), ("diloco", "diloco", 2), ("diloco", "sync", 4)]
+    ("before", "after", "R_after"),
+    [
+        ("sync", "diloco", 4),
+        *(pytest.param("diloco", *x, marks=pytest.mark.slow) for x in (("diloco", 2), ("sync", 4))),
+    ],
 )
 def test_what_was_refused_is_counted_once(before, after, R_after):
     """A metric is the sum over replicas: it goes on from where it was."""

@@ -92,8 +92,9 @@ def test_a_loss_is_the_mean_by_weight_over_all_replicas_and_micro_steps(task):
     for _, metrics in updates:
         for name, values in found.items():
             values.append(float(metrics[name][0]))
+    of_one_device = jax.jit(jax.value_and_grad(with_rest, has_aux=True))
     for step, batch in enumerate(rows):
-        (total, parts), gradient = jax.value_and_grad(lambda p: with_rest(p, batch), has_aux=True)(params)  # noqa: B023
+        (total, parts), gradient = jax.device_get(of_one_device(params, batch))
         n, off = float(parts[0]), float(parts[1]["off"])
         assert n < 1 and found["weight"][step] == pytest.approx(n, rel=1e-5)
         assert found["loss"][step] == pytest.approx(float(total) / n, rel=1e-5)
@@ -106,14 +107,15 @@ def with_rest(params, batch):
     return total, rest
 
 
+@pytest.mark.slow  # in the default run: one of a language model, in test_python.py
 def test_a_gradient_of_a_task_goes_through_an_exchange_by_itself():
     made = textbook.binary(40)
     built = sl.build("base", task=made, mesh={"replica": 2}, **textbook.PLAIN | {"data": {"batch_size": 8}})
     gradients = jax.device_get(built.gradients())
     mean, _ = built.exchange(gradients)
     rows = built.loader().rows(0, slice(None))
-    params = jax.device_get(made.init(jax.random.key(0)))
-    exact = jax.grad(lambda params: made.loss(params, rows, None)[0] / 8)(params)
+    params = jax.device_get(jax.jit(made.init)(jax.random.key(0)))
+    exact = jax.jit(jax.grad(lambda params: made.loss(params, rows, None)[0] / 8))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), mean, exact)
 
 
