@@ -48,7 +48,7 @@ def time_beside_a_step(report: common.Report, pairs: int) -> None:
     for name in BLOCKS:
         codec = CODECS[name]()
         x = jnp.asarray(np.random.default_rng(0).standard_normal(-(-n // codec.block) * codec.block), jnp.float32)
-        encode = jax.jit(lambda x, codec=codec: codec.encode(x, None))
+        encode = jax.jit(lambda x, codec=codec: codec.encode(x, jax.random.key(0) if codec.uses_key else None))
         decode = jax.jit(codec.decode)
 
         def code(encode=encode, decode=decode, x=x) -> Any:
