@@ -32,6 +32,9 @@ def _text(thing: Any) -> str | None:
 
 def _inside(value: Any, seen: set[int]) -> Iterator[str | None]:
     """Texts of the functions in a value, and plain values as they are; of other objects their classes."""
+    if isinstance(value, str | bytes | int | float | bool | None):  # equal ones may be one object: each counts
+        yield repr(value)
+        return
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -47,7 +50,5 @@ def _inside(value: Any, seen: set[int]) -> Iterator[str | None]:
         for name in value:
             yield str(name)
             yield from _inside(value[name], seen)
-    elif isinstance(value, str | bytes | int | float | bool | None):
-        yield repr(value)
     else:
         yield f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1228,6 +1228,13 @@ CASES = [
         "tests/test_task.py::test_another_optimizer_is_told_by_what_it_closes_over",
     ),
     TakenOut(
+        "task: equal numbers in an object are each counted",
+        "recipes/objects.py",
+        "yield repr(value)\n        return\n",
+        "yield repr(value) * (id(value) not in seen)\n        seen.add(id(value))\n        return\n",
+        "tests/test_task.py::test_equal_numbers_in_an_object_are_each_counted",
+    ),
+    TakenOut(
         "task: a run of a comparison is named by the objects of its row",
         "recipes/runner.py",
         "KIND, *described_objects(job.own)]",
