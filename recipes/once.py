@@ -13,7 +13,7 @@ from parallel.cost.bytes import exchange_bytes
 from parallel.exchange import residuals
 from parallel.layout import placement, rules
 from parallel.layout.axes import SLOW
-from parallel.strategies.base import take
+from parallel.strategies.base import divisor, take
 from recipes import programs
 from recipes.build import Parts
 from runtime.config import UsageError
@@ -79,7 +79,7 @@ class Once:
         def gradients(params: Any, batch_RBT: Any) -> Any:
             per_replica = jax.vmap(strategy.loss_and_gradient, in_axes=(None, 0), spmd_axis_name=SLOW)
             (_, weight_R, *_), grads_R = per_replica(params, batch_RBT)
-            return jax.tree.map(lambda g: g / weight_R.reshape(-1, *[1] * (g.ndim - 1)), grads_R)
+            return jax.tree.map(lambda g: g / divisor(weight_R).reshape(-1, *[1] * (g.ndim - 1)), grads_R)
 
         specs = jax.tree.map(lambda spec: jax.sharding.PartitionSpec(SLOW, *spec), strategy.specs)
         return self._jit(gradients, rules.shardings(self.parts.mesh, specs))

@@ -174,10 +174,13 @@ class Task:
         return Arrays(self.data, self.eval_data)
 
     def layers(self) -> int:
-        """Of params["blocks"], 1 without any."""
-        shapes = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
-        blocks = jax.tree.leaves(shapes.get("blocks", ()))
-        return blocks[0].shape[0] if blocks and blocks[0].shape else 1
+        return num_layers(jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0))))
+
+
+def num_layers(shapes: Any) -> int:
+    """Of params["blocks"], 1 without any. shapes: of the parameters."""
+    blocks = jax.tree.leaves(shapes.get("blocks", ()))
+    return blocks[0].shape[0] if blocks and blocks[0].shape else 1
 
 
 def arrays(what: str, found: Any) -> dict[str, np.ndarray]:

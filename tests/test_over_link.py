@@ -7,7 +7,7 @@ import pytest
 
 from parallel.cost.bytes import bytes_per_step
 from parallel.cost.link import FRAME, Link
-from recipes import over_link
+from recipes import methods, over_link
 from runtime.config import UsageError
 
 
@@ -56,6 +56,10 @@ def test_the_catalogue_keeps_of_each_strategy_what_sends_most():
     kept = {k.strategy: k.codec for k in over_link.catalogue(Link.parse("10mbit"), parts, _workload(parts, 0.1))}
     assert kept["eager"] == "none" and kept["sync"] not in ("none", "bf16")
     assert not over_link.catalogue(Link.parse("1kbit"), parts, _workload(parts, 0.001))
+
+
+def test_every_strategy_is_tried():
+    assert over_link.TRIED.keys() == methods.STRATEGIES.keys()
 
 
 def _workload(parts, seconds: float):
