@@ -39,23 +39,30 @@ def main(argv: list[str]) -> int:
     with bad_input():
         workdir = Path(configuration.local_path("--workdir", args.workdir or f"runs/compare-{Path(args.config).stem}"))
     lock.hold(workdir)  # exits.guarded lets go of it
+    side_by_side = {"processes": args.processes, "simulate": args.simulate or 0}
     if args.tune:
-        for row in comparing.search(plan, workdir):
+        for row in comparing.search(plan, workdir, **side_by_side):
             said = ", ".join(f"{value:g}: {loss:.4f}" for value, loss in row.losses.items())
             edge = ", at the edge: try more" if row.edge else ""
             print(f"{row.name} | {row.key} | {said} | best {row.best:g}{edge}")
         return 0
-    found = comparing.run(plan, workdir, processes=args.processes, simulate=args.simulate or 0)
+    found = comparing.run(plan, workdir, **side_by_side)
     print(f"\n{table.markdown(found)}\nin {workdir}: report.html, table.md, table.csv, table.json, plots/")
     return 0
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a file like configs/compare/quickstart.py")
     parser.add_argument("--workdir", help="where results are kept; default runs/compare-<config>")
-    parser.add_argument("--simulate", type=int, help="simulated CPU devices, over which the replicas are laid")
-    parser.add_argument("--processes", type=int, default=1, help="rows at once, each on a core of its own")
+    parser.add_argument("--simulate", type=positive, help="simulated CPU devices, over which the replicas are laid")
+    parser.add_argument("--processes", type=positive, default=1, help="rows at once, each on a core of its own")
     parser.add_argument("--tune", action="store_true", help="try the candidates of each row, and train nothing else")
     parser.add_argument("--only", default="", help="rows whose name contains this; the baseline always runs")
     parser.add_argument("--version", action="version", version=configuration.version())

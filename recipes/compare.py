@@ -189,8 +189,11 @@ class Tried(NamedTuple):
         return len(self.losses) > 1 and self.best in (min(self.losses), max(self.losses))
 
 
-def search(plan: Plan, workdir: Path, devices: Sequence[Any] = ()) -> list[Tried]:
-    """Trains every row that has `tune` with each of its candidates: a third of the length, the first seed."""
+def search(
+    plan: Plan, workdir: Path, devices: Sequence[Any] = (), processes: int = 1, simulate: int = 0
+) -> list[Tried]:
+    """Trains every row that has `tune` with each of its candidates: a third of the length, the first seed. processes,
+    simulate: as in `run`."""
     tuned = [(row, *row.tune) for row in plan.rows if row.tune and not row.is_floor]
     if not tuned:
         raise UsageError("no row has `tune`, a key and the values to try: see configs/compare/quickstart.py")
@@ -202,6 +205,7 @@ def search(plan: Plan, workdir: Path, devices: Sequence[Any] = ()) -> list[Tried
         for value in values
     }
     runner = Runner(workdir, list(jobs.values()), devices)
-    runner.train(list(jobs.values()))
+    for _ in _trained(runner, [[job] for job in jobs.values()], processes, simulate):
+        pass
     loss = lambda row, value: runner.result(jobs[row.name, value])["final_loss"]
     return [Tried(row.name, key, {value: loss(row, value) for value in values}) for row, key, values in tuned]

@@ -258,6 +258,14 @@ def test_a_comparison_that_runs_is_not_started_twice(tmp_path, capsys):
     lock.release()
 
 
+@pytest.mark.parametrize("option", ["processes", "simulate"])
+def test_a_number_of_processes_or_devices_is_at_least_1(option, capsys):
+    for text in ("0", "-2", "two"):
+        with pytest.raises(SystemExit, match="2"):
+            compare.main(["--config=configs/compare/quickstart.py", f"--{option}={text}"])
+        assert f"argument --{option}: invalid positive value: '{text}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_a_comparison_is_kept_in_a_folder(tmp_path, scheme):
     (tmp_path / "config.py").write_text(CONFIG)
