@@ -11,6 +11,7 @@ tree with changes proves nothing about a commit: its results are kept apart, and
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -116,8 +117,18 @@ def _read(file: Path) -> dict[str, Any]:
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@contextlib.contextmanager
+def unheard(signals: Iterable[int]) -> Iterator[None]:
+    """What comes meanwhile is heard afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Running:
-    """A piece under way."""
+    """A piece under way. To be started where signals are unheard, until somebody knows of it."""
 
     def __init__(self, piece: Piece):
         self.piece, self.started = piece, time.time()
@@ -126,7 +137,8 @@ class Running:
         command = [part.format(junit=self._junit) if "{junit}" in part else part for part in piece.command]
         with self._output.open("w") as output:
             pipes = {"stdout": output, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+            hear = lambda: signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=hear, **pipes)
 
     def result(self, commit: str) -> dict[str, Any]:
         code, output = self.process.returncode, self._output.read_text(errors="replace")
@@ -160,7 +172,8 @@ def results(todo: Iterable[Piece], commit: str) -> Iterator[dict[str, Any]]:
     try:
         while waiting or running:
             while waiting and sum(other.piece.cores for other in running) + waiting[0].cores <= CORES:
-                running.append(Running(waiting.pop(0)))
+                with unheard(signal.valid_signals()):
+                    running.append(Running(waiting.pop(0)))
             for ended in [other for other in running if other.process.poll() is not None]:
                 yield ended.result(commit)
                 ended.close()

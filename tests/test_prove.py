@@ -61,22 +61,55 @@ def test_what_has_passed_is_not_run_again_and_what_has_failed_is(tmp_path, store
     assert (tmp_path / "ran").read_text() == "gbb" + "g" + "gg", "another commit, and a tree that is none"
 
 
-def test_stopped_it_leaves_nothing_behind_and_goes_on(tmp_path, store):
-    code = f"import os, signal, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
-    code += "os.kill(os.getppid(), signal.SIGALRM); time.sleep(60)"
+@pytest.fixture
+def started(monkeypatch):
+    """Processes that were started, in order. SIGALRM is heard as Ctrl-C is."""
 
     def stop(*_):
         raise KeyboardInterrupt
 
+    found, start = [], subprocess.Popen
+    monkeypatch.setattr(prove.subprocess, "Popen", lambda *x, **y: found.append(start(*x, **y)) or found[-1])
     before = signal.signal(signal.SIGALRM, stop)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            prove.prove([piece("first", ""), piece("long", code)], store)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    yield found
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_stopped_it_leaves_nothing_behind_and_goes_on(store, started):
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGALRM); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        prove.prove([piece("first", ""), piece("long", code)], store)
     assert store.is_proven("first") and store.get("long") is None
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert [process.returncode for process in started] == [0, -signal.SIGKILL]
+
+
+def test_stopped_while_a_piece_is_being_started_it_leaves_nothing_behind(store, started, monkeypatch):
+    start = prove.subprocess.Popen
+
+    def interrupted(*x, **y):
+        process = start(*x, **y)
+        os.kill(os.getpid(), signal.SIGALRM)
+        return process
+
+    monkeypatch.setattr(prove.subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prove.prove([piece("long", "import time; time.sleep(60)")], store)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+def test_stopped_while_a_result_is_being_kept_it_leaves_nothing_behind(store, started, monkeypatch):
+    def interrupted(result):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prove.prove([piece("first", "", 1), piece("long", "import time; time.sleep(60)", 1)], store)
+    assert [process.returncode for process in started] == [0, -signal.SIGKILL]
+
+
+def test_a_piece_hears_signals(store):
+    code = "import signal; assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())"
+    assert prove.prove([piece("listens", code)], store) == 0
 
 
 def test_pieces_of_one_core_go_side_by_side(tmp_path, store):
