@@ -6,7 +6,7 @@ counts them.
 """
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import helpers
@@ -201,7 +201,7 @@ def test_a_lump_that_residuals_hold_is_cut_off_and_does_not_come_back():
     for n, batch in enumerate(batches(60, None, "nan")):
         if n == 40:
             lump = lambda x: jnp.where(jnp.arange(x.size).reshape(x.shape) % 17 == 0, 1e4, x)
-            worker = jax.tree.map(lump, state.codec["worker"])
+            worker = jax.jit(partial(jax.tree.map, lump))(state.codec["worker"])
             state, before = dataclasses.replace(state, codec=state.codec | {"worker": worker}), state
         state, metrics = program(state, jax.tree.map(lambda x: x[None], batch))
     assert 1 <= int(state.guard.skipped) <= guards.PATIENCE and int(state.guard.clipped) == 0

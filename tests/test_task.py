@@ -17,7 +17,7 @@ from examples import textbook
 from parallel.exchange.codecs import CODECS
 from parallel.exchange.codecs.quantized import Int4
 from recipes import compare as comparing
-from recipes import door, methods
+from recipes import door, methods, objects
 from recipes.runner import Runner
 from runtime import config as configuration
 from runtime.digest import named_arrays
@@ -172,7 +172,7 @@ def test_a_run_of_a_task_keeps_and_says_what_it_has_and_nothing_of_text(task, wh
     found = whole.evaluate(dict(task.eval_data))
     assert found.loss == summary["final_eval_loss"] and found.values()["off"] == summary["final_eval_off"]
     rows = {name: x[:20] for name, x in task.eval_data.items()}
-    total, rest = with_rest(jax.device_get(whole.params), rows)
+    total, rest = jax.jit(with_rest)(jax.device_get(whole.params), rows)
     assert found.loss == pytest.approx(float(total / rest[0]), rel=1e-5)
     with pytest.raises(sl.UsageError, match="no text"):
         whole.sample("def ")
@@ -446,3 +446,13 @@ def test_another_optimizer_is_told_by_what_it_closes_over(task):
         door.configure("base", {"optimizer": optax.sgd(x)}).own.describe()["optimizer"]["source"] for x in (1, 1, 2)
     ]
     assert found[0] == found[1] != found[2]
+
+
+def test_equal_numbers_in_an_object_are_each_counted():
+    """Small integers are one object in Python, wherever they stand."""
+
+    def closure(*numbers):
+        return lambda: numbers
+
+    source = lambda *numbers: objects.described(dict, {"f": closure(*numbers)})["source"]
+    assert source(1, 2, 1) == source(1, 2, 1) != source(1, 2, 2)
