@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes import begin, describe, door, finish, once, programs, table
+from recipes import begin, describe, door, finish, memory, once, programs, table
 from recipes import build as recipe
 from recipes import compare as comparing
 from recipes import fit as loop
@@ -59,8 +59,9 @@ def fit(
     try:
         opened = begin.open_workdir(asked.config, where, True, console)
         door.tell_changed(opened, asked.own, console)
-        run, state = begin.begin(asked.config, parts, opened, console, phases, agree.code_facts())
-        with contextlib.closing(notice):
+        limit, facts = memory.of_device(), agree.code_facts()
+        with contextlib.closing(notice), memory.explained(asked.config, parts, console):
+            run, state = begin.begin(asked.config, parts, opened, console, phases, facts, limit)
             outcome = loop.train(run, state, notice)
         if outcome.interrupted:
             console.say(f"stopped by Ctrl-C after step {outcome.step}, saved; the same call with its workdir goes on")

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from data.corpus import cache_directory
 from parallel.layout import mesh as meshes
-from recipes import begin, build, describe, finish, fit, methods, over_link, programs
+from recipes import begin, build, describe, finish, fit, memory, methods, over_link, programs
 from runtime import agree, exits, library_log, preemption
 from runtime.config import bad_input
 from runtime.console import Console
@@ -48,18 +48,22 @@ def main(argv: list[str]) -> int:
     link = over_link.read(flags.link, flags.step_seconds, flags.dry_run, parts.replicas)
     programs.use_compilation_cache(cache_directory())
     phases.mark("import")
+    limit = memory.read(flags.memory) or memory.of_device()
     if where is None:
-        return describe.dry_run(config, parts, console, phases, link, flags.step_seconds)
+        with memory.explained(config, parts, console):
+            return describe.dry_run(config, parts, console, phases, link, flags.step_seconds, limit)
 
     # ── Begin, or go on: compile while the data is read; restore, or make the first state ────────────────────────
     workdir = begin.open_workdir(config, where, flags.resume, console)
-    run, state = begin.begin(config, parts, workdir, console, phases, facts)
+    with memory.explained(config, parts, console):
+        run, state = begin.begin(config, parts, workdir, console, phases, facts, limit)
 
     # ── Train ────────────────────────────────────────────────────────────────────────────────────────────────────
     meshes.keep_freed_memory()
     gc.freeze()  # what the start has made stays
     gc.enable()
-    outcome = fit.train(run, state, notice)
+    with memory.explained(config, parts, console):
+        outcome = fit.train(run, state, notice)
 
     # ── Tell ─────────────────────────────────────────────────────────────────────────────────────────────────────
     if outcome.interrupted:

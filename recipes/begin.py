@@ -12,7 +12,7 @@ import numpy as np
 
 from data.loader import threads_beside_grain
 from parallel.cost.hardware import peak_flops
-from recipes import describe, methods, phases, programs
+from recipes import describe, memory, methods, phases, programs
 from recipes.build import Parts, build_schedule
 from recipes.finish import try_prompt
 from recipes.fit import Run, num_units
@@ -26,7 +26,7 @@ from runtime.metrics import MetricsLog, optional_writers, read
 from runtime.progress import Phases, Recorder
 from runtime.workdir import Workdir, choose
 
-MEMORY = ("arguments", "temporary")  # as `describe.memory` gives them
+MEMORY = ("arguments", "temporary")  # as `memory.of_program` gives them
 
 
 def make_console(
@@ -53,10 +53,17 @@ def open_workdir(config: Any, path: str, resume: bool, console: Console) -> Work
 
 
 def begin(
-    config: Any, parts: Parts, workdir: Workdir, console: Console, times: Phases, facts: dict[str, Any]
+    config: Any,
+    parts: Parts,
+    workdir: Workdir,
+    console: Console,
+    times: Phases,
+    facts: dict[str, Any],
+    limit: float | None,
 ) -> tuple[Run, Any]:
     """Everything between the parts of a run and its first step: (the run, its state). What takes long goes side by
-    side: the step is compiled while the data is read. facts: of code and versions; what the data is joins them."""
+    side: the step is compiled while the data is read. facts: of code and versions; what the data is joins them. limit:
+    bytes of a device, which a step must not exceed; None: not known."""
     given = origin(config, workdir)
     background = threads_beside_grain(2)
     compiling = background.submit(programs.compile_steps, parts)
@@ -67,6 +74,7 @@ def begin(
     times.mark("data", then="compiling the training step")
     compiled = compiling.result()
     times.mark("compile", then="restoring a checkpoint" if workdir.resuming else "making the weights")
+    memory.check(config, parts, compiled, limit, console)
     start, begun, others = None, {}, {}
     if workdir.resuming and workdir.must_restore(checkpoints.steps()):
         state, start = restore(config, parts, workdir, checkpoints, console, facts)
@@ -207,7 +215,7 @@ def write_down(
 
 def computed_by(compiled: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """What summary.json says of this start: versions and devices, and what the step's programs need, in bytes."""
-    needs = {name: dict(zip(MEMORY, describe.memory(program), strict=True)) for name, program in compiled.items()}
+    needs = {name: dict(zip(MEMORY, memory.of_program(program), strict=True)) for name, program in compiled.items()}
     return {"environment": environment(facts), "memory": needs}
 
 

@@ -12,7 +12,7 @@ from parallel.cost.link import Link
 from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
-from recipes import methods, over_link, phases
+from recipes import memory, methods, over_link, phases
 from recipes.build import Parts, num_parameters
 from recipes.programs import compile_beside, compile_init, compile_steps
 from runtime.config import UsageError
@@ -117,15 +117,23 @@ def beside(config: Any, parts: Parts, console: Console, programs: dict[str, Any]
 
 
 def dry_run(
-    config: Any, parts: Parts, console: Console, times: Phases, link: Link | None, step_seconds: float | None
+    config: Any,
+    parts: Parts,
+    console: Console,
+    times: Phases,
+    link: Link | None,
+    step_seconds: float | None,
+    limit: float | None,
 ) -> int:
-    """Compiles every program of a run and shows what they need. Returns the exit code."""
+    """Compiles every program of a run and shows what they need. Returns the exit code. limit: bytes of a device; below
+    the table, UsageError where a step needs more."""
     programs, others = compile_all(config, parts)
     times.mark("compile")
     last = [("beside the step", ""), *rows_beside(others)]
     sent = start("programs", config, parts, programs, others, times.seconds, console, last=last)
     if link and SLOW in sent:
         console.table(f"over {link.text}", over_link.rows(link, parts, sent[SLOW], step_seconds))
+    memory.check(config, parts, programs, limit, console)
     return 0
 
 
@@ -181,13 +189,12 @@ def slow_rows(
 
 def memory_rows(parts: Parts, programs: dict[str, Any]) -> list[tuple[str, str]]:
     """Of the compiled programs, not estimates."""
-    need = max((memory(program) for program in programs.values()), key=lambda sizes: sizes[-1])
-    state = max(sum(_shard_bytes(x) for x in jax.tree.leaves(phase.state)) for phase in parts.phases)
+    need = memory.of_programs(parts, programs)
     return [
         ("memory per device", ""),
-        ("state", f"{human_bytes(state)}; as much again while a checkpoint is being copied"),
-        ("temporary", said_bytes(need[1])),
-        ("in all", said_bytes(sum(need))),
+        ("state", f"{human_bytes(need.state)}; as much again while a checkpoint is being copied"),
+        ("temporary", said_bytes(need.temporary)),
+        ("in all", said_bytes(need.whole)),
     ]
 
 
@@ -196,7 +203,9 @@ def weight_rows(parts: Parts) -> list[tuple[str, str]]:
     if parts.mesh.size == 1:
         return []
     largest = sorted(named_arrays(parts.state.params).items(), key=lambda row: -math.prod(row[1].shape))[:4]
-    how = lambda x: f"{list(x.shape)} as {x.sharding.spec}, {human_bytes(_shard_bytes(x))} on each device"
+    how = lambda x: (
+        f"{list(x.shape)} as {x.sharding.spec}, {human_bytes(memory.shard_bytes(x, parts.mesh.shape))} on each device"
+    )
     return [("largest weights", ""), *((name, how(x)) for name, x in largest)]
 
 
@@ -212,17 +221,10 @@ def _forms(exchange: Any) -> str:
 
 def rows_beside(programs: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of a table: what each of these programs needs."""
-    return [(name, f"{said_bytes(memory(program)[1])} temporary per device") for name, program in programs.items()]
-
-
-def memory(program: Any) -> tuple[float, float]:
-    """Bytes of a compiled program's arguments and temporaries on one device; NaN where the backend does not say: that
-    is no reason not to train."""
-    try:
-        found = program.memory_analysis()
-        return found.argument_size_in_bytes, found.temp_size_in_bytes
-    except Exception:  # of whatever type the backend raises; some give None
-        return math.nan, math.nan
+    return [
+        (name, f"{said_bytes(memory.of_program(program)[1])} temporary per device")
+        for name, program in programs.items()
+    ]
 
 
 def said_bytes(number: float) -> str:
@@ -235,7 +237,3 @@ def stray_row(found: dict[str, stray.Traffic]) -> str:
     odd = [f"{name}: {said[name]}" for name, t in found.items() if t.stray or t.not_counted]
     fine = [name for name, t in found.items() if not (t.stray or t.not_counted)]
     return "; ".join(([f"0 B in {', '.join(fine)}"] if fine else []) + odd)
-
-
-def _shard_bytes(x: Any) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

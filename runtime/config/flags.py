@@ -46,6 +46,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "step_seconds", None, "Of computing, for --link in a dry run.", flag_values=values, lower_bound=1e-6
     )
+    flags.DEFINE_string("memory", None, "Of one device, as 80GiB: what does not fit is refused.", flag_values=values)
     flags.DEFINE_bool("resume", True, "Go on if the workdir has a run; --noresume refuses to.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values, lower_bound=1)
