@@ -27,6 +27,7 @@ from recipes.programs import use_compilation_cache
 from runtime import config as configuration
 from runtime import exits, lock
 from runtime.config import bad_input
+from runtime.console import is_terminal, terminal_columns
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
             print(f"{row.name} | {row.key} | {said} | best {row.best:g}{edge}")
         return 0
     found = comparing.run(plan, workdir, **side_by_side)
-    print(f"\n{table.markdown(found)}\nin {workdir}: report.html, table.md, table.csv, table.json, plots/")
+    text = table.fitting(found, terminal_columns()) if is_terminal(sys.stdout) else table.markdown(found)
+    print(f"\n{text}\nin {workdir}: report.html, table.md, table.csv, table.json, plots/")
     return 0
 
 

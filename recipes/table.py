@@ -1,4 +1,4 @@
-"""The table and the plots of compare.py, from the summaries of its rows. The first row is the baseline."""
+"""The table of compare.py, from the summaries of its rows. The first row is the baseline."""
 
 import csv
 import io
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from parallel.cost.utilisation import GRID, WORKLOADS, Method, bandwidth_for, utilisation
+from parallel.cost.utilisation import WORKLOADS, Method, bandwidth_for
+from recipes import plots
 from runtime.console import human_bytes
 from runtime.metrics import replace_file, write_json
 
 TARGETS = (0.5, 0.8, 0.95)  # of compute utilisation
-SHAPES = ("-", "--", ":", "-.")
 
 
 def tabulate(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +94,32 @@ def header(table: dict[str, Any]) -> list[str]:
     return [*COLUMNS, *(f"{name}: Gbit/s for {goals} %" for name in table["rows"][0]["gbit_per_s"])]
 
 
+# Of COLUMNS: those of the highest rank go first where a terminal is too narrow, and before them the links' rates.
+RANKS = (0, 3, 0, 1, 5, 6, 7, 8, 2, 4)
+
+
+def fitting(table: dict[str, Any], width: int) -> str:
+    """The table for a terminal, in lines of at most `width` letters: without the columns that do not fit, which are
+    named below it."""
+    head, rows = header(table), [cells(row) for row in table["rows"]]
+    rank = dict(enumerate([*RANKS, *range(len(COLUMNS), len(head))]))
+    sizes = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    kept, over = list(rank), lambda: sum(sizes[i] + 2 for i in kept) - 2 - width
+    while over() > 0 and any(rank[i] for i in kept):
+        kept.remove(max(kept, key=rank.__getitem__))
+    sizes[0] = max(8, sizes[0] - max(0, over()))  # of the names
+    name = lambda text: text if len(text) <= sizes[0] else text[: sizes[0] - 1] + "…"
+    ruled = [head, ["─" * size for size in sizes], *rows]
+    lines = ["  ".join([f"{name(row[0]):<{sizes[0]}}", *(f"{row[i]:>{sizes[i]}}" for i in kept[1:])]) for row in ruled]
+    left_out = [text for i, text in enumerate(head) if i not in kept]
+    return "\n".join([*lines, *_ended(table), *(["", f"table.md also has: {', '.join(left_out)}"] if left_out else [])])
+
+
+def _ended(table: dict[str, Any]) -> list[str]:
+    ended = [f"- {row['name']}: {text}" for row in table["rows"] for text in row["ended"] if text]
+    return ["", "Runs that ended early:", "", *ended] if ended else []
+
+
 def markdown(table: dict[str, Any]) -> str:
     about = table["about"]
     read = ", ".join(f"{about[unit]:,} {unit}" for unit in ("tokens", "examples") if unit in about)
@@ -109,8 +135,7 @@ def markdown(table: dict[str, Any]) -> str:
         "|" + "---|" * len(header(table)),
     ]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in table["rows"]]
-    ended = [f"{row['name']}: {text}" for row in table["rows"] for text in row["ended"] if text]
-    return "\n".join([*lines, *(["", "Runs that ended early:", "", *(f"- {line}" for line in ended)] if ended else [])])
+    return "\n".join([*lines, *_ended(table)])
 
 
 def write(table: dict[str, Any], workdir: Path) -> None:
@@ -122,58 +147,4 @@ def write(table: dict[str, Any], workdir: Path) -> None:
     writer.writerows(cells(row) for row in table["rows"])
     replace_file(workdir / "table.csv", text.getvalue().encode())
     write_json(workdir / "table.json", table)
-    _plots(table["rows"], workdir / "plots")
-
-
-def _plots(rows: list[dict[str, Any]], folder: Path) -> None:
-    """loss_steps.png, loss_bytes.png, utilisation.png: one line a row, of one colour and dash in all three."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mean = lambda row: np.mean(row["eval_losses"], axis=0)
-    floor = np.nanmin([mean(row) for row in rows]) - 0.02
-    top = np.nanmax([mean(row)[len(mean(row)) // 3] for row in rows]) + 0.05
-
-    def steps(axes, row, style):
-        axes.plot(row["steps"], mean(row), **style)
-
-    def sent(axes, row, style):
-        axes.plot(np.array(row["steps"]) * row["wire_bytes_per_step"] / 2**20, mean(row), **style)
-
-    def busy(axes, row, style):
-        axes.plot(GRID, 100 * np.asarray(utilisation(WORKLOADS["10B"], Method(**row["method"]), GRID)), **style)
-
-    loss = {"ylabel": "eval loss, nats per token", "ylim": (floor, top)}
-    _plot(rows, steps, folder / "loss_steps.png", title="Loss against steps", xlabel="steps", **loss)
-    _plot(
-        *(rows, sent, folder / "loss_bytes.png"),
-        title="Loss against bytes over the slow link",
-        xlabel="MiB sent by one replica",
-        xscale="log",
-        **loss,
-    )
-    _plot(
-        *(rows, busy, folder / "utilisation.png"),
-        title="Share of the time spent computing, 10 B parameters, 0.8 s a step (simulated)",
-        xlabel="Gbit/s of the slow link",
-        xscale="log",
-        ylabel="compute utilisation, %",
-    )
-
-
-def _plot(rows: list[dict[str, Any]], draw: Any, path: Path, title: str, **axes_options: Any) -> None:
-    from matplotlib import colormaps  # a second to import, only needed here
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 7.5), dpi=100, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    colors = [colormaps["tab10"](i) for i in range(10)]
-    for i, row in enumerate(rows):
-        style = {"color": "black" if i == 0 else colors[i % 10], "linestyle": SHAPES[i // 10 % 4]}
-        draw(axes, row, style | {"linewidth": 2.4 if i == 0 else 1.4, "label": row["name"]})
-    axes.set(**axes_options)
-    axes.set_title(title, loc="left", fontsize=14, fontweight="bold")
-    axes.grid(color="#e5e7eb")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10)
-    figure.savefig(path, format="png")
+    plots.draw(table["rows"], workdir / "plots", of_text="tokens" in table["about"])

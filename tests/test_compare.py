@@ -17,7 +17,7 @@ from recipes import fit
 from recipes.compare import Plan, search, summary
 from recipes.language import Text
 from recipes.runner import Job, Runner
-from recipes.table import markdown, student_t, tabulate, verdict, write
+from recipes.table import fitting, header, markdown, student_t, tabulate, verdict, write
 from runtime import lock
 from runtime.config import UsageError
 from runtime.metrics import write_json
@@ -84,6 +84,21 @@ def test_a_row_whose_run_was_ended_says_so_and_leaves_the_others_alone(tmp_path)
     text = markdown(table)
     assert "| 20 / 0 / 1 | 0 / 0 / 0 |" in text and text.endswith("- b: 20 updates were skipped")
     write(table, tmp_path)  # and the plots are drawn
+
+
+@pytest.mark.parametrize("width", [400, 160, 100, 80, 30])
+def test_a_terminal_is_shown_as_many_columns_as_fit(width):
+    rows = [summary_of("a", [2.0, 3.0, 4.0]), summary_of("a long name of 33 letters, no less", [2.1, 3.1, 4.4])]
+    table = tabulate([*rows, summary_of("c", [np.nan, 3.1, 4.4], ended="20 updates were skipped")], {})
+    text = fitting(table, width)
+    lines = text.split("\n\n")[0].splitlines()
+    assert max(map(len, lines)) <= width and len(lines) == 2 + 3
+    assert "gap %" in lines[0], "what the table is about stays longest"
+    left_out = text.rpartition("also has: ")[2] if "also has" in text else ""
+    for name in header(table):
+        assert (name in lines[0]) != (name in left_out), name
+    assert ("95 % interval" in lines[0]) == (width >= 80) and (left_out == "") == (width == 400)
+    assert "- c: 20 updates were skipped" in text
 
 
 def kept(runner: Runner, job: Job, loss: float, **more) -> None:
