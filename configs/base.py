@@ -124,6 +124,7 @@ def get_config() -> Any:
 
     c.sample = ConfigDict()
     c.sample.tokens = 256  # of text to write at the end; 0: none
+    c.sample.every = 0  # steps between samples that are kept while it trains; 0: only the one at the end
     c.sample.prompt = "auto"  # auto: the first words of the held-out text
     c.sample.temperature = 0.8
 

@@ -20,4 +20,5 @@ def get_config():
     c.data.batch_size = 16
     c.optimizer.lr = 4e-3
     c.optimizer.warmup_steps = 40
+    c.sample.every = 150
     return c

@@ -8,10 +8,10 @@ import numpy as np
 from data import corpus as corpora
 from parallel.cost.link import Link
 from parallel.layout.axes import SLOW
-from recipes import over_link
+from recipes import fit, over_link
 from recipes.build import num_parameters
 from recipes.fit import Run
-from recipes.programs import Evaluation, rows_of_evaluation, sample_text
+from recipes.programs import Evaluation, rows_of_evaluation
 from recipes.task import Data
 from runtime import report
 from runtime.config import UsageError
@@ -65,7 +65,7 @@ def finish(run: Run, params: Any, evaluated: Evaluation, link: Link | None = Non
         baselines = baselines or dict.fromkeys(run.data.compared_with)
         summarise(run, digest, evaluated, baselines)
     if run.prompt_P is not None:
-        text = attempt("sample", lambda: sample(run, params))
+        text = attempt("sample", lambda: fit.sample(run, params))
         if text and run.workdir.leader:
             attempt("samples.txt", lambda: (folder / "samples.txt").write_text(text + "\n", encoding="utf-8"))
             console.say(f"a sample:\n{text}")
@@ -111,12 +111,6 @@ def summarise(run: Run, digest: str, evaluated: Evaluation, baselines: Baselines
         peak_memory=peak_memory(),
         goodput=round(last["train_seconds"] / run.workdir.seconds_since_first_start(), 4),
     )
-
-
-def sample(run: Run, params: Any) -> str:
-    assert run.prompt_P is not None
-    seq_len, seed, tokenizer = run.config.data.seq_len, run.config.seed, run.data.tokenizer
-    return sample_text(run.beside["sample"], params, run.prompt_P, seq_len, seed, tokenizer)
 
 
 def plot(run: Run, evaluated: Evaluation, baselines: Baselines) -> None:

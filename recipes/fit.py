@@ -13,10 +13,11 @@ from data.loader import Batches
 from parallel.layout import placement
 from recipes import phases
 from recipes.build import Parts, Phase
-from recipes.programs import NOT_EVALUATED, Evaluation, Evaluator, Later, rows_of_evaluation
+from recipes.programs import NOT_EVALUATED, Evaluation, Evaluator, Later, rows_of_evaluation, sample_text
 from recipes.task import Data, Trainable
 from runtime.config import RunError
 from runtime.console import Console
+from runtime.metrics import replace_file
 from runtime.progress import Phases, Profiler, Recorder
 from runtime.workdir import Workdir
 
@@ -107,6 +108,23 @@ def train(run: Run, state: Any, notice: Any) -> Outcome:
     return outcome
 
 
+def sample(run: Run, params: Any) -> str:
+    """Text that the model writes. Called by every process: the parameters stay in their shards."""
+    assert run.prompt_P is not None
+    seq_len, seed, tokenizer = run.config.data.seq_len, run.config.seed, run.data.tokenizer
+    return sample_text(run.beside["sample"], params, run.prompt_P, seq_len, seed, tokenizer)
+
+
+def _keep_sample(run: Run, params: Any, done: int) -> None:
+    """samples/N.txt, of the model after N updates."""
+    try:
+        text = sample(run, params)
+        if run.workdir.leader:
+            replace_file(run.workdir.path / "samples" / f"{done}.txt", (text + "\n").encode("utf-8", "replace"))
+    except Exception as error:  # of whatever type, as at the end: a sample is no reason to end a run
+        run.console.warn(f"no sample at step {done}: {type(error).__name__}: {error}")
+
+
 def _before(run: Run, profiler: Profiler, borders: list[int]) -> Callable[[int, Any, int], None]:
     """Hears of each call before it is made: updates made, state, K."""
 
@@ -145,9 +163,10 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
         last, stopping = done == config.steps, notice.requested(done)
         evaluating = due(done, config.eval_every, config.steps)
         saving = stopping or due(done, config.checkpoint.every, config.steps)
-        if evaluating or saving:
+        sampling = run.prompt_P is not None and not last and due(done, config.sample.every, config.steps)
+        if evaluating or saving or sampling:
             recorder.flush()
-            run.console.doing(f"evaluating or saving at step {done}")
+            run.console.doing(f"evaluating, sampling or saving at step {done}")
             if last:  # what is trained is on the disk before anything runs that can fail: evaluation, sample
                 checkpoints.save(done, state, None, run.facts | recorder.counted())
                 checkpoints.finish()
@@ -157,6 +176,8 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
             if saving and not last:
                 facts = run.facts | recorder.counted()
                 checkpoints.save(done, state, evaluated.loss if evaluating else None, facts)
+            if sampling:
+                _keep_sample(run, state.params, done)
             run.console.doing("")
             recorder.resume_clock()
         if checkpoints.poll():

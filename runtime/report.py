@@ -8,6 +8,7 @@ A run may still be going on: the page shows what there is. The end of every run 
 """
 
 import argparse
+import contextlib
 import functools
 import html
 import json
@@ -34,6 +35,7 @@ OF_A_COMPARISON = ("table.json", "results")
 LIMIT = 2_000_000  # bytes of a page
 POINTS = 2048  # of a curve at most; fewer where the page would be too large
 FEWEST = 16
+SAMPLES = 12  # of those that a run keeps while it trains
 LONG = 150  # rows from which on a running median is drawn beside the loss
 
 
@@ -136,8 +138,8 @@ def _run(name: str, path: Path, rows: list[dict[str, Any]], said: list[str], poi
     notes = list(said)
     config, summary = _json(path / "config.json", notes), _json(path / "summary.json", notes)
     objects = config.pop(configuration.OBJECTS, {})
-    sample, written = _sample(path), path / "metrics.jsonl"
-    curves, most = _series(rows), 8 * points
+    samples, written = _samples(path, rows[-1]["step"] if rows else 0), path / "metrics.jsonl"
+    curves, most = _series(rows), 8 * points // max(1, len(samples))
     values = dict(configuration.flatten(config))  # a key that came later than the run has its default
     return {
         "name": name,
@@ -150,16 +152,23 @@ def _run(name: str, path: Path, rows: list[dict[str, Any]], said: list[str], poi
         "summary": summary,
         "series": {key: _thinned(*curve, points) for key, curve in curves.items()},
         "median": _median(*curves["loss"]) if "loss" in curves and len(rows) >= LONG else None,
-        "sample": sample[:most],
-        "sample_left_out": max(0, len(sample) - most),
+        "samples": [
+            {"step": step, "text": text[:most], "left_out": max(0, len(text) - most)} for step, text in samples.items()
+        ],
     }
 
 
-def _sample(path: Path) -> str:
-    try:
-        return (path / "samples.txt").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _samples(path: Path, last: int) -> dict[int | None, str]:
+    """{step: text} of those kept until step `last`, some of them if there are many; None: the one at the end."""
+    kept = {int(file.stem): file for file in (path / "samples").glob("*.txt") if file.stem.isdecimal()}
+    chosen = sorted(step for step in kept if step <= last)
+    if len(chosen) > SAMPLES:
+        chosen = [chosen[round(i * (len(chosen) - 1) / (SAMPLES - 1))] for i in range(SAMPLES)]
+    found: dict[int | None, str] = {}
+    for step, file in [*((step, kept[step]) for step in chosen), (None, path / "samples.txt")]:
+        with contextlib.suppress(OSError):
+            found[step] = file.read_text(encoding="utf-8", errors="replace")
+    return found
 
 
 def _series(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[list[float], list[float | None]]]:

@@ -346,6 +346,7 @@ def test_a_run_made_shorter_keeps_the_share_of_its_warm_up():
         {"sync.strategy": "eager", "sync.interval": 10, "steps": 24, "profile.steps": "20:22"},
         {"sync.strategy": "streaming", "sync.interval": 9, "steps": 20, "checkpoint.every": 10},
         {"sync.strategy": "streaming", "sync.interval": 11, "sync.overlap": 5, "steps": 60, "eval_every": 20},
+        {"sync.strategy": "eager", "sync.interval": 10, "steps": 20, "sample.every": 5},
     ],
 )
 def test_sizes_that_are_offered_are_legal_in_every_respect(options):

@@ -30,16 +30,18 @@ def run(workdir, *options: str) -> int:
 
 
 def test_what_fails_at_the_end_costs_only_itself_and_is_said(tmp_path, capsys):
-    """A folder where the sample and the page belong, a file where the plots do."""
+    """A folder where the sample and the page belong, a file where the plots and the samples before the end do."""
     (tmp_path / "samples.txt").mkdir()
     (tmp_path / "report.html").mkdir()
     (tmp_path / "plots").write_text("")
-    assert run(tmp_path) == 1
+    (tmp_path / "samples").write_text("")
+    assert run(tmp_path, "--config.sample.every=1") == 1
     summary, said = json.loads((tmp_path / "summary.json").read_text()), capsys.readouterr()
     assert summary["step"] == 2 and summary["final_eval_loss"] > 0 and len(summary["params_digest"]) == 64
     assert "held-out text: " in said.out and "a sample:" in said.out, "what did not fail is there"
     failed = ["samples.txt", "plots/loss.png", "report.html"]
     assert re.findall(r"^warning: no (\S+): \S+Error", said.err, re.MULTILINE) == failed
+    assert len(re.findall(r"^warning: no sample at step 1: \S+Error", said.err, re.MULTILINE)) == 1
     assert "training is complete and saved" in said.err and "Traceback" not in said.err
 
 
@@ -56,7 +58,7 @@ def test_what_is_trained_is_saved_before_the_evaluation_and_the_sample_run(tmp_p
     said, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
     assert f"; see {tmp_path}/report.html and summary.json" in said
     (shown,) = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)[0])["runs"]
-    assert shown["summary"] == json.loads((tmp_path / "summary.json").read_text()) and shown["sample"]
+    assert shown["summary"] == json.loads((tmp_path / "summary.json").read_text()) and shown["samples"]
     assert shown["series"]["loss"]["step"] == [1, 2]
 
 

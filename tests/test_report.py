@@ -110,7 +110,8 @@ def test_every_number_of_a_run_is_its_files(tmp_path):
         assert run["series"][key] == {"step": [1, 40], "value": [value, value]}, "the ends say it all"
     assert "mfu" not in run["series"], "null where it is not known, which is no number that was lost"
     summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
-    assert run["summary"] == summary and run["sample"] == "def f():\n" and run["rows"] == 44
+    assert run["summary"] == summary and run["rows"] == 44
+    assert run["samples"] == [{"step": None, "text": "def f():\n", "left_out": 0}]
     config = helpers.tiny()
     assert run["config"]["model.num_layers"] == config.model.num_layers and run["config"]["steps"] == 40
 
@@ -162,7 +163,8 @@ def test_markup_in_a_sample_a_config_or_a_name_stays_text(tmp_path):
     page = page_of(hostile)
     assert page.elements == plain.elements and page.scripts[1:] == plain.scripts[1:]
     (run,) = page.data["runs"]
-    assert run["sample"] == HOSTILE.replace("\udc80", "\ufffd") + "\n" and run["name"] == "<b>&"
+    (sample,) = run["samples"]
+    assert sample["text"] == HOSTILE.replace("\udc80", "\ufffd") + "\n" and run["name"] == "<b>&"
     assert run["config"]["data.text_key"] == HOSTILE.replace("\udc80", "")
     assert "<title>&lt;b&gt;&amp;</title>" in page.text
     assert "innerHTML" not in page.text and "insertAdjacentHTML" not in page.text and "document.write" not in page.text
@@ -177,7 +179,7 @@ def test_a_page_stays_below_2_megabytes_and_says_what_it_left_out(tmp_path, monk
     path = make_run(tmp_path / "long", rows, "x" * 30_000)
     (run,) = page_of(path).data["runs"]
     curve = run["series"]["loss"]
-    assert curve["of"] == 6000 and len(curve["step"]) <= report.POINTS and run["sample_left_out"] > 0
+    assert curve["of"] == 6000 and len(curve["step"]) <= report.POINTS and run["samples"][0]["left_out"] > 0
     found = dict(zip(curve["step"], curve["value"], strict=True))
     assert (found[3333], found[4444], found[5555]) == (99.0, -3.5, None), "spikes and holes stay"
     assert found.keys() >= {1, 6000} and all(y == values[step]["loss"] for step, y in found.items() if y is not None)
@@ -239,8 +241,32 @@ def test_a_run_that_goes_on_has_a_page(tmp_path):
         file.write('{"step": 16, "lo')
     (path / "summary.json").write_text('{"starts": [')
     (run,) = page_of(path).data["runs"]
-    assert run["series"]["loss"]["step"][-1] == 15 and run["sample"] == "" and run["summary"] == {}
+    assert run["series"]["loss"]["step"][-1] == 15 and run["samples"] == [] and run["summary"] == {}
     assert len(run["notes"]) == 1 and "summary.json cannot be read" in run["notes"][0]
+
+
+def test_samples_are_shown_by_their_steps_as_far_as_the_run_has_come(tmp_path):
+    """Those of steps that a restart has taken back are not; of many, some."""
+    path = make_run(tmp_path / "mine", rows_of(40))
+    (path / "samples").mkdir()
+    for step in (9, 10, 40, 50):
+        (path / "samples" / f"{step}.txt").write_text(f"of {step}")
+    (path / "samples" / ".60.txt.1.tmp").write_text("half")
+    (run,) = page_of(path).data["runs"]
+    assert [(x["step"], x["text"]) for x in run["samples"]] == [
+        *((9, "of 9"), (10, "of 10"), (40, "of 40")),
+        (None, "def f():\n"),
+    ]
+    for step in range(1, 41):
+        (path / "samples" / f"{step}.txt").write_text("x" * 9000)
+    (run,) = page_of(path).data["runs"]
+    steps = [x["step"] for x in run["samples"]]
+    assert (
+        len(steps) == report.SAMPLES + 1
+        and (steps[0], steps[-2:]) == (1, [40, None])
+        and steps[:-1] == sorted(steps[:-1])
+    )
+    assert sum(len(x["text"]) for x in run["samples"]) <= 8 * report.POINTS and run["samples"][0]["left_out"] > 0
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl"])

@@ -21,7 +21,8 @@ from runtime.steps import read_record
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     options = ["--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.eval_every=10"]
-    return workdir, helpers.train(workdir, *options, "--config.checkpoint.every=10", "--config.profile.steps=3:5")
+    options += ["--config.checkpoint.every=10", "--config.profile.steps=3:5", "--config.sample.every=10"]
+    return workdir, helpers.train(workdir, *options)
 
 
 def test_the_workdir_holds_what_is_promised(finished):
@@ -29,6 +30,8 @@ def test_the_workdir_holds_what_is_promised(finished):
     made = "config.json metrics.jsonl summary.json checkpoints plots/loss.png samples.txt report.html"
     for name in made.split():
         assert (workdir / name).exists(), name
+    samples = {path.name: path.read_text() for path in (workdir / "samples").iterdir()}
+    assert [*samples] == ["10.txt"] and samples["10.txt"] != (workdir / "samples.txt").read_text()
     assert list((workdir / "profile").rglob("*.xplane.pb")), "the trace that was asked for"
 
 

@@ -149,7 +149,7 @@ def _warm_relations(flat: dict[str, Any]) -> Iterator[str]:
 
 
 def _whole_rounds(flat: dict[str, Any], K: int, name: str, offer: bool) -> Iterator[str]:
-    for key in ("steps", "eval_every", "checkpoint.every"):
+    for key in ("steps", "eval_every", "checkpoint.every", "sample.every"):
         if flat[key] % K:
             sizes = _nearest_legal(flat, key, K) if offer else ""
             yield f"{key}={flat[key]} is not a multiple of {name} = {K}, the steps between two exchanges. {sizes}"

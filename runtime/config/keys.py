@@ -96,7 +96,8 @@ RANGES: dict[Range, str] = {
         "eval_every model.sliding_window model.rope_scaling.factor optimizer.lr optimizer.warmup_steps "
         "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss "
         "optimizer.freeze_steps guard.zscore sync.replicas sync.warm_steps sync.staleness sync.compensation "
-        "sync.overlap sync.outer.lr checkpoint.every checkpoint.keep_every sample.tokens sample.temperature"
+        "sync.overlap sync.outer.lr checkpoint.every checkpoint.keep_every sample.tokens sample.every "
+        "sample.temperature"
     ),
     Range(0, 1, "[)"): "optimizer.b1 optimizer.b2 optimizer.momentum sync.outer.momentum",  # 1: nothing is forgotten
     Range(0, 1, "[]"): "sync.decay sync.mix",
@@ -127,7 +128,7 @@ UNREAD: dict[str, dict[Any, str]] = {
     },
     "optimizer.schedule": {"constant": "optimizer.final_lr_fraction"},
     "guard.zscore": {0: "guard.window"},
-    "sample.tokens": {0: "sample.prompt sample.temperature"},
+    "sample.tokens": {0: "sample.prompt sample.temperature sample.every"},
     "sync.error_feedback": {"off": "sync.decay sync.residual_dtype"},
     "sync.outer.optimizer": {"sgd": "sync.outer.momentum"},
 }
