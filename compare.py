@@ -1,6 +1,8 @@
 """Does a method save communication without hurting the loss, and by how much? One table and three plots.
 
 python compare.py --config=configs/compare/quickstart.py --simulate=4
+python compare.py --config=configs/compare/quickstart.py --processes=2
+python compare.py --config=configs/compare/quickstart.py --tune
 
 Trains every row of the config (a strategy, a codec, further changes) on the same budget of tokens with the same seeds.
 With --tune it only looks for rates: of each row that names candidates, one run of each, of a third of the length. Stop
@@ -25,7 +27,7 @@ from recipes import compare as comparing
 from recipes import table
 from recipes.programs import use_compilation_cache
 from runtime import config as configuration
-from runtime import exits, lock
+from runtime import exits, lock, usage
 from runtime.config import bad_input
 from runtime.console import is_terminal, terminal_columns
 
@@ -60,14 +62,18 @@ def positive(text: str) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a file like configs/compare/quickstart.py")
-    parser.add_argument("--workdir", help="where results are kept; default runs/compare-<config>")
-    parser.add_argument("--simulate", type=positive, help="simulated CPU devices, over which the replicas are laid")
-    parser.add_argument("--processes", type=positive, default=1, help="rows at once, each on a core of its own")
+    parser = usage.parser(__doc__, "python compare.py")
+    parser.add_argument("--config", required=True, metavar="FILE", help="one like configs/compare/quickstart.py")
+    parser.add_argument("--workdir", metavar="PATH", help="where results are kept; default: runs/compare-<config>")
+    parser.add_argument(
+        "--simulate", type=positive, metavar="N", help="simulated CPU devices, over which the replicas are laid"
+    )
+    parser.add_argument(
+        "--processes", type=positive, metavar="N", default=1, help="rows at once, each on a core of its own"
+    )
     parser.add_argument("--tune", action="store_true", help="try the candidates of each row, and train nothing else")
     parser.add_argument("--only", default="", help="rows whose name contains this; the baseline always runs")
-    parser.add_argument("--version", action="version", version=configuration.version())
+    parser.add_argument("--version", action="version", version=configuration.version(), help="show versions")
     return parser.parse_args(argv)
 
 

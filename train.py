@@ -2,6 +2,7 @@
 
 python train.py --config=configs/quickstart.py --simulate=8 --config.mesh.fsdp=4 --config.mesh.tensor=2
 python train.py --workdir=runs/quickstart-20261123-1a2b3c          (goes on with that run)
+python train.py --config=configs/llama3_8b.py --simulate=64 --dry_run --memory=80GiB          (what it would need)
 """
 
 import gc

@@ -7,7 +7,6 @@ Random float32 arrays, which do not compress, sharded over fsdp. The loop is as 
 every step. The step is a toy that changes every array, with enough arithmetic to last as long as a small real one.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from bench import common  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
+from runtime import usage  # noqa: E402
 from runtime.checkpoint import Checkpoints  # noqa: E402
 
 ARRAYS, COLUMNS = 15, 1024
@@ -91,10 +91,10 @@ class Loop:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=500)
-    parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--step-seconds", type=float, default=0.3)
+    parser = usage.parser(__doc__, "python bench/checkpoint.py")
+    parser.add_argument("--megabytes", type=float, default=500, help="of a checkpoint")
+    parser.add_argument("--saves", type=int, default=5, help="how many")
+    parser.add_argument("--step-seconds", type=float, default=0.3, help="of the toy's step")
     parser.add_argument("--quiet-steps", type=int, default=10, help="before each save: how long a step usually takes")
     args = parser.parse_args()
     meshes.simulate(NUM_DEVICES)

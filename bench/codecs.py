@@ -10,7 +10,6 @@ in flight (parallel/cost/bytes.py): messages sent and received; of the codecs wi
 them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from parallel.exchange.exchange import Feedback  # noqa: E402
 from parallel.exchange.units import Leaf  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from recipes import build  # noqa: E402
+from runtime import usage  # noqa: E402
 
 SHAPE = (4096, 4096)
 BLOCKS = [name for name, kind in CODECS.items() if not is_round(kind) and name != "none"]
@@ -85,9 +85,9 @@ def memory(report: common.Report, devices: Any, where: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--tpu", action="store_true")
+    parser = usage.parser(__doc__, "python bench/codecs.py")
+    parser.add_argument("--pairs", type=int, default=12, help="of timings, each in turn")
+    parser.add_argument("--tpu", action="store_true", help="memory only, compiled for a TPU")
     args = parser.parse_args()
     meshes.simulate(4)
     report = common.Report("codecs-tpu" if args.tpu else "codecs")

@@ -10,7 +10,6 @@ MFU is tokens/s times one of them, over the bf16 peak of parallel/cost/hardware.
 bf16 compute, float32 weights and AdamW, no accumulation.
 """
 
-import argparse
 import contextlib
 import importlib
 import itertools
@@ -31,6 +30,7 @@ from parallel.cost import flops  # noqa: E402
 from parallel.cost.hardware import peak_flops  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from recipes import build, language  # noqa: E402
+from runtime import usage  # noqa: E402
 
 TOKENS = 2**17  # of the largest batch that is tried
 
@@ -142,10 +142,10 @@ def torch_python(asked: str | None) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="gpt2_124m,llama_1b5")
+    parser = usage.parser(__doc__, "python bench/gpu.py")
+    parser.add_argument("--models", default="gpt2_124m,llama_1b5", help="with commas between")
     parser.add_argument("--lengths", default="1024,4096", help="tokens in a sequence")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="in each timing")
     parser.add_argument("--torch", metavar="PYTHON", help="an interpreter that has torch; default: this one, if it has")
     parser.add_argument("--batch", type=int, help="time ours at this batch size alone, print JSON, write nothing")
     args = parser.parse_args()

@@ -3,7 +3,6 @@
 python bench/input.py
 """
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -19,13 +18,14 @@ from data.loader import Loader  # noqa: E402
 from parallel.layout import mesh as meshes  # noqa: E402
 from parallel.layout import placement  # noqa: E402
 from recipes import build, language, programs  # noqa: E402
+from runtime import usage  # noqa: E402
 
 FOR_EVER = 10**9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=12)
+    parser = usage.parser(__doc__, "python bench/input.py")
+    parser.add_argument("--pairs", type=int, default=12, help="of timings, each in turn")
     parser.add_argument("--batches", type=int, default=200, help="in each timing of the input pipeline")
     parser.add_argument("--steps", type=int, default=3, help="in each timing of the train step")
     args = parser.parse_args()

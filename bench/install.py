@@ -4,7 +4,6 @@ python bench/install.py
 python bench/install.py --python=python3.13
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import common  # noqa: E402
+from runtime import usage  # noqa: E402
 
 
 def size_of(folder: Path) -> int:
@@ -23,7 +23,7 @@ def size_of(folder: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = usage.parser(__doc__, "python bench/install.py")
     parser.add_argument("--python", default=sys.executable, help="the interpreter to install for")
     args = parser.parse_args()
     report = common.Report("install")

@@ -17,7 +17,6 @@ exchange, and over `psum`, XLA's own all-reduce. `--link` is what that option of
 none, no link limit`, and of what is sent, with nothing hidden and no time for coding.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -30,6 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import common, link_row, namespaces  # noqa: E402
 from bench.link_row import Row  # noqa: E402
+from runtime import usage  # noqa: E402
 
 H = 30
 LOCAL = (f"--config.sync.interval={H}",)
@@ -118,13 +118,13 @@ def report_on(report: common.Report, rows: list[Row], found: list[dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, default=2, choices=range(2, 251), metavar="N")
+    parser = usage.parser(__doc__, "sudo python bench/link.py")
+    parser.add_argument("--hosts", type=int, default=2, choices=range(2, 251), metavar="N", help="2 to 250")
     parser.add_argument("--mbit", type=float, default=100, help="rate of each host's link, in each direction")
     parser.add_argument("--only", default="", help="rows, with commas between")
     parser.add_argument("--seconds", type=float, default=30, help="training time of a row, at least")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a row, at least")
-    parser.add_argument("--config", default="bench/gpt4m.py")
+    parser.add_argument("--config", default="bench/gpt4m.py", metavar="FILE", help="what is trained")
     parser.add_argument("--json", type=Path, help="write the table here too")
     args = parser.parse_args()
     if lacking := namespaces.missing():

@@ -7,7 +7,6 @@ Compiled programs are kept in a folder of their own, empty at the start: as on a
 what the kernel used of them, which says more where others use the machine, too.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import common  # noqa: E402
+from runtime import usage  # noqa: E402
 
 NOTEBOOKS = sorted((common.ROOT / "notebooks").glob("*.ipynb"))
 
@@ -43,7 +43,7 @@ def write_html(notebook: Any, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = usage.parser(__doc__, "python bench/notebooks.py")
     parser.add_argument("--only", default="", help="notebooks whose name contains this; writes no result")
     parser.add_argument("--html", type=Path, help="a folder for what a reader sees")
     args = parser.parse_args()

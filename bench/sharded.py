@@ -5,7 +5,6 @@ python bench/sharded.py      (bench/step.py runs it and makes the table)
 The hand-written one has the same shardings of weights and residual stream and leaves the rest to XLA.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from bench import common, handwritten, step  # noqa: E402
 from parallel.cost import wire  # noqa: E402
+from runtime import usage  # noqa: E402
 
 MESHES = ({"fsdp": 8}, {"fsdp": 4, "tensor": 2})
 
@@ -84,9 +84,9 @@ def describe(compiled: Any, mesh: Mesh) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(step.MODELS))
-    parser.add_argument("--policy", default="matmuls", choices=handwritten.POLICIES)
+    parser = usage.parser(__doc__, "python bench/sharded.py")
+    parser.add_argument("--models", default=",".join(step.MODELS), help="with commas between")
+    parser.add_argument("--policy", default="matmuls", choices=handwritten.POLICIES, help="what the hand-written keeps")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)

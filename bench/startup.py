@@ -7,7 +7,6 @@ train.py on bench/gpt12m.py, with an empty compilation cache (cold) and a filled
 cached already. Beside it the hand-written script of the same model, which reads no data and saves nothing.
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import common, gpt12m  # noqa: E402
+from runtime import usage  # noqa: E402
 
 CONFIG = "bench/gpt12m.py"
 
@@ -115,8 +115,8 @@ def import_times() -> list[tuple[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser = usage.parser(__doc__, "python bench/startup.py")
+    parser.add_argument("--pairs", type=int, default=5, help="of starts, each in turn")
     parser.add_argument("--parts", default="start,compilation,imports", help="of start, compilation, imports")
     args = parser.parse_args()
     report, parts = common.Report("startup"), args.parts.split(",")

@@ -8,7 +8,6 @@ The mathematics, weights and batches are the same: the first 5 losses must agree
 one process, each step with the read of its loss; only the ratios of neighbours mean something on a shared machine.
 """
 
-import argparse
 import dataclasses
 import importlib
 import sys
@@ -31,6 +30,7 @@ from parallel.strategies.base import per_step, take  # noqa: E402
 from parallel.strategies.sync import Sync  # noqa: E402
 from recipes import programs  # noqa: E402
 from recipes.build import Parts  # noqa: E402
+from runtime import usage  # noqa: E402
 
 MODELS = {"quickstart": "configs.quickstart", "gpt12m": "bench.gpt12m"}
 NUM_BATCHES = 8
@@ -186,8 +186,8 @@ def measure_torch(report: common.Report, name: str, pairs: int, python: str) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=12)
+    parser = usage.parser(__doc__, "python bench/step.py")
+    parser.add_argument("--pairs", type=int, default=12, help="of timings, each in turn")
     parser.add_argument("--models", default=",".join(MODELS), help="of quickstart, gpt12m")
     parser.add_argument("--parts", default="overhead,replicas,sharded", help="of overhead, replicas, sharded")
     parser.add_argument("--policy", default="matmuls", choices=handwritten.POLICIES, help="what the hand-written keeps")

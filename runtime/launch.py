@@ -1,9 +1,13 @@
 """Starts N processes of one script on this machine, as if each were a machine of its own.
 
-    python -m runtime.launch --processes=2 -- train.py --config=configs/tiny.py
+python -m runtime.launch --processes=2 -- train.py --config=configs/tiny.py
 
 Each process gets --coordinator=127.0.0.1:PORT --num_processes=N --process_id=i, and each line it prints is prefixed
 with [i]. When one fails the others are stopped, and nothing is left running however the launcher itself ends.
+
+Exit codes: 0 all succeeded; 75 stopped and saved, start again to go on; 2 bad usage; otherwise that of the process that
+failed first (128+n if signal n killed it). SIGTERM or Ctrl-C: once lets all save, twice kills them after the grace,
+three times kills them now.
 """
 
 import argparse
@@ -17,6 +21,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+from runtime import usage
 
 EX_TEMPFAIL = 75  # "saved, restart me": sysexits.h calls it a temporary failure, schedulers requeue on it
 POLL_SECONDS = 0.05
@@ -201,17 +207,9 @@ def free_port() -> int:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Splits at the first `--` into our options and the script with its flags; exits 2 where they make no sense."""
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m runtime.launch",
-        usage="%(prog)s --processes=N [--grace=SECONDS] -- SCRIPT [FLAGS...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 all succeeded; 75 stopped and saved, start again to go on; 2 bad usage; otherwise that\n"
-        "of the process that failed first (128+n if signal n killed it). SIGTERM or Ctrl-C: once lets all save,\n"
-        "twice kills them after the grace, three times kills them now.",
-    )
-    parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many processes to start")
-    parser.add_argument("--grace", type=float, default=20.0, metavar="SECONDS", help="from SIGTERM to SIGKILL (20)")
+    parser = usage.parser(__doc__, "python -m runtime.launch", then="-- SCRIPT [FLAGS...]")
+    parser.add_argument("--processes", type=int, required=True, help="how many to start")
+    parser.add_argument("--grace", type=float, default=20.0, metavar="SECONDS", help="from SIGTERM to SIGKILL")
     options, script = parser.parse_args(argv[:split]), argv[split + 1 :]
     if not script:
         parser.error("nothing to start: put the script and its flags after `--`, as in the line above")

@@ -7,7 +7,6 @@ python -m runtime.report runs/compare-quickstart                 (the workdir of
 A run may still be going on: the page shows what there is. The end of every run and of every comparison writes it, too.
 """
 
-import argparse
 import contextlib
 import functools
 import html
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from runtime import config as configuration
-from runtime import exits
+from runtime import exits, usage
 from runtime.config import UsageError
 from runtime.metrics import read_sound, replace_file
 from runtime.plot import smooth
@@ -228,12 +227,10 @@ def _comparison(name: str, path: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m runtime.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", nargs="+", help="the workdir of a run or of a comparison")
-    parser.add_argument("--out", help="the file; default: report.html in the workdir, here if there are several")
-    parser.add_argument("--version", action="version", version=configuration.version())
+    parser = usage.parser(__doc__, "python -m runtime.report")
+    parser.add_argument("run", nargs="+", metavar="RUN", help="the workdir of a run or of a comparison")
+    parser.add_argument("--out", metavar="FILE", help="default: report.html in the workdir, here if there are several")
+    parser.add_argument("--version", action="version", version=configuration.version(), help="show versions")
     args = parser.parse_args(argv)
     paths = [Path(configuration.expand_home(run)) for run in dict.fromkeys(args.run)]
     out = Path(configuration.expand_home(args.out)) if args.out else (paths[0] if len(paths) == 1 else Path()) / PAGE

@@ -1,4 +1,7 @@
-"""`python -m runtime.checkpoint verify WORKDIR`: reads every checkpoint of a run and lists what is damaged."""
+"""Reads every checkpoint of a run and lists what is damaged. Nothing is changed.
+
+python -m runtime.checkpoint verify runs/mine
+"""
 
 import logging
 import sys
@@ -8,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from runtime import steps
+from runtime import steps, usage
 from runtime.steps import read_record
 from runtime.stored import NO_RECORD, damage, load_arrays, wrong_digests
 
@@ -37,10 +40,10 @@ def _all_problems(folder: Path, device: Any) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 2 or argv[0] != "verify":
-        print("usage: python -m runtime.checkpoint verify WORKDIR\n\nReads every checkpoint of a run, lists damage.")
-        return 0 if argv in (["--help"], ["-h"]) else 2
-    workdir = Path(argv[1])
+    parser = usage.parser(__doc__, "python -m runtime.checkpoint")
+    parser.add_argument("verify", choices=["verify"], metavar="verify", help="what is to be done")
+    parser.add_argument("workdir", type=Path, metavar="WORKDIR", help="of the run")
+    workdir = parser.parse_args(argv).workdir
     if not (workdir / "checkpoints").is_dir():
         print(f"error: {workdir} has no checkpoints/ folder: is it the workdir of a run?", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import runtime
+from runtime import usage
 from runtime.config.check import unread
 from runtime.config.errors import UsageError
 from runtime.config.keys import (
@@ -34,31 +35,33 @@ from runtime.config.suggest import nearest_name, unknown_key
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "workdir", None, "Where the run lives; default runs/<config>-<date>-<hash>.", flag_values=values
+        "workdir", None, "where the run lives; default: runs/<config>-<date>-<hash>", flag_values=values
     )
     flags.DEFINE_integer(
-        "simulate", None, "Train on this many simulated CPU devices.", flag_values=values, lower_bound=1
+        "simulate", None, "train on this many simulated CPU devices", flag_values=values, lower_bound=1
     )
-    flags.DEFINE_bool("dry_run", False, "Build, compile, print the table; train nothing.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "build, compile, print the table; train nothing", flag_values=values)
     flags.DEFINE_string(
-        "link", None, "A slow link, as 100mbit or 10gbit,20ms: what a step takes on it.", flag_values=values
+        "link", None, "a slow link, as 100mbit or 10gbit,20ms: what a step takes on it", flag_values=values
     )
     flags.DEFINE_float(
-        "step_seconds", None, "Of computing, for --link in a dry run.", flag_values=values, lower_bound=1e-6
+        "step_seconds", None, "of computing, for --link in a dry run", flag_values=values, lower_bound=1e-6
     )
-    flags.DEFINE_string("memory", None, "Of one device, as 80GiB: what does not fit is refused.", flag_values=values)
-    flags.DEFINE_bool("resume", True, "Go on if the workdir has a run; --noresume refuses to.", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values, lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=values, lower_bound=0)
+    flags.DEFINE_string("memory", None, "of one device, as 80GiB: what does not fit is refused", flag_values=values)
+    flags.DEFINE_bool(
+        "resume", True, "refuse a workdir that has a run, in place of going on with it", flag_values=values
+    )
+    flags.DEFINE_string("coordinator", None, "of process 0, for several processes", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many processes there are", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values, lower_bound=0)
     flags.DEFINE_integer(
-        "heartbeat", 30, "Seconds after which a silent process is dead.", flag_values=values, lower_bound=1
+        "heartbeat", 30, "seconds after which a silent process is dead", flag_values=values, lower_bound=1
     )
-    flags.DEFINE_bool("version", False, "Show the versions of this program, JAX and Python.", flag_values=values)
+    flags.DEFINE_bool("version", False, "show the versions of this program, JAX and Python", flag_values=values)
     flags.DEFINE_float(
-        "wait", 60, "Seconds to wait for the other processes to be started.", flag_values=values, lower_bound=1
+        "wait", 60, "seconds to wait for the other processes to be started", flag_values=values, lower_bound=1
     )
-    flags.DEFINE_bool("help", False, "Show this help.", flag_values=values, short_name="h")
+    flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
 
 
 def version() -> str:
@@ -75,8 +78,7 @@ def parse(argv: Sequence[str], doc: str, methods: Methods) -> tuple[Any, Any]:
     values = flags.FlagValues()
     define_flags(values)
     if {"-h", "-help", "--help"} & set(argv):
-        options = values.get_help(include_special_flags=False)
-        print(f"{doc}\n{options}\n  --config: a Python config file.\n  --config.KEY=VALUE: overrides one of its keys.")
+        print(_help(doc, values), end="")
         raise SystemExit(0)
     if "--version" in argv:
         print(version())
@@ -105,6 +107,23 @@ def parse(argv: Sequence[str], doc: str, methods: Methods) -> tuple[Any, Any]:
     flags.DEFINE_multi_string("notes", notes, "", flag_values=values)
     values.mark_as_parsed()
     return nested(flat).lock(), values
+
+
+VALUES = {"workdir": "PATH", "link": "RATE[,LATENCY]", "memory": "SIZE", "coordinator": "HOST:PORT"}
+
+
+def _help(doc: str, values: flags.FlagValues) -> str:
+    shown = usage.parser(doc, "python train.py")
+    shown.add_argument("--config", metavar="FILE", help="one like configs/quickstart.py; an earlier run needs none")
+    shown.add_argument("--config.KEY", metavar="VALUE", help="in place of what that has; configs/base.py has all")
+    for flag in (flag for found in values.flags_by_module_dict().values() for flag in found if flag.name != "help"):
+        if flag.boolean:
+            shown.add_argument(f"--{'no' * flag.value}{flag.name}", action="store_true", help=flag.help)
+        else:
+            kind = {"int": int, "float": float}.get(flag.flag_type(), str)
+            called = {"metavar": VALUES.get(flag.name), "type": kind, "default": flag.value}
+            shown.add_argument(f"--{flag.name}", **called, help=flag.help)
+    return shown.format_help()
 
 
 def override(
