@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from data.corpus import cache_directory
 from parallel.layout import mesh as meshes
-from recipes import begin, build, describe, finish, fit, memory, methods, over_link, programs
+from recipes import begin, build, describe, finish, fit, memory, methods, over_link, programs, target
 from runtime import agree, exits, library_log, preemption
 from runtime.config import bad_input
 from runtime.console import Console
@@ -40,6 +40,9 @@ def main(argv: list[str]) -> int:
     # ── Config ───────────────────────────────────────────────────────────────────────────────────────────────────
     config, flags = methods.parse(argv, __doc__ or "")
     methods.validate(config)
+
+    if flags.target or flags.save:
+        return target.dry_run(config, flags, phases)
 
     # ── Devices ──────────────────────────────────────────────────────────────────────────────────────────────────
     where = None if flags.dry_run else flags.workdir or default_name(flags.config_name, config)
@@ -76,6 +79,7 @@ def main(argv: list[str]) -> int:
 def start_devices(config, flags, where: str | None) -> tuple[PreemptionNotice, dict[str, Any], Console, Mesh]:
     """Meets the other processes, if there are any, and makes sure that all were started alike. The dictionary is the
     facts of code and versions."""
+    meshes.take_gpu_memory()
     with bad_input():
         if flags.simulate:
             meshes.simulate(flags.simulate, flags.num_processes or 1)

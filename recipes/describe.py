@@ -163,16 +163,28 @@ def model_rows(parts: Parts) -> list[tuple[str, str]]:
 def slow_rows(
     config: Any, parts: Parts, programs: dict[str, Any], found: dict[str, stray.Traffic], per_step: dict[str, float]
 ) -> list[tuple[str, str]]:
-    """What crosses the slow axis, by the names that were typed; nothing where there is one replica."""
+    """What crosses the slow axis; nothing where there is one replica."""
     if parts.replicas == 1:
         odd = any(t.stray or t.not_counted for t in found.values())
         return [(f"stray, {SLOW}", stray_row(found))] if odd else []
+    rows = across_rows(config, parts)
+    if SLOW in per_step:
+        rows.append((f"wire per step, {SLOW}", f"{human_bytes(per_step[SLOW])} sent by each device, counted"))
+    if len(programs) > 1 and per_step:
+        rows += [(f"  {name}", f"{human_bytes(found[name].per_axis[SLOW])} a call") for name in programs]
+    return [*rows, (f"stray, {SLOW}", stray_row(found))]
+
+
+def across_rows(config: Any, parts: Parts) -> list[tuple[str, str]]:
+    """The exchange, by the names that were typed; nothing where there is one replica."""
+    if parts.replicas == 1:
+        return []
     s, exchange = config.sync, parts.strategy.exchange
     feedback = ", error feedback" if exchange.feedback else ""
     feedback += f" with decay {s.decay:g}" if feedback and s.decay != 1 else ""
     exchanges = {id(e): e for each in parts.strategy.exchanges().values() for e in each}  # streaming has two
     size = sum(sum(exchange_bytes(e).values()) for e in exchanges.values())
-    rows = [
+    return [
         ("across replicas", ""),
         ("replicas", f"{parts.replicas}"),
         ("strategy", methods.say(s.strategy, s, parts.own)),
@@ -180,11 +192,6 @@ def slow_rows(
         ("codec", f"{methods.say(s.codec, s, parts.own)}{feedback}; {_forms(exchange)}"),
         ("one exchange", f"{human_bytes(size)} sent by each device, predicted"),
     ]
-    if SLOW in per_step:
-        rows.append((f"wire per step, {SLOW}", f"{human_bytes(per_step[SLOW])} sent by each device, counted"))
-    if len(programs) > 1 and per_step:
-        rows += [(f"  {name}", f"{human_bytes(found[name].per_axis[SLOW])} a call") for name in programs]
-    return [*rows, (f"stray, {SLOW}", stray_row(found))]
 
 
 def memory_rows(parts: Parts, programs: dict[str, Any]) -> list[tuple[str, str]]:

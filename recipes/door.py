@@ -161,6 +161,7 @@ def devices(simulate: int | None, replicas: int) -> list[Any]:
 
 def _devices(simulate: int | None, need: int) -> list[Any]:
     """All of an accelerator's; on a CPU the first `simulate`, or the first that are needed."""
+    meshes.take_gpu_memory()
     count = simulate or need
     if simulate:
         try:

@@ -99,7 +99,7 @@ def explained(config: Any, parts: Parts, console: Console) -> Iterator[None]:
 
 def of_programs(parts: Parts, programs: dict[str, Any] | None) -> Need:
     """Of the step's programs, the one that needs most. None: they are compiled for that."""
-    state = _state(parts, parts.mesh.shape)
+    state = state_bytes(parts, parts.mesh.shape)
     try:
         sizes = [of_program(program) for program in (programs or compile_steps(parts)).values()]
     except Exception as error:
@@ -126,7 +126,8 @@ def shard_bytes(x: Any, sizes: Mapping[str, int]) -> int:
     return math.prod(shape) * x.dtype.itemsize
 
 
-def _state(parts: Parts, sizes: Mapping[str, int]) -> int:
+def state_bytes(parts: Parts, sizes: Mapping[str, int]) -> int:
+    """Of a device on a mesh of these sizes, counted from the shardings."""
     return max(sum(shard_bytes(x, sizes) for x in jax.tree.leaves(phase.state)) for phase in parts.phases)
 
 
@@ -208,7 +209,7 @@ def wider(config: Any, parts: Parts, need: Need, limit: float | None) -> list[Tu
         except (UsageError, ValueError):
             break
         rest = need.whole - need.state if math.isfinite(need.whole) else 0.0
-        whole = rest + _state(parts, sizes)
+        whole = rest + state_bytes(parts, sizes)
         fits = None if limit is None else whole <= limit
         found.append(Turn(FSDP, sizes["fsdp"], whole, fits, math.prod(sizes.values())))
         if fits is not False:

@@ -56,22 +56,32 @@ def of_device(parts: Parts, options: Any) -> Any:
 
 def compile_steps(parts: Parts, options: Any = None) -> dict[str, Any]:
     """The strategies' programs, compiled ahead of time: calling them can never compile again. options: XLA's."""
-
-    def compile_one(phase: Phase, f: Callable) -> Any:
-        outputs = (shardings_of(phase.state), None)
-        lowered = jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(phase.state, phase.batch)
-        return lowered.compile(compiler_options=of_device(parts, options))
-
+    compile_one = lambda lower: lower().compile(compiler_options=of_device(parts, options))
     with ThreadPoolExecutor(2) as pool:
-        found = {
-            phase.prefix + name: pool.submit(compile_one, phase, f)
-            for phase in parts.phases
-            for name, f in phase.strategy.programs().items()
-        }
+        found = {name: pool.submit(compile_one, lower) for name, lower in steps(parts).items()}
         return {name: future.result() for name, future in found.items()}
 
 
+def steps(parts: Parts) -> dict[str, Callable[[], Any]]:
+    """{program of a strategy: lowers it}."""
+
+    def lower(phase: Phase, f: Callable) -> Any:
+        outputs = (shardings_of(phase.state), None)
+        return jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(phase.state, phase.batch)
+
+    return {
+        phase.prefix + name: functools.partial(lower, phase, f)
+        for phase in parts.phases
+        for name, f in phase.strategy.programs().items()
+    }
+
+
 def compile_init(parts: Parts, given: bool = False) -> Any:
+    """It runs once: level 1 compiles sooner, to the same bits."""
+    return lower_init(parts, given).compile(compiler_options=of_device(parts, {"xla_backend_optimization_level": 1}))
+
+
+def lower_init(parts: Parts, given: bool = False) -> Any:
     """seed (uint32), or with `given` the parameters, which it takes over -> a fresh state. Every array is born in its
     shards: no host ever holds a whole one."""
     first = parts.phases[0]
@@ -82,9 +92,7 @@ def compile_init(parts: Parts, given: bool = False) -> Any:
 
     argument = first.state.params if given else jax.ShapeDtypeStruct((), np.uint32)
     donated = (0,) if given else ()
-    lowered = jax.jit(init, out_shardings=shardings_of(first.state), donate_argnums=donated).lower(argument)
-    # It runs once: level 1 compiles sooner, to the same bits.
-    return lowered.compile(compiler_options=of_device(parts, {"xla_backend_optimization_level": 1}))
+    return jax.jit(init, out_shardings=shardings_of(first.state), donate_argnums=donated).lower(argument)
 
 
 # ── beside the step ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -94,11 +102,15 @@ def compile_beside(parts: Parts, sample: Any, options: Any = None) -> dict[str, 
     """{evaluation, sample, digest (of the whole state)}. sample: the config's group; without tokens, none. options:
     XLA's."""
     options = of_device(parts, options)
-    programs = {"evaluation": compile_evaluation(parts, options)}
+    return {name: lower().compile(compiler_options=options) for name, lower in beside(parts, sample).items()}
+
+
+def beside(parts: Parts, sample: Any) -> dict[str, Callable[[], Any]]:
+    """{program beside the step: lowers it}."""
+    found: dict[str, Callable[[], Any]] = {"evaluation": functools.partial(lower_evaluation, parts)}
     if sample.tokens:
-        programs["sample"] = compile_sample(parts, sample.tokens, sample.temperature, options)
-    programs["digest"] = digest_all.lower(named_arrays(parts.state)).compile(compiler_options=options)
-    return programs
+        found["sample"] = functools.partial(lower_sample, parts, sample.tokens, sample.temperature)
+    return found | {"digest": lambda: digest_all.lower(named_arrays(parts.state))}
 
 
 class Later:
@@ -125,10 +137,13 @@ class Later:
 
 
 def compile_evaluation(parts: Parts, options: Any = None) -> Any:
+    return lower_evaluation(parts).compile(compiler_options=of_device(parts, options))
+
+
+def lower_evaluation(parts: Parts) -> Any:
     """(params, batch[D, B, …] of `parts.eval_batch`'s shape) -> the sums that the task's loss gives."""
     evaluate = jax.jit(placement.evaluation(parts.task.eval_loss, parts.mesh))
-    lowered = evaluate.lower(parts.state.params, parts.eval_batch)
-    return lowered.compile(compiler_options=of_device(parts, options))
+    return evaluate.lower(parts.state.params, parts.eval_batch)
 
 
 @dataclass(frozen=True)
@@ -193,6 +208,10 @@ def _ratio(a: float, b: float) -> float:
 
 
 def compile_sample(parts: Parts, num_tokens: int, temperature: float, options: Any = None) -> Any:
+    return lower_sample(parts, num_tokens, temperature).compile(compiler_options=options)
+
+
+def lower_sample(parts: Parts, num_tokens: int, temperature: float) -> Any:
     """(params, window [T], length, seed) -> ids [D, B, N], the same text from each shard of the batch in each of D
     replica groups: no device waits for another group's, and nothing need be sent to tell it."""
     assert isinstance(parts.task, Language)  # no other writes text
@@ -207,8 +226,7 @@ def compile_sample(parts: Parts, num_tokens: int, temperature: float, options: A
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
     arguments = jax.ShapeDtypeStruct((seq_len,), np.int32), scalar(np.int32), scalar(np.uint32)
     own = NamedSharding(parts.mesh, placement.EVAL)
-    lowered = jax.jit(generate, out_shardings=own).lower(parts.state.params, *arguments)
-    return lowered.compile(compiler_options=options)
+    return jax.jit(generate, out_shardings=own).lower(parts.state.params, *arguments)
 
 
 def sample_text(program: Any, params: Any, prompt_P: np.ndarray, seq_len: int, seed: int, tokenizer: Any) -> str:

@@ -46,7 +46,7 @@ def test_what_fails_at_the_end_costs_only_itself_and_is_said(tmp_path, capsys):
 
 
 def test_what_is_trained_is_saved_before_the_evaluation_and_the_sample_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(programs, "compile_evaluation", lambda *_: pytest.fail("no evaluation"))
+    monkeypatch.setattr(programs, "lower_evaluation", lambda *_: pytest.fail("no evaluation"))
     with pytest.raises(pytest.fail.Exception, match="no evaluation"):
         run(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]

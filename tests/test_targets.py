@@ -1,11 +1,28 @@
 """Machines that nobody has here: their names, what is understood and refused, and what is said of programs that were
 compiled for them. What needs a compiler's package is slow."""
 
+import dataclasses
+import functools
+import gzip
 import importlib.metadata
+import json
+import math
+import os
+import re
+import subprocess
+import sys
 
+import helpers
+import jax
 import pytest
 
-from parallel.cost import hardware, targets
+import train
+from parallel.cost import compilers, hardware, targets
+from parallel.cost.schedule import Buffer
+from parallel.layout import mesh as meshes
+from recipes import aot, memory, summary, verdict
+from recipes import target as target_recipe
+from runtime.config import UsageError
 
 CHIPS = hardware.catalogue()
 
@@ -33,7 +50,7 @@ def target(text):
     ],
 )
 def test_a_machine_is_read_from_its_name(text, said, monkeypatch):
-    for key in targets.FRACTION_KEYS:
+    for key in meshes.SHARE_KEYS:
         monkeypatch.delenv(key, raising=False)
     assert target(text).said() == said
 
@@ -148,20 +165,313 @@ def test_a_compiler_that_is_missing_or_of_another_jax_is_told_with_the_command(n
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.metadata, "requires", lambda package: ['libtpu==0.0.10.*; extra == "tpu"', "numpy"])
     with pytest.raises((ImportError, ValueError)) as error:
-        targets.check_compiler(CHIPS[name])
+        compilers.check_compiler(CHIPS[name])
     assert said in str(error.value)
 
 
 def test_a_newer_libtpu_and_the_same_plugins_will_do(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.0.52" if package == "libtpu" else "9.9")
     monkeypatch.setattr(importlib.metadata, "requires", lambda package: ['libtpu==0.0.50.*; extra == "tpu"'])
-    targets.check_compiler(CHIPS["v5p"])
-    targets.check_compiler(CHIPS["h100"])
+    compilers.check_compiler(CHIPS["v5p"])
+    compilers.check_compiler(CHIPS["h100"])
 
 
 def test_a_description_for_xla_is_whole():
     for name in ("h100", "h200", "a100", "a100-40gb", "b200"):
-        text = targets.description(CHIPS[name])
+        text = compilers.description(CHIPS[name])
         assert text.count("{") == text.count("}") and f"device_memory_size: {CHIPS[name].memory}" in text
         for key in ("core_count", "memory_bandwidth", "cuda_compute_capability", "shared_memory_per_block_optin"):
             assert f"{key}" in text
+
+
+# ── the front door ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TINY = "--config=configs/tiny.py"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--target=v5p-128"], "nothing is trained on it: add --dry_run"),
+        (["--save=out"], "--save=out keeps what --target compiles: add --target"),
+        (["--target=v5p-100", "--dry_run"], "the nearest are v5p-64 (32 chips) and v5p-128 (64 chips)"),
+        (["--target=x100:8", "--dry_run"], "did you mean h100:8"),
+        (["--target=h100:8", "--dry_run", "--simulate=8"], "--simulate=8 is of devices that run"),
+        (["--target=h100:8", "--dry_run", "--num_processes=2"], "--num_processes=2 is of devices that run"),
+        (["--target=h100:8", "--dry_run", "--memory=80GiB"], "--memory=80GiB is of devices that run"),
+        (["--target=h100:8", "--dry_run", "--config.mesh.tensor=3"], "does not multiply to the 8 devices there are"),
+        (["--target=h100:8", "--dry_run", "--config.data.batch_size=30"], "Nearest legal sizes: 24 or 32"),
+        (
+            ["--target=h100:8", "--dry_run", "--config.compute.attention=cudnn"],
+            "pip install --no-deps nvidia-cudnn-cu13",
+        ),
+        (["--target=2xh100:4", "--dry_run", "--link=0gbit"], "link=0gbit: expected a rate above 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_compiled(flags, said, monkeypatch, capsys):
+    """On a machine that has the plugin and no cuDNN, whose topology is this process's devices."""
+    monkeypatch.chdir(helpers.ROOT)
+    monkeypatch.setattr(compilers, "check_compiler", lambda chip: None)
+    monkeypatch.setattr(compilers, "has_cudnn", lambda: False)
+    monkeypatch.setattr(compilers, "prepare", lambda chip: None)
+    monkeypatch.setattr(compilers, "devices", lambda target: jax.devices()[: target.chips])
+    monkeypatch.setattr(aot, "compiled", lambda *_: pytest.fail("it compiles"))
+    assert train.run(["train.py", TINY, *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def fitted(target_text, typed=(), **overrides):
+    """(the config for this target, what is said of changes)."""
+    config = helpers.tiny(**overrides)
+    return config, target_recipe.fitted(config, target(target_text), list(typed))
+
+
+def test_slices_are_replicas_unless_the_mesh_says_otherwise():
+    config, notes = fitted("2xv5p-8")
+    assert config.mesh.replica == 2 and notes == ["mesh.replica=2: a replica for each slice"]
+    config, notes = fitted("2xv5p-8", ["mesh.replica"])
+    assert config.mesh.replica == 1 and notes == []
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_the_nearest_that_it_does_and_said():
+    config, notes = fitted("v5p-128")
+    assert config.data.batch_size == 64
+    assert notes == ["data.batch_size=64: 32 cannot be cut into the mesh's 64 parts"]
+    assert fitted("v5p-8")[1] == []
+    with pytest.raises(UsageError, match="does not multiply to the 64 devices there are.*v5p-128 has 64 chips"):
+        fitted("v5p-128", mesh__tensor=3)
+
+
+def test_without_cudnn_the_plain_attention_is_compiled_and_said(monkeypatch):
+    monkeypatch.setattr(compilers, "has_cudnn", lambda: False)
+    config, notes = fitted("h100:8")
+    assert config.compute.attention == "reference" and "nvidia-cudnn-cu13" in notes[0]
+    monkeypatch.setattr(compilers, "has_cudnn", lambda: True)
+    assert fitted("h100:8")[0].compute.attention == "auto" and fitted("v5p-8")[0].compute.attention == "auto"
+
+
+# ── the verdict ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+GiB = hardware.GiB
+
+
+@functools.cache
+def parts():
+    return helpers.build(helpers.tiny(data__batch_size=64), (1, 8, 1))
+
+
+def reading(peak, **about):
+    largest = [Buffer(2 * GiB, "f32", (4096, 128256), "model/loss.py:63"), Buffer(GiB, "bf16", (8192,), "x.py:1")]
+    return aot.Reading(1.0, 5 * GiB, peak * GiB - 5 * GiB, peak * GiB, 1e15, largest, **about)
+
+
+def small(memory, text="h100:8"):
+    """This machine with chips of so many GiB."""
+    found = target(text)
+    return dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=int(memory * GiB)))
+
+
+def test_a_program_that_fits_says_how_much_is_to_spare():
+    said = verdict.sentence(target("v5p-8"), {"step": reading(20), "evaluation": reading(7)}, [])
+    assert said == "fits: step needs 20.00 GiB of 95.73 GiB; 75.73 GiB to spare, 70.73 GiB while a checkpoint is copied"
+    said = verdict.sentence(target("v5p-8"), {"step": reading(93)}, [])
+    assert said.endswith("2.73 GiB to spare, while a checkpoint is copied, 2.27 GiB too little")
+
+
+def test_a_gpu_lends_the_share_that_the_run_takes(monkeypatch):
+    for key in meshes.SHARE_KEYS:
+        monkeypatch.delenv(key, raising=False)
+    assert target("h100:8").memory == int(0.9 * CHIPS["h100"].memory)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".75")
+    assert target("h100:8").memory == int(0.75 * CHIPS["h100"].memory) and "gets 75%" in target("h100:8").said()
+    assert target("v5p-8").memory == CHIPS["v5p"].memory
+    meshes.take_gpu_memory()
+    assert not os.environ.get("XLA_CLIENT_MEM_FRACTION"), "the user has said it by the other name, and both are refused"
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    meshes.take_gpu_memory()
+    assert float(os.environ["XLA_CLIENT_MEM_FRACTION"]) == meshes.gpu_share() == 0.9
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "80%")
+    with pytest.raises(ValueError, match="XLA_CLIENT_MEM_FRACTION=80%: expected a share"):
+        target("h100:8").said()
+
+
+def searched(machine, now, model):
+    """(the remedies, what was compiled). model: GiB by the changes and the number of chips."""
+    compiled = []
+
+    def predict(changes, on):
+        compiled.append((changes, on.text))
+        return model(changes, on.chips) * GiB
+
+    config = helpers.tiny(data__batch_size=64)
+    found = verdict.search(config, parts(), machine, {"step": reading(now)}, predict)
+    return found, compiled
+
+
+def test_what_does_not_fit_names_the_remedy_that_was_compiled_mildest_first():
+    """Micro-steps leave 6 GiB and a share of 24: 4 of 8 are the fewest that leave room in 14.4."""
+    machine = small(16)
+    found, compiled = searched(machine, 30, lambda changes, _: 6 + 24 / changes.get("optimizer.accumulate", 1))
+    assert found[-1] == verdict.Remedy("--config.optimizer.accumulate=4", 12 * GiB, True)
+    assert [changes for changes, _ in compiled] == [{"optimizer.accumulate": 8}, {"optimizer.accumulate": 4}]
+    said = verdict.sentence(machine, {"step": reading(30)}, found)
+    assert said == (
+        "does not fit: step needs 30.00 GiB of 14.40 GiB; largest: 2.00 GiB from model/loss.py:63, 1.00 GiB from "
+        "x.py:1; try --config.optimizer.accumulate=8 (9.00 GiB) or --config.optimizer.accumulate=4 (12.00 GiB)"
+    )
+
+
+def test_where_one_key_is_not_enough_all_are_tried_and_then_more_chips():
+    found, compiled = searched(small(16), 30, lambda changes, chips: 30 - 4 * len(changes) - 12 * (chips > 8))
+    assert [remedy.fits for remedy in found] == [False] * 4 + [True]
+    assert found[3].flags.count("--config.") == 3 and found[-1].flags.startswith("--target=h100:2x8 ")
+    assert compiled[-1][1] == "h100:2x8" and "--config.mesh.fsdp=16" in found[-1].flags
+    said = verdict.sentence(small(16), {"step": reading(30)}, found)
+    assert "; try --target=h100:2x8 " in said and "; not enough: --config.optimizer.accumulate=8 (26.00 GiB), " in said
+
+
+def test_where_nothing_is_enough_that_is_said():
+    found, _ = searched(small(8), 30, lambda changes, chips: 30 - len(changes))
+    assert found and not any(remedy.fits for remedy in found)
+    assert "; nothing that was tried is enough: " in verdict.sentence(small(8), {"step": reading(30)}, found)
+
+
+def test_a_state_that_does_not_fit_is_refused_with_the_smallest_machine_that_holds_it():
+    state = memory.state_bytes(parts(), parts().mesh.shape)
+    machine = small(state / 3 / 0.9 / GiB)
+    with pytest.raises(UsageError, match=r"target=h100:8: the state alone takes .*--target=h100:4x8 is the smallest"):
+        target_recipe.check_state(parts(), machine)
+    target_recipe.check_state(parts(), target("h100:8"))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "found"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (372.65G) exceeds available HBM (15.75G). HLO module: jit_f.\nSee https://x",
+            (372.65 * GiB, 15.75 * GiB),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 23.43G "
+            "of 15.75G hbm. Exceeded hbm capacity by 7.68G.",
+            (23.43 * GiB, 15.75 * GiB),
+        ),
+        ("RESOURCE_EXHAUSTED: no number", (None, None)),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_a_refusal_of_the_compiler_is_read(sentence, found):
+    assert compilers.refused(RuntimeError(sentence)) == found
+
+
+def test_what_is_refused_is_read_from_as_many_chips_of_the_next_larger_kind():
+    names = lambda text: [x.text for x in [targets.larger(target(text), CHIPS)] if x]
+    assert names("v5e-16") == ["v6e-16"] and names("4xv5e-256") == ["4xv6e-256"]
+    assert names("v6e-64") == ["v5p-128"] and names("v5e-1") == ["v6e-1"]
+    assert names("v6e-1") == names("v5p-8") == names("h100:8") == []
+
+
+def test_summary_json_has_the_shape_that_others_read(tmp_path):
+    sent = [aot.Sent("fsdp", "bf16", "all-gather", 2.0**30, 2.0**29)]
+    seconds = {"compute": 1.0, "memory": 0.1, "wire": {"fsdp": 0.2}}
+    readings = {
+        "step": reading(80, wire=sent, predicted_wire={}, seconds=seconds),
+        "sample": aot.Reading(0.0, 5.0, math.inf, math.inf),
+    }
+    remedies = [verdict.Remedy("--config.optimizer.accumulate=4", 12.0, True)]
+    programs = {"step": Text("HloModule x"), "sample": aot.Refused("RESOURCE_EXHAUSTED: …", None)}
+    machine = target("h100:8")
+    summary.save(str(tmp_path / "a" / "b"), machine, parts(), programs, readings, remedies, "1.2")
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"summary.json", "step.hlo.txt.gz"}
+    assert gzip.decompress((tmp_path / "a" / "b" / "step.hlo.txt.gz").read_bytes()) == b"HloModule x"
+    found = json.loads((tmp_path / "a" / "b" / "summary.json").read_text())
+    assert found["target"] == {
+        "name": "h100:8", "chip": "h100", "chips": 8, "slices": 1, "hosts": 1, "memory_bytes": machine.memory,
+        "wrap": [],
+    }  # fmt: skip
+    assert found["mesh"] == {"replica": 1, "fsdp": 8, "tensor": 1} and found["versions"]["compiler"] == "1.2"
+    assert not found["fits"] and found["remedies"] == [
+        {"flags": "--config.optimizer.accumulate=4", "peak_bytes": 12.0, "fits": True}
+    ]
+    step = found["programs"]["step"]
+    assert step["largest"][0] == {
+        "bytes": 2 * GiB, "dtype": "f32", "shape": [4096, 128256], "where": "model/loss.py:63",
+    }  # fmt: skip
+    assert step["wire"] == [sent[0]._asdict()] and step["seconds"] == seconds
+    assert {"runs_per_step", "state_bytes", "temporary_bytes", "peak_bytes", "flops", "predicted_wire"} <= step.keys()
+    assert found["programs"]["sample"]["peak_bytes"] is None and found["spare_bytes"] is None
+
+
+@dataclasses.dataclass
+class Text:
+    """A compiled program that has a text."""
+
+    text: str
+
+    def as_text(self):
+        return self.text
+
+
+# ── with the compilers ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(out, text, *flags):
+    """(exit code, what was printed, summary.json) of a dry run in a process of its own."""
+    command = [sys.executable, "train.py", TINY, f"--target={text}", "--dry_run", f"--save={out}", *flags]
+    done = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True, timeout=900)
+    file = out / "summary.json"
+    return done.returncode, done.stdout + done.stderr, json.loads(file.read_text()) if file.exists() else {}
+
+
+def needs(name):
+    try:
+        compilers.check_compiler(CHIPS[name])
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+SHAPE = (
+    "--config.model.model_dim=256 --config.model.head_dim=128 --config.model.num_heads=4 --config.model.num_kv_heads=2 "
+    "--config.model.mlp_dim=512 --config.data.seq_len=512"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["h100:8", "h200:2x4", "a100:8", "b200:8", "v5e-8", "v5p-16", "v6e-8"])
+def test_the_programs_of_a_run_are_compiled_for_every_kind_of_chip(text, tmp_path):
+    needs(target(text).chip.name)
+    code, said, found = run(tmp_path, text, *SHAPE, "--config.mesh.tensor=2")
+    assert code == 0 and found["fits"], said
+    assert {"step", "evaluation", "sample", "init", "restore"} == found["programs"].keys()
+    step = found["programs"]["step"]
+    tokens, weights = 32 * 512, 2 * (256 * 512 * 2 + 256 * 2 * 128 * 2 + 3 * 256 * 512) + 256 * 256
+    assert step["flops"] >= 6 * weights * tokens / 8, "no less than is trained"
+    assert step["peak_bytes"] >= step["state_bytes"] and len(step["largest"]) == 5
+    assert {sent["axis"] for sent in step["wire"]} == {"fsdp", "tensor"}, step
+    lines = [buffer["where"] for buffer in step["largest"]]
+    assert sum(re.fullmatch(r"[a-z_/]+\.py:\d+", line) is not None for line in lines) >= 4, lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["2xh100:4", "2xv5p-8"])
+def test_what_crosses_slices_is_the_closed_form(text, tmp_path):
+    needs(target(text).chip.name)
+    _, said, found = run(tmp_path, text, *SHAPE, "--config.sync.codec=int8")
+    step = found["programs"]["step"]
+    assert found["mesh"]["replica"] == 2 and "a replica for each slice" in said
+    slow = {
+        sent["dtype"]: sent["bytes"] for sent in step["wire"] if sent["axis"] == "replica" and sent["dtype"] == "u8"
+    }
+    assert slow == step["predicted_wire"]["replica"]
+
+
+@pytest.mark.slow
+def test_a_tpu_compilers_refusal_is_a_verdict_with_a_remedy_that_compiles(tmp_path):
+    """Of a model whose logits and activations are larger than a v5e: never a traceback."""
+    needs("v5e")
+    flags = ["--config.data.batch_size=8192", "--config.data.seq_len=1024", "--config.compute.attention=reference"]
+    code, said, found = run(tmp_path, "v5e-4", *flags, "--config.sample.tokens=0")
+    assert code == 1 and "Traceback" not in said, said
+    assert re.search(r"^does not fit: step needs .* GiB of 15\.75 GiB; ", said, re.MULTILINE), said
+    assert not found["fits"] and any(remedy["fits"] for remedy in found["remedies"]), said

@@ -1,25 +1,20 @@
-"""A machine that nobody has: read from its name, and made into devices to compile for.
+"""A machine that is not here, read from its name.
 
 `[N×]SLICE`, written 2xv5p-64: N slices or sites, joined by the slow link. A SLICE is h100:8 (one host), h100:4x8 (hosts
 × devices of each), v5p-128 (the cloud's name: up to v5p it counts TensorCores, two to a chip) or v5p:4x4x4 (chips along
-each side). XLA's own compilers make the programs: libtpu for TPUs, JAX's CUDA plugin for NVIDIA's GPUs, on a machine
-that has neither.
+each side).
 """
 
 import difflib
-import importlib.metadata
-import importlib.util
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from parallel.cost.hardware import XLA_GPU, Chip, GiB
+from parallel.cost.hardware import Chip, GiB
+from parallel.layout.mesh import gpu_share
 
-FRACTION = 0.90  # of a GPU's memory that a run takes for its arrays; JAX by itself takes 0.75
-FRACTION_KEYS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the newer name first, as JAX reads them
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}  # v5e, v6e
 SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}  # v4, v5p: below one cube, no links around
 CUBE = 4  # chips along each side of the cubes that larger ones are made of
@@ -58,7 +53,7 @@ class Target:
     @property
     def memory(self) -> int:
         """Bytes that a program may have on one chip."""
-        return self.chip.memory if self.chip.is_tpu else int(self.chip.memory * memory_fraction())
+        return self.chip.memory if self.chip.is_tpu else int(self.chip.memory * gpu_share())
 
     def said(self) -> str:
         """What was understood: `v5p-128 = 64 chips 4×4×4, wrapped, 95.7 GiB each`."""
@@ -68,9 +63,7 @@ class Target:
             hosts, devices = self.sides
             several = f"{self.slices} sites of " if self.slices > 1 else ""
             of = f"{hosts} hosts of {devices}" if hosts > 1 else f"one host of {devices}"
-            return (
-                f"{self.text} = {several}{of} {self.chip.kind}, {each}, of which a program gets {memory_fraction():.0%}"
-            )
+            return f"{self.text} = {several}{of} {self.chip.kind}, {each}, of which a program gets {gpu_share():.0%}"
         chips = math.prod(self.sides)
         around = [side for side, wrapped in zip(self.sides, self.wrap, strict=True) if wrapped]
         how = (
@@ -99,15 +92,6 @@ class Target:
         if not self.chip.is_tpu:
             return device.id // self.sides[1], (device.id % self.sides[1],)
         return getattr(device, "slice_index", 0), tuple(device.coords)
-
-
-def memory_fraction() -> float:
-    """Of a GPU's memory that JAX takes: what the user has set, or what a run sets."""
-    given = next((os.environ[key] for key in FRACTION_KEYS if os.environ.get(key)), "")
-    try:
-        return float(given or FRACTION)
-    except ValueError:
-        return FRACTION
 
 
 # ── from its name ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -211,98 +195,27 @@ def _nearest(chip: Chip, chips: float) -> str:
     return " and ".join(f"{chip.name}-{n * chip.cores} ({n} chips)" for n in below + above)
 
 
-# ── its compiler ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── others like it ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_compiler(chip: Chip) -> None:
-    """Raises ImportError where the compiler's package is missing, or is that of another JAX, with the command that
-    installs it; ValueError for a chip that there is no compiler for."""
-    if not chip.is_tpu and not chip.xla:
-        raise ValueError(f"XLA has no description of {chip.name} to compile for, so it can only be planned for")
-    version = importlib.metadata.version("jax")
-    wanted = {"libtpu": _libtpu_of_jax()} if chip.is_tpu else {"jax-cuda13-plugin": version, "jax-cuda13-pjrt": version}
-    command = "pip install --no-deps " + " ".join(
-        f"{name}=={v}" if not chip.is_tpu else name for name, v in wanted.items()
-    )
-    size = "484 MB, under Google Cloud's terms" if chip.is_tpu else "400 MB; nothing of NVIDIA's comes with them"
-    for name, right in wanted.items():
-        found = _version(name)
-        if found is None:
-            raise ImportError(f"compiling for {chip.name} needs {name}, which is not installed: `{command}` ({size})")
-        if right and not _fits(name, found, right):
-            raise ImportError(f"{name} {found} is not of JAX {version}, which wants {right}: `{command}` ({size})")
-
-
-def has_cudnn() -> bool:
-    """Whether JAX can trace cuDNN's attention."""
-    return _version("nvidia-cudnn-cu13") is not None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+def larger(target: Target, chips: Mapping[str, Chip]) -> Target | None:
+    """As many chips of the next larger kind, to read there what was refused; None: there is none."""
+    name = {"v5e": "v6e", "v6e": "v5p", "v4": "v5p"}.get(target.chip.name)
+    sides = sides_of(chips[name], math.prod(target.sides)) if name else None
+    if name is None or sides is None:
         return None
+    count = math.prod(sides) * chips[name].cores
+    return Target(f"{f'{target.slices}x' * (target.slices > 1)}{name}-{count}", chips[name], target.slices, sides)
 
 
-def _fits(package: str, found: str, right: str) -> bool:
-    """A CUDA plugin must be JAX's own; a libtpu may be newer."""
-    numbers = lambda version: [int(n) for n in re.findall(r"\d+", version)]
-    return found == right if package != "libtpu" else numbers(found) >= numbers(right)
-
-
-def _libtpu_of_jax() -> str:
-    """The version that JAX's own extra asks for, "" if it asks for none."""
-    asked = [re.match(r"libtpu\s*==\s*([\d.]*\d)", line) for line in importlib.metadata.requires("jax") or ()]
-    return next((found[1] for found in asked if found), "")
-
-
-def prepare(chip: Chip) -> None:
-    """Makes this process one that compiles for the chip. Call before JAX is asked for any device."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # nothing is run
+def wider(target: Target, factor: int) -> Target | None:
+    """As many slices of so many times the chips; None: they cannot be rented."""
+    chip, chips = target.chip, math.prod(target.sides) * factor
+    head = f"{target.slices}x" if target.slices > 1 else ""
     if chip.is_tpu:
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # else two dry runs meet at a lock
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "true")  # this machine is asked for no TPU of its own
-        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-        given = os.environ.get("XLA_FLAGS", "")
-        if "xla_gpu_autotune_level" not in given:  # there is no card to try kernels on
-            os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_autotune_level=0".strip()
-
-
-def devices(target: Target) -> list[Any]:
-    """To lay a mesh over, and compile for; nothing can be put on them."""
-    from jax.experimental import topologies
-
-    if not target.chip.is_tpu:
-        hosts, each = target.sides
-        return list(
-            topologies.get_topology_desc(
-                platform="cuda", topology_name=target.chip.name, target_config=description(target.chip),
-                topology=f"{target.slices}x{hosts}x{each}",
-            ).devices
-        )  # fmt: skip
-    alone = math.prod(target.sides) == 1
-    return list(
-        topologies.get_topology_desc(
-            platform="tpu",
-            topology_name=f"{target.chip.name}:{'x'.join(map(str, target.sides))}",
-            chip_config_name="megacore" if target.chip.cores == 2 else "default",
-            chips_per_host_bounds=(1, 1, 1) if alone else (2, 2, 1),
-            wrap=(*target.wrap, False)[:3],
-            num_slices=target.slices,
-        ).devices
-    )
-
-
-def description(chip: Chip) -> str:
-    """XLA's GpuTargetConfig in text form."""
-    own = XLA_GPU | dict(chip.xla) | {"memory_bandwidth": int(chip.bandwidth), "device_memory_size": chip.memory}
-    info = " ".join(f"{key} {{ {x} }}" if isinstance(x, str) else f"{key}: {x}" for key, x in own.items())
-    return (
-        f'gpu_device_info {{ {info} }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} '
-        f'runtime_version {{ major: 13 }} device_description_str: "{chip.kind}"'
-    )
+        sides = sides_of(chip, chips)
+        return Target(f"{head}{chip.name}-{chips * chip.cores}", chip, target.slices, sides) if sides else None
+    hosts, devices = target.sides
+    more = (hosts, devices * factor) if hosts * devices * factor <= chip.largest else (hosts * factor, devices)
+    size = "x".join(map(str, more)) if more[0] > 1 else str(more[1])
+    return Target(f"{head}{chip.name}:{size}", chip, target.slices, more)

@@ -19,7 +19,9 @@ BITS = {
 }  # fmt: skip
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?P<type>\(.*?\)|\S+) (?P<op>[a-z0-9\-]+)\((?P<rest>.*)$")
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z0-9\-]+)\((?P<rest>.*)$"
+)
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\]")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition|called_computations)=\{?%?([\w.\-]+)")
@@ -42,6 +44,7 @@ class Collective:
     scope: str  # the op_name that JAX gave it: what in our code it comes from
     channel: str = ""
     frame: str = ""  # its number in the table of source lines at the program's head
+    name: str = ""  # the instruction's, a transfer's recv's
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,11 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, places: _Pl
         kind = op.removesuffix("-start")
         if kind in KINDS:
             scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
-            yield from _collective(kind, op.endswith("-start"), match["type"], rest, times, places, scattered)
+            found = _collective(kind, op.endswith("-start"), match["type"], rest, times, places, scattered)
+            yield from (replace(c, name=match["name"]) for c in found)
         elif op in ("send", "recv"):
             if transfer := _across_slices(op, match["type"], rest, times, places, computations[name]):
-                yield transfer
+                yield replace(transfer, name=match["name"])
         elif op == "conditional":
             branches = [list(_walk(computations, b, times, places)) for b in _branches(rest)]
             yield from max(branches, key=lambda found: sum(c.sent for c in found))

@@ -28,10 +28,34 @@ def simulate(num_devices: int, num_processes: int = 1) -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def fill_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+GPU_SHARE = 0.90  # of a GPU's memory that a run takes for its arrays: JAX by itself takes 0.75
+SHARE_KEYS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the newer name first
+
+
+def take_gpu_memory() -> None:
+    """Has JAX take that share, unless the user has said which. Before any device query; nothing to other devices."""
+    if not any(os.environ.get(key) for key in SHARE_KEYS):
+        os.environ[SHARE_KEYS[0]] = str(GPU_SHARE)
+
+
+def gpu_share() -> float:
+    """What the user has said, or what a run takes. Raises ValueError for what is no share."""
+    key = next((key for key in SHARE_KEYS if os.environ.get(key)), "")
+    try:
+        share = float(os.environ[key]) if key else GPU_SHARE
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"{key}={os.environ[key]}: expected a share of a GPU's memory, above 0 and at most 1")
+    return share
+
+
+def fill_sizes(
+    sizes: Mapping[str, int], num_devices: int, hint: str = "On a CPU, --simulate=N gives N devices"
+) -> dict[str, int]:
     """Axis sizes with the one -1 filled in.
 
-    Raises ValueError when the product is not the number of devices, listing factorings that are.
+    Raises ValueError when the product is not the number of devices, listing factorings that are. hint: its last words.
     """
     sizes = {axis: int(sizes[axis]) for axis in USED}
     for axis, size in sizes.items():
@@ -48,8 +72,7 @@ def fill_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
     raise ValueError(
         f"the mesh {asked} does not multiply to the {num_devices} devices there are "
-        f"(mesh.{', mesh.'.join(USED)}). These do: {_factorings(num_devices)}. "
-        "On a CPU, --simulate=N gives N devices"
+        f"(mesh.{', mesh.'.join(USED)}). These do: {_factorings(num_devices)}. {hint}"
     )
 
 

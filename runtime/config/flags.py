@@ -42,6 +42,10 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_bool("dry_run", False, "build, compile, print the table; train nothing", flag_values=values)
     flags.DEFINE_string(
+        "target", None, "with --dry_run: the machine to compile for, as v5p-128 or h100:4x8", flag_values=values
+    )
+    flags.DEFINE_string("save", None, "with --target: a folder for what is compiled", flag_values=values)
+    flags.DEFINE_string(
         "link", None, "a slow link, as 100mbit or 10gbit,20ms: what a step takes on it", flag_values=values
     )
     flags.DEFINE_float(
@@ -105,11 +109,19 @@ def parse(argv: Sequence[str], doc: str, methods: Methods) -> tuple[Any, Any]:
     values.workdir = workdir
     flags.DEFINE_string("config_name", config_file or workdir, "", flag_values=values)
     flags.DEFINE_multi_string("notes", notes, "", flag_values=values)
+    flags.DEFINE_multi_string("typed", list(overridden), "", flag_values=values)
     values.mark_as_parsed()
     return nested(flat).lock(), values
 
 
-VALUES = {"workdir": "PATH", "link": "RATE[,LATENCY]", "memory": "SIZE", "coordinator": "HOST:PORT"}
+VALUES = {
+    "workdir": "PATH",
+    "target": "MACHINE",
+    "save": "PATH",
+    "link": "RATE[,LATENCY]",
+    "memory": "SIZE",
+    "coordinator": "HOST:PORT",
+}
 
 
 def _help(doc: str, values: flags.FlagValues) -> str:

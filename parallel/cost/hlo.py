@@ -1,0 +1,211 @@
+"""The text of a compiled program (`compiled.as_text()`), read: its computations, how often their loops run, and the
+lines of code that instructions come from."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from parallel.cost.wire import BITS
+
+ROOT = f"{Path(__file__).parents[2]}/"
+HELPERS = "parallel/layout/"  # where arrays are only said to lie: the caller's line says more
+_HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z0-9\-]+)\((?P<rest>.*)$")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\]")
+_CALLED = re.compile(r"(?:to_apply|calls|body|condition|called_computations)=\{?%?([\w.\-]+)")
+
+
+@dataclass(frozen=True)
+class Array:
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        found = 1
+        for n in self.shape:
+            found *= n
+        return found
+
+    @property
+    def bytes(self) -> float:
+        return self.size * BITS[self.dtype] / 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """rest: operands and attributes, as they stand behind the operation's name."""
+
+    name: str
+    type: str
+    op: str
+    rest: str
+
+    @cached_property
+    def arrays(self) -> list[Array]:
+        """Of the result."""
+        return arrays(self.type)
+
+    @cached_property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest[: _end_of_operands(self.rest)])
+
+    @cached_property
+    def called(self) -> list[str]:
+        """Names of the computations that it runs; of a conditional its branches."""
+        if found := re.search(r"branch_computations=\{([^}]*)\}", self.rest):
+            return [name.strip().lstrip("%") for name in found[1].split(",")]
+        branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", self.rest)
+        return branches or _CALLED.findall(self.rest)
+
+    def numbers(self, attribute: str) -> list[int]:
+        """Of attribute={1,2}."""
+        found = re.search(rf"\b{attribute}=\{{([0-9,]*)\}}", self.rest)
+        return [int(n) for n in found[1].split(",") if n] if found else []
+
+
+def arrays(type_: str) -> list[Array]:
+    """Those in a type."""
+    shape = lambda dims: tuple(int(n) for n in dims.split(",") if n)
+    return [Array(dtype, shape(dims)) for dtype, dims in _ARRAY.findall(type_) if dtype in BITS]
+
+
+def _end_of_operands(rest: str) -> int:
+    depth = 1
+    for place, character in enumerate(rest):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if not depth:
+            return place
+    return len(rest)
+
+
+@dataclass
+class Program:
+    """Computations in the order of the text, each a schedule: its instructions run in their order."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+    head: str = field(repr=False, default="")  # the tables of source lines
+
+    @classmethod
+    def read(cls, text: str) -> "Program":
+        """Raises ValueError for what is no compiled program."""
+        found: dict[str, list[Instruction]] = {}
+        entry, current, begun = "", None, len(text)
+        for number, line in enumerate(text.splitlines()):
+            if match := _HEAD.match(line):
+                begun = min(begun, number)
+                current = found.setdefault(match["name"], [])
+                entry = match["name"] if match["entry"] else entry
+            elif line == "}" or line.startswith("}, "):
+                current = None
+            elif current is not None and (match := _LINE.match(line)):
+                current.append(Instruction(*match.group("name", "type", "op", "rest")))
+            elif current:  # attributes of a kernel go on over several lines
+                last = current.pop()
+                current.append(Instruction(last.name, last.type, last.op, f"{last.rest}\n{line}"))
+        if not entry:
+            raise ValueError("this is not the text of a compiled HLO module: it has no ENTRY computation")
+        return cls(found, entry, "\n".join(text.splitlines()[:begun]))
+
+    @cached_property
+    def _types(self) -> dict[str, dict[str, Instruction]]:
+        return {name: {x.name: x for x in body} for name, body in self.computations.items()}
+
+    def operand(self, computation: str, x: Instruction, number: int) -> Instruction | None:
+        return self._types[computation].get(x.operands[number]) if number < len(x.operands) else None
+
+    # ── loops ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def trips(self, computation: str, loop: Instruction) -> int:
+        """How often a loop runs: written beside it by XLA for CPUs and GPUs; on TPU out of its counter's start, step
+        and bound. 1 where that cannot be told."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+            return int(known[1])
+        body, condition = (re.search(rf"{part}=%?([\w.\-]+)", loop.rest) for part in ("body", "condition"))
+        if not (body and condition):
+            return 1
+        tests = self._types[condition[1]]
+        compare = next((x for x in tests.values() if x.op == "compare" and "direction=LT" in x.rest), None)
+        place = compare and self._index(condition[1], compare.operands[0])
+        bound = compare and _constant(tests.get(compare.operands[1]))
+        if place is None or bound is None:
+            return 1
+        start = self._element(computation, loop.operands[0], place)
+        first = _constant(self._types[computation].get(start)) or 0
+        step = self._step(body[1], place)
+        return max(0, -(-(bound - first) // step))
+
+    def _index(self, computation: str, name: str) -> int | None:
+        """Which element of the loop's carry this is."""
+        x = self._types[computation].get(name)
+        found = re.search(r"index=(\d+)", x.rest) if x and x.op == "get-tuple-element" else None
+        return int(found[1]) if found else None
+
+    def _element(self, computation: str, name: str, place: int) -> str:
+        x = self._types[computation].get(name)
+        return x.operands[place] if x and x.op == "tuple" and place < len(x.operands) else ""
+
+    def _step(self, body: str, place: int) -> int:
+        """By which the counter grows: 1 in JAX's loops, 2 in some that XLA makes."""
+        root = self.computations[body][-1]
+        x = self._types[body].get(self._element(body, root.name, place))
+        steps = [_constant(self._types[body].get(name)) for name in x.operands] if x and x.op == "add" else []
+        return next((n for n in steps if n), 1)
+
+    def executed(self, name: str = "", times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
+        """(computation, instruction, how often it runs in a call) of all that has a result in memory: what stands
+        inside of a fusion has none."""
+        for x in self.computations[name or self.entry]:
+            yield name or self.entry, x, times
+            if x.op == "while":
+                body = re.search(r"body=%?([\w.\-]+)", x.rest)
+                yield from self.executed(body[1], times * self.trips(name or self.entry, x)) if body else ()
+            elif x.op in ("call", "conditional", "async-start"):
+                for called in x.called:
+                    yield from self.executed(called, times)
+
+    # ── lines of code ────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def _tables(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        table: dict[str, str] = {}
+        for line in self.head.splitlines():
+            if re.fullmatch(r"[A-Z]\w+", line):
+                table = found.setdefault(line, {})
+            elif row := re.match(r"(\d+) (.*)", line):
+                table[row[1]] = row[2]
+        return found
+
+    def frames(self, x: Instruction) -> Iterator[str]:
+        """file:line, innermost first, of the call that it comes from."""
+        if found := re.search(r'source_file="([^"]*)" source_line=(\d+)', x.rest):
+            yield f"{found[1]}:{found[2]}"
+        found = re.search(r"stack_frame_id=(\d+)", x.rest)
+        stack = self._tables.get("StackFrames", {})
+        number = int(found[1]) if found else 0
+        field_of = lambda name, row: (re.search(rf"\b{name}=(\d+)", row) or ("", ""))[1]
+        # The text has parents counted one too high, so that the first frame is its own.
+        shift = 1 if field_of("parent_frame_id", stack.get("1", "")) == "1" else 0
+        while frame := stack.get(str(number)):
+            where = self._tables.get("FileLocations", {}).get(field_of("file_location_id", frame), "")
+            file = self._tables.get("FileNames", {}).get(field_of("file_name_id", where), "").strip('"')
+            yield f"{file}:{field_of('line', where)}"
+            parent = int(field_of("parent_frame_id", frame) or 0) - shift
+            number = parent if parent < number else 0
+
+    def where(self, x: Instruction) -> str:
+        """The line of ours that it comes from, file:line below the project's root; else the operation's name in JAX; ""
+        for what XLA made by itself."""
+        own = [frame.removeprefix(ROOT) for frame in self.frames(x) if frame.startswith(ROOT)]
+        best = [frame for frame in own if not frame.startswith(HELPERS)]
+        name = re.search(r'op_name="([^"]*)"', x.rest)
+        return (best or own or [name[1] if name else ""])[0]
+
+
+def _constant(x: Instruction | None) -> int | None:
+    found = re.match(r"(-?\d+)\)", x.rest) if x and x.op == "constant" else None
+    return int(found[1]) if found else None

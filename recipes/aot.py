@@ -1,0 +1,158 @@
+"""Programs compiled for a machine that is not here, and what they say of themselves."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from parallel.cost import compilers, hlo, schedule, wire
+from parallel.cost.bytes import exchange_bytes
+from parallel.cost.schedule import Buffer
+from parallel.cost.targets import Target
+from parallel.layout.axes import SLOW
+from recipes import memory, phases, programs
+from recipes.build import Parts
+from recipes.programs import rows_of_evaluation
+
+
+class Sent(NamedTuple):
+    """Over one axis, in one dtype and kind of collective: bytes that one device sends in a call, and those of them that
+    are under way while matrix products are computed."""
+
+    axis: str
+    dtype: str
+    kind: str
+    bytes: float
+    hidden_bytes: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Of one program and device, in a call. peak: of the whole device while it runs, the state that it does not touch
+    included. seconds: at the chip's nominal rates."""
+
+    runs_per_step: float
+    state_bytes: float
+    temporary_bytes: float
+    peak_bytes: float
+    flops: float = 0.0
+    largest: list[Buffer] = field(default_factory=list)
+    wire: list[Sent] = field(default_factory=list)
+    predicted_wire: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, Any] = field(default_factory=dict)
+    not_counted: str = ""  # why its collectives could not be
+    read_from: str = ""  # a larger machine, whose program this was read from: its own was refused
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What a compiler said instead of a program. temporaries: bytes; None: it did not say."""
+
+    sentence: str
+    temporaries: float | None
+
+
+def lowerings(config: Any, parts: Parts) -> dict[str, Callable[[], Any]]:
+    """{name: lowers it}: the strategy's programs, then those beside them. `restore` is the digest of the whole state,
+    which saving and restoring compute."""
+    others = programs.beside(parts, config.sample)
+    given = bool(config.init.workdir)
+    others |= {"init": lambda: programs.lower_init(parts, given), "restore": others.pop("digest")}
+    return programs.steps(parts) | others
+
+
+def compiled(lower: Callable[[], Any], parts: Parts) -> Any:
+    """The program, or Refused where it does not fit."""
+    try:
+        return lower().compile(compiler_options=programs.of_device(parts, None))
+    except Exception as error:  # of a type that JAX does not name in public
+        found = compilers.refused(error)
+        if found is None:
+            raise
+        return Refused(str(error).splitlines()[0], found[0])
+
+
+def peak(program: Any, parts: Parts, name: str) -> tuple[float, float]:
+    """Bytes of (its temporaries, the device while it runs)."""
+    state = memory.state_bytes(parts, parts.mesh.shape)
+    if isinstance(program, Refused):
+        temporaries = math.inf if program.temporaries is None else program.temporaries
+        return temporaries, state + temporaries
+    found = program.memory_analysis()
+    used = found.peak_memory_in_bytes or (
+        found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    )
+    only_params = name in ("evaluation", "sample")
+    params = sum(memory.shard_bytes(x, parts.mesh.shape) for x in jax.tree.leaves(parts.state.params))
+    return found.temp_size_in_bytes, used + (state - params if only_params else 0)
+
+
+def read(name: str, program: Any, parts: Parts, target: Target, config: Any, other: tuple[str, Any] | None) -> Reading:
+    """other: (machine, program) of a larger machine, for a program that was refused."""
+    temporaries, most = peak(program, parts, name)
+    about: dict[str, Any] = {
+        "runs_per_step": runs_per_step(name, config, parts), "state_bytes": memory.state_bytes(parts, parts.mesh.shape),
+        "temporary_bytes": temporaries, "peak_bytes": most, "predicted_wire": predicted(name, parts),
+    }  # fmt: skip
+    if isinstance(program, Refused):
+        if other is None:
+            return Reading(**about)
+        about["read_from"], program = other
+    text = program.as_text()
+    read = hlo.Program.read(text)
+    flops, moved = schedule.flops(read), schedule.bytes_moved(read)
+    sent, why = _sent(text, read, parts)
+    rates = {axis: axis_rate(target, parts, axis) for axis in parts.mesh.axis_names if parts.mesh.shape[axis] > 1}
+    total = lambda axis: sum(x.bytes for x in sent if x.axis == axis)
+    seconds = {
+        "compute": flops / target.chip.bf16,
+        "memory": moved / target.chip.bandwidth,
+        "wire": {axis: total(axis) / rate for axis, rate in rates.items()},
+    }
+    return Reading(**about, flops=flops, largest=schedule.largest(read), wire=sent, seconds=seconds, not_counted=why)
+
+
+def _sent(text: str, read: hlo.Program, parts: Parts) -> tuple[list[Sent], str]:
+    """(what it sends, why that could not be counted)."""
+    try:
+        found = wire.collectives(text, parts.mesh)
+    except Exception as error:  # whatever a text of unknown form does to a parser
+        return [], f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    behind, sums = schedule.hidden(read), {}
+    for c in found:
+        key = (c.axis, c.dtype, c.kind)
+        bytes_, hidden = sums.get(key, (0.0, 0.0))
+        sums[key] = bytes_ + c.sent, hidden + c.sent * (c.name in behind)
+    return [Sent(*key, *sums[key]) for key in sorted(sums)], ""
+
+
+def axis_rate(target: Target, parts: Parts, axis: str) -> float:
+    """Bytes a second of one chip along an axis of the mesh, at best."""
+    devices = np.moveaxis(parts.mesh.devices, parts.mesh.axis_names.index(axis), -1)
+    return target.rate(devices.reshape(-1, devices.shape[-1]))
+
+
+def predicted(name: str, parts: Parts) -> dict[str, dict[str, float]]:
+    """{replica: {dtype: bytes}} in closed form, without the few named scalars."""
+    total: dict[str, float] = {}
+    for phase in parts.phases:
+        for exchange in phase.strategy.exchanges().get(name.removeprefix(phase.prefix), ()):
+            for dtype, size in exchange_bytes(exchange).items():
+                total[dtype] = total.get(dtype, 0) + size
+    return {SLOW: total} if total else {}
+
+
+def runs_per_step(name: str, config: Any, parts: Parts) -> float:
+    """Calls per step, on average over a run; of what runs once, 0."""
+    calls = list(phases.calls(parts, config.steps))
+    if name == "evaluation" and config.eval_every:
+        return config.eval_batches * config.data.batch_size / rows_of_evaluation(parts) / config.eval_every
+    return sum(call.program == name for call in calls) / config.steps
+
+
+def worst(readings: Mapping[str, Reading]) -> tuple[str, Reading]:
+    """The one of the highest peak, with its name."""
+    return max(readings.items(), key=lambda row: row[1].peak_bytes)

@@ -1,0 +1,195 @@
+"""What a dry run for a target says: the table of its programs, whether they fit, and with which changes they would."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parallel.cost import targets
+from parallel.cost.hardware import GiB
+from parallel.cost.targets import Target
+from parallel.layout.axes import SLOW
+from recipes import aot, describe, memory
+from recipes.aot import Reading, Sent
+from recipes.build import Parts
+from runtime import config as configuration
+from runtime.config import UsageError
+from runtime.console import human_bytes, human_count, human_seconds
+
+ROOM = 0.95  # of the memory that there is: what an estimate between two compiled values may use
+Predict = Callable[[dict[str, Any], Target], float]  # ({key: value}, machine) -> bytes of the dearest step program
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """flags: as they are typed."""
+
+    flags: str
+    peak_bytes: float
+    fits: bool
+
+
+# ── the table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rows(config: Any, parts: Parts, target: Target, readings: Mapping[str, Reading]) -> list[tuple[str, str]]:
+    """A row without a value is a heading."""
+    steps = [name for name in readings if readings[name].runs_per_step and name != "evaluation"]
+    found = describe.model_rows(parts) + describe.across_rows(config, parts)
+    for name in steps:
+        found += [(f"{name}, {_often(readings[name].runs_per_step)}", ""), *_program(readings[name], target)]
+    found += [("beside the step", "")]
+    found += [(name, _memory(x)) for name, x in readings.items() if name not in steps]
+    return found + describe.weight_rows(parts)
+
+
+def _often(runs: float) -> str:
+    return "once a step" if runs == 1 else f"{runs:.3g} times a step"
+
+
+def _program(x: Reading, target: Target) -> Iterator[tuple[str, str]]:
+    yield "memory", _memory(x)
+    if not x.flops:
+        return
+    if x.read_from:
+        yield "read from", f"{x.read_from}'s program: the compiler names nothing of what it refuses"
+    yield "FLOPs", f"{human_count(x.flops)} (matrix products; attention's causal half)"
+    for axis in dict.fromkeys(sent.axis for sent in x.wire):
+        yield f"wire, {axis}", _wire([sent for sent in x.wire if sent.axis == axis])
+    if x.not_counted:
+        yield "wire", f"not counted: {x.not_counted}"
+    yield "at nominal rates", _seconds(x.seconds)
+    for number, buffer in enumerate(x.largest):
+        shape = f"{buffer.dtype}{list(buffer.shape)}".replace(" ", "")
+        yield "" if number else "largest", f"{human_bytes(buffer.bytes)} {shape} {buffer.where}"
+
+
+def _memory(x: Reading) -> str:
+    if math.isinf(x.peak_bytes):
+        return f"refused; state {human_bytes(x.state_bytes)}"
+    temporary = "refused: " * bool(x.read_from) + f"temporary {human_bytes(x.temporary_bytes)}"
+    return f"{human_bytes(x.peak_bytes)} at most (state {human_bytes(x.state_bytes)}, {temporary})"
+
+
+def _wire(found: Sequence[Sent]) -> str:
+    total, hidden = sum(s.bytes for s in found), sum(s.hidden_bytes for s in found)
+    by_dtype: dict[str, float] = {}
+    for s in found:
+        by_dtype[s.dtype] = by_dtype.get(s.dtype, 0) + s.bytes
+    dtypes = ", ".join(f"{name} {human_bytes(size)}" for name, size in sorted(by_dtype.items(), key=lambda x: -x[1]))
+    overlap = f"{human_bytes(hidden)} behind matrix products, {human_bytes(total - hidden)} exposed"
+    return f"{human_bytes(total)} ({dtypes}); {overlap}"
+
+
+def _seconds(seconds: Mapping[str, Any]) -> str:
+    all_of_it = {"compute": seconds["compute"], "memory": seconds["memory"]} | seconds["wire"]
+    binds = max(all_of_it, key=lambda name: all_of_it[name])
+    said = ", ".join(f"{name} {human_seconds(x)}" for name, x in all_of_it.items())
+    return f"{said}: {binds} binds"
+
+
+def over_slow(readings: Mapping[str, Reading]) -> float | None:
+    """Bytes that a device sends over the slow axis per step; None if they were not counted."""
+    steps = [x for name, x in readings.items() if x.runs_per_step and name != "evaluation"]
+    if any(x.not_counted or not x.flops for x in steps):
+        return None
+    return sum(x.runs_per_step * s.bytes for x in steps for s in x.wire if s.axis == SLOW)
+
+
+# ── the verdict ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sentence(target: Target, readings: Mapping[str, Reading], remedies: Sequence[Remedy]) -> str:
+    """fits: how much there is to spare; or what is needed, the largest arrays, and what was tried."""
+    name, x = aot.worst(readings)
+    room = f"{target.memory / GiB:.2f} GiB"
+    if x.peak_bytes <= target.memory:
+        spare = target.memory - x.peak_bytes
+        copied = spare - x.state_bytes
+        saving = f"{human_bytes(copied)} while a checkpoint is copied" if copied >= 0 else (
+            f"while a checkpoint is copied, {human_bytes(-copied)} too little"
+        )  # fmt: skip
+        return f"fits: {name} needs {human_bytes(x.peak_bytes)} of {room}; {human_bytes(spare)} to spare, {saving}"
+    need = "more than the compiler says" if math.isinf(x.peak_bytes) else human_bytes(x.peak_bytes)
+    said = [f"does not fit: {name} needs {need} of {room}"]
+    if x.largest:
+        first = x.largest[:2]
+        said.append("largest: " + ", ".join(f"{human_bytes(b.bytes)} from {b.where}" for b in first))
+    works = [r for r in remedies if r.fits]
+    tried = ", ".join(f"{r.flags} ({_with(r)})" for r in remedies if not r.fits)
+    if works:
+        said.append("try " + " or ".join(f"{r.flags} ({_with(r)})" for r in works))
+        return "; ".join(said) + (f"; not enough: {tried}" if tried else "")
+    return "; ".join([*said, f"nothing that was tried is enough: {tried}" if tried else "nothing is left to try"])
+
+
+def _with(remedy: Remedy) -> str:
+    return "refused" if math.isinf(remedy.peak_bytes) else human_bytes(remedy.peak_bytes)
+
+
+# ── remedies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def search(
+    config: Any, parts: Parts, target: Target, readings: Mapping[str, Reading], predict: Predict
+) -> list[Remedy]:
+    """What was tried, compiled: each key's strongest value, a milder one if that leaves room, all together, and a
+    larger machine. It ends with the first that fits."""
+    found: list[Remedy] = []
+    now = aot.worst(readings)[1].peak_bytes
+    together: dict[str, Any] = {}
+    for key, values in memory.values(config, parts).items():
+        if not values:
+            continue
+        strongest = _tried({key: values[-1]}, target, predict)
+        if strongest is None or strongest.peak_bytes >= memory.SAVES * now:
+            continue
+        found.append(strongest)
+        together[key] = values[-1]
+        if strongest.fits:
+            mild = _milder(key, [dict(configuration.flatten(config))[key], *values], now, strongest, target, predict)
+            return [*found, mild] if mild else found
+    if len(together) > 1 and (all_of_them := _tried(together, target, predict)):
+        found.append(all_of_them)
+        if all_of_them.fits:
+            return found
+    return found + [x for x in (_wider(config, parts, target, together, predict),) if x]
+
+
+def _tried(changes: dict[str, Any], target: Target, predict: Predict, flag: str = "") -> Remedy | None:
+    """None: the config or the mesh does not allow it."""
+    try:
+        need = predict(changes, target)
+    except UsageError:
+        return None
+    flags = " ".join([*([flag] if flag else []), *(f"--config.{key}={value}" for key, value in changes.items())])
+    return Remedy(flags, need, need <= target.memory)
+
+
+def _milder(
+    key: str, values: Sequence[Any], now: float, strongest: Remedy, target: Target, predict: Predict
+) -> Remedy | None:
+    """The mildest value that should fit by what the strongest saves, if it does. values: from the config's own on."""
+    if not all(isinstance(value, int) for value in values) or not math.isfinite(now):
+        return None
+    size = (lambda value: 1 / value) if values[0] < values[-1] else (lambda value: value)  # micro-steps, or a chunk
+    share = lambda value: (size(value) - size(values[-1])) / (size(values[0]) - size(values[-1]))
+    guess = lambda value: strongest.peak_bytes + (now - strongest.peak_bytes) * share(value)
+    enough = [value for value in values[1:-1] if guess(value) <= ROOM * target.memory]
+    found = _tried({key: enough[0]}, target, predict) if enough else None
+    return found if found and found.fits else None
+
+
+def _wider(config: Any, parts: Parts, target: Target, changes: dict[str, Any], predict: Predict) -> Remedy | None:
+    """On twice the chips, with twice the shards of the weights, or four times, with the other changes if need be."""
+    best = None
+    for factor in (2, 4):
+        more = targets.wider(target, factor)
+        if more is None:
+            continue
+        sharded = {"mesh.fsdp": factor * parts.mesh.shape["fsdp"]}
+        for extra in ({}, changes) if changes else ({},):
+            best = _tried(sharded | extra, more, predict, f"--target={more.text}") or best
+            if best and best.fits:
+                return best
+    return best
