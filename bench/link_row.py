@@ -27,13 +27,12 @@ class Row:
     codec: str
     options: tuple[str, ...] = ()
     round: int = 1
-    limited: bool = True
     speedup: float | None = None
     label: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.strategy} {self.codec}{self.label}" + ("" if self.limited else ", no link limit")
+        return f"{self.strategy} {self.codec}{self.label}"
 
     def flags(self, config: str, hosts: int) -> list[str]:
         sync = [f"--config.sync.strategy={self.strategy}", f"--config.sync.codec={self.codec}"]
@@ -76,7 +75,7 @@ class Run:
     """The processes of one row, and the rows of metrics that they have written."""
 
     def __init__(self, row: Row, hosts: Hosts, config: str, port: int):
-        self.workdir = hosts.folder / row.name.replace(" ", "-")
+        self.workdir = hosts.folder / f"{row.name.replace(' ', '-')}-{port}"
         self.workdir.mkdir()
         self.rows: list[dict[str, Any]] = []
         self._file, self._rest, self.processes = None, "", []
@@ -123,8 +122,10 @@ class Run:
             self._file.close()
 
 
-def measure(row: Row, hosts: Hosts, config: str, port: int, steps: int, seconds: float) -> dict[str, Any]:
-    """Trains for so many steps and seconds at least, in whole rounds after the first; counters between two rounds."""
+def measure(row: Row, hosts: Hosts, config: str, port: int, steps: int, seconds: float, mbit: float) -> dict[str, Any]:
+    """Trains for so many steps and seconds at least, in whole rounds after the first; counters between two rounds.
+    mbit: of each host's link; 0: no limit."""
+    hosts.limit(mbit)
     run, first, last_news = Run(row, hosts, config, port), None, time.monotonic() + START_SECONDS - STEP_SECONDS
     try:
         while True:
@@ -149,6 +150,7 @@ def measure(row: Row, hosts: Hosts, config: str, port: int, steps: int, seconds:
     rounds = [sum(took[i : i + row.round]) / row.round for i in range(start, step, row.round)]
     return {
         "name": row.name,
+        "mbit": mbit,
         "steps": measured,
         "step_seconds": statistics.median(rounds),
         "step_seconds_spread": common.spread(rounds),

@@ -62,7 +62,7 @@ def test_losses_are_compared_within_equal_time():
     assert link_row.loss_within(3, losses, took) == {"loss": None, "loss_steps": 1}
 
 
-@pytest.mark.parametrize("row", [row for row in link.ROWS if row.limited], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", link.ROWS, ids=lambda row: row.name)
 def test_every_row_has_a_prediction(row):
     """Fewer bytes than float32's for every codec and every strategy that exchanges less often."""
     size = link.predicted(row, "configs/tiny.py", 8)
