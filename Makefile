@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test sample prove check clean
+.PHONY: train test sample notebooks prove check clean
 
 train: $(VENV)/.ready  ## the quickstart, on a simulated mesh of 4 devices
 	$(RUN) train.py --config=configs/quickstart.py --simulate=4 --config.mesh.fsdp=2 --config.mesh.tensor=2
@@ -12,8 +12,11 @@ train: $(VENV)/.ready  ## the quickstart, on a simulated mesh of 4 devices
 test: $(VENV)/.ready  ## the tests that fit into 6 minutes on 2 cores
 	$(RUN) -m pytest $(WORKERS) --durations=10
 
-sample: $(VENV)/.ready-dev  ## one case of every slow test
-	$(RUN) -m pytest --sample $(WORKERS) --durations=10
+sample: $(VENV)/.ready-dev  ## one case of every slow test, but of the notebooks
+	$(RUN) -m pytest --sample --ignore=tests/test_notebooks.py $(WORKERS) --durations=10
+
+notebooks: $(VENV)/.ready-dev  ## every notebook, from top to bottom
+	$(RUN) -m pytest -m slow tests/test_notebooks.py -n 2 --durations=10
 
 prove: $(VENV)/.ready-prove  ## everything there is, for hours: stopped anywhere, it goes on; docs/proofs.md has the result
 	$(RUN) tests/prove.py

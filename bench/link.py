@@ -148,7 +148,8 @@ def main() -> int:
             times = {r["name"]: r["step_seconds"] for r in found}
             for key, base in (("speedup", "sync none"), ("speedup_psum", "sync none psum")):
                 result[key] = times[base] / result["step_seconds"] if base in times else None
-            print(f"  {row.name}: {result['step_seconds']:.3f} s/step, bare {result['bare_seconds']:.3f}, socket {result['off']:+.2%}", flush=True)
+            times = f"{result['step_seconds']:.3f} s/step, bare {result['bare_seconds']:.3f}"
+            print(f"  {row.name}: {times}, socket {result['off']:+.2%}", flush=True)
     print_table(found)
     report_on(report, rows, found)
     report.details |= {"mbit": args.mbit, "hosts": args.hosts, "seconds": args.seconds, "table": found}
