@@ -1228,6 +1228,20 @@ CASES = [
         "tests/test_task.py::test_another_optimizer_is_told_by_what_it_closes_over",
     ),
     TakenOut(
+        "wire: a loop's counter may go by more than 1",
+        "parallel/cost/loops.py",
+        "-(-(bound - start) // step)",
+        "bound - start",
+        "tests/test_wire.py::test_a_loop_of_a_tpu_runs_from_its_counter_s_start_to_its_bound_by_its_step",
+    ),
+    TakenOut(
+        "wire: a bound that a loop's body changes is not known",
+        "parallel/cost/loops.py",
+        "if _place(root.operands[place], body.lines) != place:",
+        "if False:",
+        "tests/test_wire.py::test_a_bound_that_the_loop_changes_is_an_error",
+    ),
+    TakenOut(
         "task: equal numbers in an object are each counted",
         "recipes/objects.py",
         "yield repr(value)\n        return\n",

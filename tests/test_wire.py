@@ -123,15 +123,69 @@ def test_fsdp_and_tensor_parallel_bytes_are_counted_too():
     assert sizes["tensor"] > 0 and sizes["replica"] == 0
 
 
-def test_a_loop_of_a_tpu_program_names_its_trips_in_its_condition(mesh):
-    others = (
-        "%body (x: f32[100]) -> f32[100] {\n"
-        "  %g = f32[100]{0} all-gather(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}\n}\n\n"
-        "%cond (x: (s32[])) -> pred[] {\n  %c.1 = s32[]{:T(128)} constant(7)\n"
-        "  ROOT %lt = pred[]{:T(512)} compare(%i, %c.1), direction=LT\n}\n"
+def loop_of_a_tpu(start: str, step: str, bound: str) -> str:
+    """A product in parts of the 8B model's, as XLA:TPU wrote it for a v5p of 64 chips, cut to what counts: there it
+    begins at 0, goes by 2, and ends at 8."""
+    counters = "(f32[100]{0:T(128)}, u32[]{:T(128)}, /*index=2*/u32[]{:T(128)})"
+    others = f"""%body (wide.param.3: (f32[100], u32[], u32[])) -> (f32[100], u32[], /*index=2*/u32[]) {{
+  %constant.415.clone.1..sunk2 = u32[]{{:T(128)}} constant({step})
+  %wide.param.3 = {counters} parameter(0)
+  %get-tuple-element.3427 = u32[]{{:T(128)}} get-tuple-element(%wide.param.3), index=1
+  %get-tuple-element.3428 = u32[]{{:T(128)}} get-tuple-element(%wide.param.3), index=2
+  %g = f32[100]{{0}} all-gather(%x), replica_groups={{{{0,4}},{{1,5}},{{2,6}},{{3,7}}}}, dimensions={{0}}
+  %add.1441 = u32[]{{:T(128)}} add(%get-tuple-element.3427, %constant.415.clone.1..sunk2), metadata={{stack_frame_id=2}}
+  ROOT %tuple.482 = {counters} tuple(%g, %add.1441, /*index=2*/%get-tuple-element.3428)
+}}
+
+%cond (wide.param.144: (f32[100], u32[], u32[])) -> pred[] {{
+  %constant.1963 = u32[]{{:T(128)}} constant({bound})
+  %wide.param.144 = {counters} parameter(0)
+  %get-tuple-element.2752 = u32[]{{:T(128)}} get-tuple-element(%wide.param.144), index=1
+  %get-tuple-element.2753 = u32[]{{:T(128)}} get-tuple-element(%wide.param.144), index=2
+  ROOT %compare.38 = pred[]{{:T(512)}} compare(%get-tuple-element.2752, %constant.1963), direction=LT
+}}
+"""
+    return program(
+        f"%constant.2132..sunk = u32[]{{:T(128)}} constant({start})",
+        f"%limit = u32[]{{:T(128)}} constant({bound})",
+        "%copy.850 = u32[]{:T(128)} copy(%constant.2132..sunk)",
+        f"%tuple.540 = {counters} tuple(%p, %copy.850, /*index=2*/%limit)",
+        f"%while.119 = {counters} while(%tuple.540), condition=%cond, body=%body",
+        others=others,
     )
-    hlo = program("%a = f32[100] while(%p), condition=%cond, body=%body", others=others)
-    assert wire.count(hlo, mesh) == {"replica": {"f32": 7 * 200}}
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "bound", "trips"),
+    [("0", "2", "8", 4), ("0", "1", "7", 7), ("1", "2", "8", 4), ("2", "3", "8", 2)],
+)
+def test_a_loop_of_a_tpu_runs_from_its_counter_s_start_to_its_bound_by_its_step(mesh, start, step, bound, trips):
+    hlo = loop_of_a_tpu(start, step, bound)
+    assert wire.count(hlo, mesh) == {"replica": {"f32": trips * 200}}
+    handed_on = hlo.replace("2752, %constant.1963", "2752, %get-tuple-element.2753")
+    assert wire.count(handed_on, mesh) == {"replica": {"f32": trips * 200}}, "the bound may come with the counter"
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ("direction=LT", "direction=NE"),
+        ("copy(%constant.2132..sunk)", "copy(%p)"),
+        ("add(%get-tuple-element.3427, ", "add(%get-tuple-element.3428, "),
+        ("add(%get-tuple-element.3427, ", "multiply(%get-tuple-element.3427, "),
+    ],
+)
+def test_a_loop_whose_trips_cannot_be_read_is_an_error(mesh, was, now):
+    hlo = loop_of_a_tpu("0", "2", "8")
+    assert was in hlo
+    with pytest.raises(ValueError, match="no known trip count"):
+        wire.count(hlo.replace(was, now), mesh)
+
+
+def test_a_bound_that_the_loop_changes_is_an_error(mesh):
+    hlo = loop_of_a_tpu("0", "2", "8").replace("2752, %constant.1963", "2752, %get-tuple-element.2753")
+    with pytest.raises(ValueError, match="no known trip count"):
+        wire.count(hlo.replace("/*index=2*/%get-tuple-element.3428)", "/*index=2*/%add.1441)"), mesh)
 
 
 def test_bytes_of_gpu_hosts_are_laid_to_the_right_axis():

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jax.sharding import Mesh
 
+from parallel.cost.loops import Frame, trips
+
 BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "f4e2m1fn": 4, "f8e4m3fn": 8, "f8e4m3": 8, "f8e5m2": 8, "f8e8m0fnu": 8, "f16": 16,
@@ -81,7 +83,7 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     Raises ValueError on a replica_groups syntax, transfer or loop that it does not know: better than counting nothing.
     """
     computations, entry = _computations(hlo)
-    return list(_walk(computations, entry, 1, _places(mesh)))
+    return list(_walk(computations, Frame(computations[entry]), entry, 1, _places(mesh)))
 
 
 def count(hlo: str, mesh: Mesh) -> dict[str, dict[str, float]]:
@@ -115,9 +117,11 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _walk(computations: dict[str, list[str]], name: str, times: int, places: _Places) -> Iterator[Collective]:
+def _walk(
+    computations: dict[str, list[str]], frame: Frame, name: str, times: int, places: _Places
+) -> Iterator[Collective]:
     channels: set[str] = set()  # of asynchronous collectives that are already counted
-    for line in computations[name]:
+    for line in frame.lines:
         match = _INSTRUCTION.match(line)
         if match is None:
             continue
@@ -128,21 +132,23 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, places: _Pl
             found = _collective(kind, op.endswith("-start"), match["type"], rest, times, places, scattered)
             yield from (replace(c, name=match["name"]) for c in found)
         elif op in ("send", "recv"):
-            if transfer := _across_slices(op, match["type"], rest, times, places, computations[name]):
+            if transfer := _across_slices(op, match["type"], rest, times, places, frame.lines):
                 yield replace(transfer, name=match["name"])
         elif op == "conditional":
-            branches = [list(_walk(computations, b, times, places)) for b in _branches(rest)]
+            branches = [list(_walk(computations, Frame(computations[b]), b, times, places)) for b in _branches(rest)]
             yield from max(branches, key=lambda found: sum(c.sent for c in found))
         elif op == "while":
             body, condition = (re.search(rf"{part}=%?([\w.\-]+)", rest) for part in ("body", "condition"))
             assert body and condition, line
-            found = list(_walk(computations, body[1], 1, places))
-            trips = _trips(rest, computations.get(condition[1], [])) if found else 0
+            initial = re.match(r"%?([\w.\-]+)", rest)
+            inner = Frame(computations[body[1]], initial[1] if initial else "", frame)
+            found = list(_walk(computations, inner, body[1], 1, places))
+            count = trips(rest, computations.get(condition[1], []), inner.lines, frame) if found else 0
             for c in found:
-                yield replace(c, sent=c.sent * times * trips, channel="")
+                yield replace(c, sent=c.sent * times * count, channel="")
         else:
             for called in _CALLED.findall(rest):
-                found = list(_walk(computations, called, times, places))
+                found = list(_walk(computations, Frame(computations[called]), called, times, places))
                 if op == "fusion" and _is_part_of_async(called, computations[called]):
                     found = [c for c in found if c.channel not in channels]
                     channels |= {c.channel for c in found}
@@ -153,18 +159,6 @@ def _is_part_of_async(name: str, lines: list[str]) -> bool:
     """On TPU an asynchronous collective stands in several fusions, under one channel: the one that starts it, those
     that compute while it runs, and the one that waits for it."""
     return name.startswith("async_collective_fusion") or any('custom_call_target="AsyncCollective' in x for x in lines)
-
-
-def _trips(rest: str, condition: list[str]) -> int:
-    """How often a loop runs: written beside it by CPU and GPU compilers; on TPU the bound that its counter, which JAX
-    starts at 0 and steps by 1, is compared with."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
-        return int(known[1])
-    text = "\n".join(condition)
-    compared = re.search(r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", text)
-    if compared and (bound := re.search(rf"%{re.escape(compared[1])} = s32\[\]\S* constant\((\d+)\)", text)):
-        return int(bound[1])
-    raise ValueError(f"a loop with collectives has no known trip count, so its bytes are unknown: {rest[:300]}")
 
 
 def _branches(rest: str) -> list[str]:
