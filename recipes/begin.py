@@ -159,7 +159,7 @@ def restore(
     state, start = checkpoints.restore(state_at, console.warn, phases.adapter(parts))
     with bad_input():
         for phase, last in phases.spans(parts, start, config.steps):
-            phase.strategy.check_begin(max(start, phase.first), last)
+            methods.check_begin(phase.strategy.steps_per_call, max(start, phase.first), last)
     changed = agree.changed(checkpoints.facts(), facts)
     say_resumed(config, workdir, start, console, changed, parts.own)
     return state, start

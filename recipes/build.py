@@ -20,7 +20,7 @@ from parallel.exchange.codecs.plain import Identity
 from parallel.exchange.exchange import Feedback
 from parallel.layout import placement, roles, rules
 from parallel.layout.axes import SLOW
-from parallel.layout.mesh import check_divisible
+from parallel.layout.mesh import check_divisible, cut
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
@@ -80,7 +80,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
     """
     task = own.task or language.build(c, mesh)
     replicas, batch_size = c.sync.replicas or mesh.shape[SLOW], c.data.batch_size
-    check_batch(batch_size, replicas, rules.cut("batch", mesh.shape), c.optimizer.accumulate)
+    check_batch(batch_size, replicas, cut("batch", mesh.shape), c.optimizer.accumulate)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(task.init, key)
     try:
@@ -89,7 +89,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
         make = functools.partial(build_strategy, c, task, mesh, replicas, shapes, optimizer)
         strategy = make(methods.chosen(c.sync, own))
         warm = make(methods.EXACT) if c.sync.warm_steps else None
-        strategy.check_begin(c.sync.warm_steps, c.steps)
+        methods.check_begin(strategy.steps_per_call, c.sync.warm_steps, c.steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -103,7 +103,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
 
     phases, groups = (phase(0, warm, "warm "),) if warm else (), mesh.shape[SLOW]
     phases += (phase(c.sync.warm_steps, strategy),)
-    rows = task.eval_rows(batch_size // c.optimizer.accumulate, groups * rules.cut("batch", mesh.shape)[1])
+    rows = task.eval_rows(batch_size // c.optimizer.accumulate, groups * cut("batch", mesh.shape)[1])
     eval_batch = placement.abstract_batch(mesh, (), groups, rows, task.row, placement.EVAL)
     return Parts(task, mesh, replicas, phases, shapes, eval_batch, own)
 

@@ -19,7 +19,7 @@ from model import kernels
 from model.config import Compute, ModelConfig, RopeScaling
 from model.transformer import Transformer
 from parallel.cost import flops
-from parallel.layout import rules
+from parallel.layout.mesh import cut
 from runtime import config as configuration
 from runtime.config import UsageError, nearest_multiples
 
@@ -168,7 +168,7 @@ def num_bytes(bytes_V: np.ndarray, batches: list[dict[str, np.ndarray]]) -> floa
 
 def build(c: Any, mesh: Mesh) -> Language:
     """What config c describes. Raises UsageError for windows that the mesh does not divide."""
-    over, shards = rules.cut("sequence", mesh.shape)
+    over, shards = cut("sequence", mesh.shape)
     if c.data.seq_len % shards:
         raise UsageError(
             f"data.seq_len={c.data.seq_len} cannot be cut over {over}={shards} (between blocks the sequence is sharded "

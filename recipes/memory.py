@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from parallel.layout import rules
-from parallel.layout.mesh import check_divisible
+from parallel.layout.mesh import check_divisible, cut
 from recipes.build import Parts, build
 from recipes.programs import compile_steps
 from runtime.config import CHOICES, RunError, UsageError, check_batch
@@ -166,7 +166,7 @@ def _advice(config: Any, parts: Parts, need: Need, limit: float | None, console:
 
 def values(config: Any, parts: Parts) -> dict[str, Sequence[Any]]:
     """What may be tried of each key on the same devices: less memory with each further value."""
-    shards = rules.cut("batch", parts.mesh.shape)[1]
+    shards = cut("batch", parts.mesh.shape)[1]
     rows = config.data.batch_size // (parts.replicas * shards)  # of a device and update
     remat, chunk = CHOICES["compute.remat"], config.compute.loss_chunk_mib
     found: list[Sequence[Any]] = [
@@ -203,8 +203,7 @@ def wider(config: Any, parts: Parts, need: Need, limit: float | None) -> list[Tu
     for factor in (2, 4, 8):
         sizes = dict(parts.mesh.shape) | {"fsdp": factor * parts.mesh.shape["fsdp"]}
         try:
-            cut = rules.cut("batch", sizes)
-            check_batch(config.data.batch_size, parts.replicas, cut, config.optimizer.accumulate)
+            check_batch(config.data.batch_size, parts.replicas, cut("batch", sizes), config.optimizer.accumulate)
             check_divisible(parts.param_shapes, parts.task.axes, sizes, parts.task.least)
         except (UsageError, ValueError):
             break

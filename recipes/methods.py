@@ -194,3 +194,14 @@ def strategy(s: Any, own: Own = NONE) -> tuple[type[Strategy], dict[str, Any]]:
     kind = own.strategies()[s.strategy]
     fields = {key.partition(".")[0] for key in _keys(kind)}
     return kind, {key: Outer(**s.outer.to_dict()) if key == "outer" else s[key] for key in fields}
+
+
+def check_begin(K: int, step: int, last: int) -> None:
+    """Raises ValueError where a run cannot go from here to there in whole calls of K steps: a part of one would be
+    dropped, and no evaluation or checkpoint would fall on the end of one."""
+    if step % K or last % K:
+        fits = ", ".join(str(n) for n in range(1, step + 1) if step % n == 0 and last % n == 0)
+        raise ValueError(
+            f"sync.interval: this run goes on from step {step} to {last}, and {K} steps are made at a time, so it "
+            f"would not end there. A number of steps that fits is one of {fits or K}"
+        )

@@ -8,7 +8,6 @@ from parallel.cost import compilers, hardware, targets
 from parallel.cost.hardware import GiB
 from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
-from parallel.layout import rules
 from parallel.layout.axes import SLOW
 from recipes import aot, begin, build, describe, memory, over_link, programs, summary, verdict
 from recipes.aot import Reading, Refused
@@ -87,7 +86,7 @@ def fitted(config: Any, target: Target, typed: list[str]) -> list[str]:
     with bad_input():
         hint = f"{target.text} has {target.chips} chips"
         sizes = meshes.fill_sizes(config.mesh, target.chips, hint)
-    unit = (config.sync.replicas or sizes[SLOW]) * rules.cut("batch", sizes)[1] * config.optimizer.accumulate
+    unit = (config.sync.replicas or sizes[SLOW]) * meshes.cut("batch", sizes)[1] * config.optimizer.accumulate
     if config.data.batch_size % unit and "data.batch_size" not in typed:
         before = config.data.batch_size
         config.data.batch_size = max(1, round(before / unit)) * unit

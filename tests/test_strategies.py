@@ -565,12 +565,12 @@ def test_a_step_of_every_strategy_is_an_update(name):
 
 def test_a_run_that_would_not_end_in_whole_rounds_is_refused():
     strategy, _ = toy(eager.Eager, 2, interval=8, outer=local.Outer("sgd", 1.0, 0.0))
-    strategy.check_begin(16, 24)
+    methods.check_begin(strategy.steps_per_call, 16, 24)
     for begin, end in ((20, 24), (16, 20), (20, 28)):
         with pytest.raises(
             ValueError, match=f"from step {begin} to {end}, and 8 steps are made at a time.*one of 1, 2, 4"
         ):
-            strategy.check_begin(begin, end)
+            methods.check_begin(strategy.steps_per_call, begin, end)
 
 
 def test_an_eager_run_that_is_extended_goes_on_like_one_that_was_not_ended():

@@ -90,6 +90,11 @@ def _factorings(n: int, limit: int = 12) -> str:
     return f"{'×'.join(USED)} = {text}{', …' if len(rows) > limit else ''}"
 
 
+def cut(axis: str, sizes: Mapping[str, int]) -> tuple[str, int]:
+    """(the config's keys of the mesh axes over which a logical axis is cut, into how many parts on such a mesh)."""
+    return " × ".join(f"mesh.{name}" for name in rules.RULES[axis]), rules.shards(rules.entry(axis), sizes)
+
+
 def check_divisible(
     shapes_tree: Any, axes_tree: Any, sizes: Mapping[str, int], least: Mapping[str, int] | None = None
 ) -> None:
@@ -98,7 +103,7 @@ def check_divisible(
     axes_leaves = dict(jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=lambda x: isinstance(x, tuple)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_tree):
         for size, axis in zip(leaf.shape, axes_leaves[path], strict=True):
-            over, count = rules.cut(axis, sizes) if axis else ("", 1)
+            over, count = cut(axis, sizes) if axis else ("", 1)
             if size % count:
                 below, above = size // count * count, -(-size // count) * count
                 legal = f"{below} or {above}" if below >= max(1, (least or {}).get(axis, 1)) else f"{above}"

@@ -1,5 +1,6 @@
 """From logical axes to mesh axes: one table; and what PartitionSpecs say."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,11 +44,6 @@ def entry(axis: str | None) -> Any:
     return mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None
 
 
-def cut(axis: str, sizes: Mapping[str, int]) -> tuple[str, int]:
-    """(the config's keys of the mesh axes over which a logical axis is cut, into how many parts on such a mesh)."""
-    return " × ".join(f"mesh.{name}" for name in RULES[axis]), shards(entry(axis), sizes)
-
-
 def names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec: None, an axis, or several."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
@@ -80,9 +76,14 @@ class Constrain:
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Fixes how an activation (or a gathered weight) is sharded."""
-        if self.mesh is None:
-            return x
-        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes)))
+        return x if self.mesh is None else lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes)))
+
+    def both_ways(self, x: jax.Array, axes: Axes, *cotangent: Axes) -> jax.Array:
+        """Fixes also how the cotangent is sharded, one way after another: what is gathered for two products is gathered
+        once, where XLA would gather it for each."""
+        there = jax.custom_vjp(lambda x: self(x, axes))
+        there.defvjp(lambda x: (self(x, axes), None), lambda _, d: (functools.reduce(self, cotangent, d),))
+        return there(x)
 
     def manual(self, f: Callable, in_axes: Sequence[Axes], out_axes: Any, sums: Sequence[str] = ()) -> Callable:
         """Runs `f` on each device's own shards (shard_map, manual over all mesh axes).

@@ -96,17 +96,6 @@ class Strategy:
         """Which program makes the updates after `step`; the run ends at `last`."""
         raise NotImplementedError
 
-    def check_begin(self, step: int, last: int) -> None:
-        """Raises ValueError where this strategy cannot go from here to there in whole calls: a part of one would be
-        dropped, and no evaluation or checkpoint would fall on the end of one."""
-        K = self.steps_per_call
-        if step % K or last % K:
-            fits = ", ".join(str(n) for n in range(1, step + 1) if step % n == 0 and last % n == 0)
-            raise ValueError(
-                f"sync.interval: this run goes on from step {step} to {last}, and {K} steps are made at a time, so it "
-                f"would not end there. A number of steps that fits is one of {fits or K}"
-            )
-
     def exchanges(self) -> dict[str, tuple[Exchange, ...]]:
         """What each program exchanges, in full."""
         return dict.fromkeys(self.programs(), (self.exchange,))
