@@ -106,5 +106,5 @@ def _local(x_BTD, head_DV, targets_BT, mask_BT, constrain, z_loss, chunk_bytes, 
         carry, dx = chunk(zero, jax.tree.map(lambda a: a[0], inputs))
     else:
         carry, dx = jax.lax.scan(chunk, zero, inputs)
-    loss, dhead_DV = carry
+    loss, dhead_DV = carry[0], carry[1].astype(head_DV.dtype)  # before it crosses the mesh, as all gradients do
     return (loss, dx.reshape(-1, D)[: B * T].reshape(B, T, D), dhead_DV) if with_gradient else (loss,)

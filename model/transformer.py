@@ -49,10 +49,12 @@ class Block(nnx.Module):
         self.mlp = MLPS[c.mlp](c, sub("mlp"))
 
     def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
-        h_BTD = ctx.constrain(self.attention_norm(x_BTD), GATHERED)
-        x_BTD = ctx.constrain(x_BTD + self.attention(h_BTD, ctx), RESIDUAL)
-        h_BTD = ctx.constrain(self.mlp_norm(x_BTD), GATHERED)
-        return ctx.constrain(x_BTD + self.mlp(h_BTD, ctx), RESIDUAL)
+        for norm, half in ((self.attention_norm, self.attention), (self.mlp_norm, self.mlp)):
+            # Normed before it is gathered: in the compute dtype, when it is worked out again, too.
+            h_BTD = ctx.constrain(ctx.constrain(norm(x_BTD), RESIDUAL), GATHERED)
+            y_BTD = ctx.constrain.both_ways(half(h_BTD, ctx), RESIDUAL, RESIDUAL, GATHERED)
+            x_BTD = ctx.constrain(x_BTD + y_BTD, RESIDUAL)
+        return x_BTD
 
 
 class Ends(nnx.Module):
@@ -125,7 +127,12 @@ class Transformer:
         return constrain.manual(look_up, in_axes, RESIDUAL)(tokens_BT, positions_BT, *tables)
 
     def _run_blocks(self, blocks: Params, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        axes = jax.tree.map(lambda axes: axes[1:], self.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple))
+        # Weights are gathered before they are used: XLA:TPU would make products of their parts, even of small ones.
+        whole = lambda w, axes: ctx.constrain.both_ways(w, [None if axis == "embed" else axis for axis in axes], axes)
+
         def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+            weights = jax.tree.map(whole, weights, axes)
             return nnx.merge(self._block, weights)(x_BTD, ctx), None
 
         policy = REMAT[self.compute.remat]
