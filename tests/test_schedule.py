@@ -111,7 +111,8 @@ def test_arrays_come_from_lines_of_ours(program):
     found = {buffer.shape: (buffer.where, buffer.bytes) for buffer in schedule.largest(program, 9)}
     assert found[5, 8, 16] == ("model/layers.py:86", 4 * 5 * 8 * 16)
     assert found[8, 16][0] == "model/layers.py:86"
-    assert program.where(next(x for _, x, _ in program.executed() if x.name == "kernel.1")) == "model/layers.py:86"
+    kernel = next(x for _, x, _ in program.executed() if x.name == "kernel.1")
+    assert program.where("main.1", kernel) == "model/layers.py:86"
     assert [b.bytes for b in schedule.largest(program)] == sorted(b.bytes for b in schedule.largest(program))[::-1]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from parallel.cost.wire import BITS
 
 ROOT = f"{Path(__file__).parents[2]}/"
+DEPTH = 6  # operands
 HELPERS = "parallel/layout/"  # where arrays are only said to lie: the caller's line says more
 _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z0-9\-]+)\((?P<rest>.*)$")
@@ -197,13 +198,20 @@ class Program:
             parent = int(field_of("parent_frame_id", frame) or 0) - shift
             number = parent if parent < number else 0
 
-    def where(self, x: Instruction) -> str:
-        """The line of ours that it comes from, file:line below the project's root; else the operation's name in JAX; ""
-        for what XLA made by itself."""
-        own = [frame.removeprefix(ROOT) for frame in self.frames(x) if frame.startswith(ROOT)]
-        best = [frame for frame in own if not frame.startswith(HELPERS)]
-        name = re.search(r'op_name="([^"]*)"', x.rest)
-        return (best or own or [name[1] if name else ""])[0]
+    def where(self, computation: str, x: Instruction) -> str:
+        """The line of ours that it comes from, file:line below the project's root. Of what XLA has made by itself that
+        of its operand; else the operation's name in JAX, if it has one."""
+        found, names = x, []
+        for _ in range(DEPTH):
+            own = [frame.removeprefix(ROOT) for frame in self.frames(found) if frame.startswith(ROOT)]
+            if best := [frame for frame in own if not frame.startswith(HELPERS)] or own:
+                return best[0]
+            names += re.findall(r'op_name="((?:[^"\\]|\\.)*)"', found.rest)[:1]
+            operand = self.operand(computation, found, 0)
+            if operand is None or operand.type.startswith("("):
+                break
+            found = operand
+        return names[0].replace("\\", "") if names else "XLA"
 
 
 def _constant(x: Instruction | None) -> int | None:

@@ -53,18 +53,19 @@ def bytes_moved(program: Program) -> float:
 
 
 def largest(program: Program, count: int = 5) -> list[Buffer]:
-    """The largest arrays that it makes, alike ones of one line once. A stack that a loop fills comes from the line that
-    fills it."""
+    """The largest arrays that it makes, alike ones of one line once. What a loop fills or adds up in, and XLA allocates,
+    comes from the line that does so."""
     found: dict[Buffer, None] = {}
     filled: dict[Array, str] = {}
-    for _, x, _ in program.executed():
+    for computation, x, _ in program.executed():
         if _fills(x):
-            filled |= {a: program.where(x) for a in x.arrays}
+            filled |= {a: program.where(computation, x) for a in x.arrays}
         elif x.op not in SAME and not x.op.endswith(("-done", "-start")):
             for a in x.arrays:
-                found[Buffer(round(a.bytes), a.dtype, a.shape, program.where(x))] = None
+                found[Buffer(round(a.bytes), a.dtype, a.shape, program.where(computation, x))] = None
     is_line = lambda where: re.search(r":\d+$", where) is not None
-    of = lambda b: b.where if is_line(b.where) else filled.get(Array(b.dtype, b.shape), b.where)
+    lines = {Array(b.dtype, b.shape): b.where for b in found if is_line(b.where)} | filled
+    of = lambda b: b.where if is_line(b.where) else lines.get(Array(b.dtype, b.shape), b.where)
     named = dict.fromkeys(replace(buffer, where=of(buffer)) for buffer in found)
     return sorted(named, key=lambda buffer: -buffer.bytes)[:count]
 
