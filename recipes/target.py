@@ -17,7 +17,7 @@ from runtime.config import UsageError, bad_input
 from runtime.console import Console
 from runtime.progress import Phases
 
-ALONE = ("simulate", "coordinator", "num_processes", "process_id", "workdir", "memory")  # flags of real devices
+ALONE = ("simulate", "coordinator", "num_processes", "process_id", "memory")  # flags of real devices
 FITS, DOES_NOT_FIT = 0, 1
 
 

@@ -53,8 +53,8 @@ def bytes_moved(program: Program) -> float:
 
 
 def largest(program: Program, count: int = 5) -> list[Buffer]:
-    """The largest arrays that it makes, alike ones of one line once. What a loop fills or adds up in, and XLA allocates,
-    comes from the line that does so."""
+    """The largest arrays that it makes, alike ones of one line once. What XLA allocates for a loop to fill, or to add
+    up in, comes from the line that does so."""
     found: dict[Buffer, None] = {}
     filled: dict[Array, str] = {}
     for computation, x, _ in program.executed():
