@@ -50,8 +50,7 @@ def main(argv: list[str]) -> int:
             print(f"{row.name} | {row.key} | {said} | best {row.best:g}{edge}")
         return 0
     found = comparing.run(plan, workdir, **side_by_side)
-    text = table.fitting(found, terminal_columns()) if is_terminal(sys.stdout) else table.markdown(found)
-    print(f"\n{text}\nin {workdir}: report.html, table.md, table.csv, table.json, plots/")
+    print(f"\n{shown(found)}\nin {workdir}: report.html, table.md, table.csv, table.json, plots/")
     return 0
 
 
@@ -59,6 +58,11 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
+
+
+def shown(found: dict[str, Any]) -> str:
+    """The table as wide as the terminal; elsewhere, as in a log, all of it."""
+    return table.fitting(found, terminal_columns()) if is_terminal(sys.stdout) else table.markdown(found)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -28,7 +28,7 @@ from recipes.trained import Picture, Trained
 from runtime import agree, lock
 from runtime import config as configuration
 from runtime.config import RunError, UsageError, bad_input
-from runtime.console import plain_table
+from runtime.console import Console, plain_table
 from runtime.progress import Phases
 from runtime.workdir import default_name
 
@@ -114,7 +114,8 @@ class Built:
 
     def table(self) -> str:
         """Compiles every program and says what they need, as a dry run does."""
-        found, others = describe.compile_all(self.config, self.parts)
+        with memory.explained(self.config, self.parts, Console(1, 1, quiet=True)):
+            found, others = describe.compile_all(self.config, self.parts)
         rows, *_ = describe.read(self.config, self.parts, found, others, {})
         return door.Text(plain_table(self.name, [*rows, *describe.rows_beside(others)]))
 
@@ -166,8 +167,9 @@ def steps(config: Any, *, simulate: int | None = None, **changes: Any) -> loop.S
     """
     found = build(config, simulate=simulate, **changes)
     config, parts = found.config, found.parts
-    state = programs.compile_init(parts)(np.uint32(config.seed))
-    return loop.Steps(parts, programs.compile_steps(parts), state, found.loader(), 0, config.steps)
+    with memory.explained(config, parts, Console(1, 1, quiet=True)):
+        state, compiled = programs.compile_init(parts)(np.uint32(config.seed)), programs.compile_steps(parts)
+    return loop.Steps(parts, compiled, state, found.loader(), 0, config.steps)
 
 
 def compare(

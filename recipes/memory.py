@@ -50,9 +50,8 @@ class Turn:
     devices: int = 0  # other than there are: the state is cut by so many, and the rest counted as it is
 
 
-Predict = Callable[
-    [dict[str, Any]], float
-]  # {key: value} -> bytes of one device; raises UsageError for what is illegal
+# {key: value} -> bytes of one device; raises UsageError for what is illegal.
+Predict = Callable[[dict[str, Any]], float]
 
 
 # ── asked for by a run ────────────────────────────────────────────────────────────────────────────────────────────────

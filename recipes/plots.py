@@ -13,9 +13,9 @@ from parallel.cost.utilisation import GRID, WORKLOADS, Method, utilisation
 
 MOST = 7  # rows of a panel, besides the first of all
 FEW = 12  # points of a line that has fewer are marked
-PANEL, NAMES, MARGIN, ABOVE, TOP = (600, 330), 275, 80, 92, 30  # pixels: of the axes, beside, between, above, of all
+PANEL, NAMES, MARGIN, ABOVE, TOP = (600, 330), 340, 80, 92, 30  # pixels: of the axes, beside, between, above, of all
 FOOT = 52
-DPI, LINE, LETTERS = 100, 14, 42  # LINE: pixels between names; LETTERS: of a name
+DPI, LINE, LETTERS = 100, 14, 41  # LINE: pixels between names; LETTERS: of a name
 INK, MUTED = "#1f2430", "#6b7280"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#6f4bb8")  # one for each row of a panel
 

@@ -108,6 +108,7 @@ OPTIONS = {
     "--simulate=0": ["--simulate=0: expected a positive integer"],
     "--simulate=eight": ["--simulate=eight: expected a positive integer"],
     "--workdir=": ["--workdir needs a folder"],
+    "--memory=80": ["--memory=80: expected a device's memory with its unit", "as in 80GiB"],
     # values
     "--config.optimizer.name=adam": ["optimizer.name='adam' is none of adamw, sgd,", "did you mean 'adamw'?"],
     "--config.sync.codec=bf61": ["sync.codec='bf61' is none of none, bf16", "did you mean 'bf16'?"],

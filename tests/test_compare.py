@@ -101,6 +101,14 @@ def test_a_terminal_is_shown_as_many_columns_as_fit(width):
     assert "- c: 20 updates were skipped" in text
 
 
+def test_the_table_is_cut_for_a_terminal_only(monkeypatch):
+    table = tabulate([summary_of("a", [2.0, 3.0, 4.0])], {"replicas": 2, "steps": 3, "tokens": 4, "seeds": 3})
+    assert compare.shown(table) == markdown(table)
+    monkeypatch.setattr(compare, "is_terminal", lambda stream: stream is sys.stdout)
+    monkeypatch.setattr(compare, "terminal_columns", lambda: 70)
+    assert compare.shown(table) == fitting(table, 70) != fitting(table, 200)
+
+
 def kept(runner: Runner, job: Job, loss: float, **more) -> None:
     """A result as if it had been trained."""
     found = {"steps": [2], "eval_loss": [loss], "final_loss": loss, "skipped": job.seed, "clipped": 0, "ended": "",

@@ -120,6 +120,19 @@ def test_what_a_refused_dry_run_advises_fits(tmp_path):
     for key, value in advised.items():
         helpers.run_here(tmp_path / "never", *asked, f"--config.{key}={value}")
     assert not (tmp_path / "never").exists()
+    done = helpers.run_here(tmp_path / "run", *asked[1:], check=False)
+    assert done.returncode == 2 and "a step does not fit" in done.stderr, "before there is a state"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and "before the first step" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_line_says_what_to_turn_where_a_step_finds_no_memory(tmp_path):
+    """XLA's own error: the scores of attention over half a million tokens."""
+    long = ("--config.data.seq_len=524288", "--config.data.batch_size=16", "--config.mesh.fsdp=8")
+    done = helpers.run_here(tmp_path, *long, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"^error: out of memory \(Out of memory allocating \d+ bytes\): a device needs", done.stderr)
+    assert re.search(r"^  optimizer.accumulate=2: [\d.]+ TiB$", done.stderr, re.MULTILINE), done.stderr
 
 
 @pytest.mark.slow
