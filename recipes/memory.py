@@ -97,8 +97,11 @@ def explained(config: Any, parts: Parts, console: Console) -> Iterator[None]:
 
 
 def of_programs(parts: Parts, programs: dict[str, Any] | None) -> Need:
-    """Of the step's programs, the one that needs most. None: they are compiled for that."""
+    """Of the step's programs, the one that needs most. None: they are compiled for that, by a process that is alone:
+    one of several would wait for the others."""
     state = state_bytes(parts, parts.mesh.shape)
+    if programs is None and jax.process_count() > 1:
+        return Need(state, math.nan, math.nan)
     try:
         sizes = [of_program(program) for program in (programs or compile_steps(parts)).values()]
     except Exception as error:
@@ -154,13 +157,14 @@ def _advice(config: Any, parts: Parts, need: Need, limit: float | None, console:
             changed.update_from_flattened_dict(changes)
         return of_programs(build(changed, parts.mesh, parts.own), None).whole
 
-    turns = search(values(config, parts), need.whole, limit, predict) + wider(config, parts, need, limit)
+    tried = values(config, parts)
+    turns = search(tried, need.whole, limit, predict) + wider(config, parts, need, limit)
     alone = [turn for turn in turns if not turn.devices]
     together = None
     if limit and len(alone) > 1 and not any(turn.fits for turn in turns):
         together = predict({turn.key: turn.value for turn in alone})
     console.doing("")
-    return say(turns, limit, together)
+    return say([*tried, FSDP], turns, limit, together)
 
 
 def values(config: Any, parts: Parts) -> dict[str, Sequence[Any]]:
@@ -215,10 +219,10 @@ def wider(config: Any, parts: Parts, need: Need, limit: float | None) -> list[Tu
     return [turn for turn in found[-1:] if turn.whole < SAVES * need.whole]
 
 
-def say(turns: Sequence[Turn], limit: float | None, together: float | None) -> str:
+def say(tried: Sequence[str], turns: Sequence[Turn], limit: float | None, together: float | None) -> str:
     """At most four rows, one a key, and what comes of all of them on the same devices."""
     if not turns:
-        return f"No value of {', '.join((*KEYS, FSDP))} saves memory here: a smaller model, batch or sequence would"
+        return f"No value of {', '.join(tried)} saves memory here: a smaller model, batch or sequence would"
     lines = []
     for turn in turns:
         where = f", on {turn.devices} devices: at most" if turn.devices else ":"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import slackline as sl
-from recipes import memory
+from recipes import memory, programs
 from recipes.memory import Need, Turn
 from runtime.config import RunError, UsageError
 from runtime.console import Console
@@ -90,14 +90,14 @@ def test_a_state_on_more_devices_is_predicted_as_it_would_lie():
 
 def test_what_is_said_has_a_row_for_each_key_and_says_what_is_not_enough():
     turns = [Turn("a.b", 2, 2**20, False), Turn("c", "full", 2**21, False), Turn("mesh.fsdp", 8, 2**22, False, 16)]
-    assert memory.say(turns, 100, 2**19).splitlines()[1:-1] == [
+    assert memory.say(["a.b"], turns, 100, 2**19).splitlines()[1:-1] == [
         "  a.b=2: 1.00 MiB, not enough alone",
         "  c=full: 2.00 MiB, not enough alone",
         "  mesh.fsdp=8, on 16 devices: at most 4.00 MiB, not enough alone",
         "  all of them on the devices there are: 512.00 KiB, not enough either",
     ]
-    assert "not enough" not in memory.say([Turn("a.b", 2, 2**20, True)], 2**20, None)
-    assert memory.say([], 100, None).startswith("No value of optimizer.accumulate, compute.remat")
+    assert "not enough" not in memory.say(["a.b"], [Turn("a.b", 2, 2**20, True)], 2**20, None)
+    assert memory.say(["a.b", "c"], [], 100, None).startswith("No value of a.b, c saves memory here")
 
 
 @pytest.mark.parametrize("error", [ValueError("RESOURCE is fine"), RunError("stop"), KeyError("x")])
@@ -105,6 +105,19 @@ def test_errors_of_another_kind_pass(error):
     with pytest.raises(type(error)) as caught, memory.explained(None, None, CONSOLE):  # type: ignore[arg-type]
         raise error
     assert caught.value is error
+
+
+def test_one_of_several_processes_compiles_nothing_and_names_the_command_that_does(monkeypatch):
+    """The others may be anywhere: a compilation could wait for them for ever."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(memory, "compile_steps", lambda *_: pytest.fail("compiled"))
+    config = helpers.tiny()
+    parts = helpers.build(config, (1, 2, 1))
+    with pytest.raises(RunError) as caught, memory.explained(config, parts, CONSOLE):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nMore of it")
+    said = str(caught.value)
+    assert said.startswith("out of memory (Out of memory allocating 5 bytes): a device holds ") and "\n" not in said
+    assert "--dry_run --simulate=2 --memory=" in said
 
 
 # ── real ones ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,34 +138,45 @@ def test_what_a_refused_dry_run_advises_fits(tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "before the first step" not in done.stdout
 
 
+class Vast:
+    """A program of a step that asks XLA for more than a machine can address, else as the one given."""
+
+    def __init__(self, program):
+        self.program = program
+        self.vast = jax.jit(lambda: jnp.zeros((2**48,), jnp.uint8)).lower().compile()
+
+    def __getattr__(self, name):
+        return getattr(self.program, name)
+
+    def __call__(self, *arguments):
+        return self.vast()
+
+
+@pytest.fixture
+def vast(monkeypatch):
+    """Every step finds no memory: XLA's own error."""
+    compiled = programs.compile_steps
+    monkeypatch.setattr(programs, "compile_steps", lambda parts: {k: Vast(p) for k, p in compiled(parts).items()})
+
+
 @pytest.mark.slow
-def test_the_command_line_says_what_to_turn_where_a_step_finds_no_memory(tmp_path):
-    """XLA's own error: the scores of attention over half a million tokens."""
-    long = ("--config.data.seq_len=524288", "--config.data.batch_size=16", "--config.mesh.fsdp=8")
-    done = helpers.run_here(tmp_path, *long, check=False)
+def test_the_command_line_says_what_to_turn_where_a_step_finds_no_memory(tmp_path, vast):
+    done = helpers.run_here(tmp_path, "--config.data.batch_size=16", "--config.mesh.fsdp=8", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"^error: out of memory \(Out of memory allocating \d+ bytes\): a device needs", done.stderr)
-    assert re.search(r"^  optimizer.accumulate=2: [\d.]+ TiB$", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^  optimizer.accumulate=2: [\d.]+ [KM]iB$", done.stderr, re.MULTILINE), done.stderr
 
 
 @pytest.mark.slow
-def test_an_allocation_that_fails_says_what_to_turn(tmp_path):
-    """XLA's own error: a loss that sorts a TiB for each row."""
-
+def test_python_says_what_to_turn_and_of_a_task_only_what_it_reads(tmp_path, vast):
     def loss(params, batch, constrain):
-        off_B = (params["w"].sum() - batch["y"]) ** 2
-        vast = jnp.sort(jnp.broadcast_to(off_B[:, None, None], (*off_B.shape, 2**18, 2**20)), axis=-1)
-        return vast[:, 0, 0].sum(), jnp.float32(len(off_B))
+        return ((params["w"].sum() - batch["y"]) ** 2).sum(), jnp.float32(len(batch["y"]))
 
     data = {"y": np.zeros((64,), np.float32)}
     init = lambda key: {"w": jnp.zeros((4,), jnp.float32)}
     task = sl.Task(init, {"w": ("embed",)}, loss, lambda batch: np.float32(len(batch["y"])), data, data)
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(
+        RunError, match=r"^out of memory \(Out of memory allocating \d+ bytes\): a device needs"
+    ) as found:
         sl.fit("tiny", task=task, mesh={"fsdp": 2}, workdir=tmp_path / "run")
-    said = str(caught.value)
-    assert re.match(r"out of memory \(Out of memory allocating \d+ bytes\): a device needs [\d.]+ TiB", said), said
-    before, after = (
-        float(x) for x in re.findall(r"([\d.]+) TiB \(state|accumulate=2: ([\d.]+) TiB", said)[0:2] for x in x if x
-    )
-    assert after < 0.6 * before
-    assert "compute." not in said  # a task has none of these keys
+    assert "optimizer.accumulate" in str(found.value) and "compute." not in str(found.value)
