@@ -11,11 +11,14 @@ import numpy as np
 from parallel.cost import compilers, hlo, schedule, wire
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.schedule import Buffer
+from parallel.cost.stray import Traffic
 from parallel.cost.targets import Target
 from parallel.layout.axes import SLOW
-from recipes import memory, phases, programs
+from recipes import describe, memory, phases, programs
 from recipes.build import Parts
 from recipes.programs import rows_of_evaluation
+from runtime import exits
+from runtime.config import RunError
 
 
 class Sent(NamedTuple):
@@ -45,6 +48,7 @@ class Reading:
     seconds: dict[str, Any] = field(default_factory=dict)
     not_counted: str = ""  # why its collectives could not be
     read_from: str = ""  # a larger machine, whose program this was read from: its own was refused
+    stray: Traffic | None = None  # what of it crosses `replica` and is not ours
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,17 @@ def lowerings(config: Any, parts: Parts) -> dict[str, Callable[[], Any]]:
 
 
 def compiled(lower: Callable[[], Any], parts: Parts) -> Any:
-    """The program, or Refused where it does not fit."""
+    """The program, or Refused where it does not fit. Raises RunError where the compiler fails for another reason."""
+    lowered = lower()
     try:
-        return lower().compile(compiler_options=programs.of_device(parts, None))
+        return lowered.compile(compiler_options=programs.of_device(parts, None))
     except Exception as error:  # of a type that JAX does not name in public
-        found = compilers.refused(error)
-        if found is None:
+        first = str(error).splitlines()[0] if str(error) else ""
+        if found := compilers.refused(error):
+            return Refused(first, found[0])
+        if not exits.STATUS.match(first):
             raise
-        return Refused(str(error).splitlines()[0], found[0])
+        raise RunError(f"the compiler fails: {first[:300]}") from error
 
 
 def peak(program: Any, parts: Parts, name: str) -> tuple[float, float]:
@@ -90,7 +97,9 @@ def peak(program: Any, parts: Parts, name: str) -> tuple[float, float]:
     return found.temp_size_in_bytes, used + (state - params if only_params else 0)
 
 
-def read(name: str, program: Any, parts: Parts, target: Target, config: Any, other: tuple[str, Any] | None) -> Reading:
+def read(
+    name: str, program: Any, parts: Parts, target: Target, config: Any, other: tuple[str, Any] | None = None
+) -> Reading:
     """other: (machine, program) of a larger machine, for a program that was refused."""
     temporaries, most = peak(program, parts, name)
     about: dict[str, Any] = {
@@ -101,6 +110,7 @@ def read(name: str, program: Any, parts: Parts, target: Target, config: Any, oth
         if other is None:
             return Reading(**about)
         about["read_from"], program = other
+    about["stray"] = stray_of(name, program, parts)
     text = program.as_text()
     read = hlo.Program.read(text)
     flops, moved = schedule.flops(read), schedule.bytes_moved(read)
@@ -127,6 +137,14 @@ def _sent(text: str, read: hlo.Program, parts: Parts) -> tuple[list[Sent], str]:
         bytes_, hidden = sums.get(key, (0.0, 0.0))
         sums[key] = bytes_ + c.sent, hidden + c.sent * (c.name in behind)
     return [Sent(*key, *sums[key]) for key in sorted(sums)], ""
+
+
+def stray_of(name: str, program: Any, parts: Parts) -> Traffic:
+    """`restore` is a digest, whose sums may cross."""
+    if any(name.removeprefix(phase.prefix) in phase.strategy.exchanges() for phase in parts.phases):
+        return describe.traffic(parts, {name: program})[name]
+    known = "digest" if name == "restore" else name
+    return describe.traffic_beside(parts, {known: program})[known]
 
 
 def axis_rate(target: Target, parts: Parts, axis: str) -> float:

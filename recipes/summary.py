@@ -11,30 +11,28 @@ from typing import Any
 
 from parallel.cost.targets import Target
 from recipes import aot
-from recipes.aot import Reading, Refused
+from recipes.aot import Reading
 from recipes.build import Parts
 from recipes.verdict import Remedy
+from runtime.config import bad_input
 
 
-def save(
-    folder: str,
-    target: Target,
-    parts: Parts,
-    programs: Mapping[str, Any],
-    readings: Mapping[str, Reading],
-    remedies: Sequence[Remedy],
-    compiler: str,
-) -> None:
-    """DIR/PROGRAM.hlo.txt.gz of each program that was not refused, and DIR/summary.json. Raises OSError."""
-    path = Path(folder).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    for name, program in programs.items():
-        if not isinstance(program, Refused):
-            with gzip.open(path / f"{name.replace(' ', '_')}.hlo.txt.gz", "wt", compresslevel=4) as file:
-                file.write(program.as_text())
-    (path / "summary.json").write_text(
-        json.dumps(describe(target, parts, readings, remedies, compiler), indent=1) + "\n"
-    )
+def folder(path: str) -> Path:
+    """It is made. Raises UsageError."""
+    with bad_input():
+        found = Path(path).expanduser()
+        found.mkdir(parents=True, exist_ok=True)
+        return found
+
+
+def keep(folder: Path, program: str, text: str) -> None:
+    """PROGRAM.hlo.txt.gz."""
+    (folder / f"{program.replace(' ', '_')}.hlo.txt.gz").write_bytes(gzip.compress(text.encode(), 4))
+
+
+def write(folder: Path, about: dict[str, Any]) -> None:
+    """summary.json. about: of `describe`."""
+    (folder / "summary.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def describe(
@@ -66,6 +64,7 @@ def describe(
 def _program(reading: Reading) -> dict[str, Any]:
     found = dataclasses.asdict(reading)
     found["wire"] = [sent._asdict() for sent in reading.wire]
+    del found["stray"]
     return {key: value for key, value in found.items() if value or key not in ("not_counted", "read_from")}
 
 

@@ -1,7 +1,9 @@
 """`--target`: a dry run whose programs are compiled for a machine that is not here, and its verdict: whether they fit,
 and what would."""
 
+import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from parallel.cost import compilers, hardware, targets
@@ -39,21 +41,21 @@ def dry_run(config: Any, flags: Any, times: Phases) -> int:
     parts = make(config, target)
     link = over_link.read(flags.link, flags.step_seconds, flags.dry_run, parts.replicas)
     check_state(parts, target)
-    found = compile_all(config, parts, target, console)
+    folder = summary.folder(flags.save) if flags.save else None
+    readings = compile_all(config, parts, target, console, folder)
     times.mark("compile")
-    readings = read_all(found, config, parts, target, console)
     console.table(f"compiled for {target.text}", verdict.rows(config, parts, target, readings))
-    describe.refuse_stray(stray(parts, found), config.sync.allow_stray_bytes)
+    describe.refuse_stray({name: x.stray for name, x in readings.items() if x.stray}, config.sync.allow_stray_bytes)
     if link and (sent := verdict.over_slow(readings)) is not None:
         console.table(f"over {link.text}", over_link.rows(link, parts, sent, flags.step_seconds))
     fits = aot.worst(readings)[1].peak_bytes <= target.memory
     remedies = [] if fits else verdict.search(config, parts, target, readings, compiled_with(config, target, console))
     console.doing("")
     console.say(verdict.sentence(target, readings, remedies))
-    if flags.save:
-        with bad_input():
-            summary.save(flags.save, target, parts, found, readings, remedies, compilers.compiler(target.chip))
-        console.say(f"{len(found)} programs and summary.json are in {flags.save}")
+    if folder:
+        about = summary.describe(target, parts, readings, remedies, compilers.compiler(target.chip))
+        summary.write(folder, about)
+        console.say(f"what was compiled is in {flags.save}")
     return FITS if fits else DOES_NOT_FIT
 
 
@@ -136,35 +138,37 @@ def smallest(parts: Parts, target: Target) -> str:
 # ── compiling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compile_all(config: Any, parts: Parts, target: Target, console: Console) -> dict[str, Any]:
-    """{program: compiled, or Refused}, one after another: each may take gigabytes while it is made."""
-    found: dict[str, Any] = {}
+def compile_all(config: Any, parts: Parts, target: Target, console: Console, folder: Path | None) -> dict[str, Reading]:
+    """What each program says, one after another, for each may take gigabytes while it is made. Of a program that was
+    refused, what it is made of is read in the same mesh's on larger chips. folder: where their texts are kept."""
+    gc.enable()  # what traces a program is garbage after it
+    found, refused = {}, {}
     for name, lower in aot.lowerings(config, parts).items():
         console.doing(f"compiling {name} for {target.text}")
-        found[name] = aot.compiled(lower, parts)
-    console.doing("")
-    return found
+        program = aot.compiled(lower, parts)
+        if isinstance(program, Refused):
+            refused[name] = program
+        elif folder:
+            summary.keep(folder, name, program.as_text())
+        found[name] = aot.read(name, program, parts, target, config)
+        del program
+        gc.collect()
+    return found | on_larger(refused, config, parts, target, console)
 
 
-def read_all(found: dict[str, Any], config: Any, parts: Parts, target: Target, console: Console) -> dict[str, Reading]:
-    """Of a program that was refused, what it is made of is read from the same mesh's on larger chips."""
-    others: dict[str, tuple[str, Any]] = {}
-    if refused := [name for name, program in found.items() if isinstance(program, Refused)]:
-        others = on_larger(refused, config, target, console)
-    return {name: aot.read(name, program, parts, target, config, others.get(name)) for name, program in found.items()}
-
-
-def on_larger(names: list[str], config: Any, target: Target, console: Console) -> dict[str, tuple[str, Any]]:
-    """{program: (machine, compiled)} on the smallest larger kind of chips on which each fits."""
-    found: dict[str, tuple[str, Any]] = {}
-    other = targets.larger(target, hardware.catalogue())
-    while other and len(found) < len(names):
-        parts = make(config, other)
-        for name, lower in aot.lowerings(config, parts).items():
-            if name in names and name not in found:
+def on_larger(
+    refused: dict[str, Refused], config: Any, parts: Parts, target: Target, console: Console
+) -> dict[str, Reading]:
+    """Read on the smallest larger kind of chips on which each fits, those that fit on any."""
+    found: dict[str, Reading] = {}
+    other = targets.larger(target, hardware.catalogue()) if refused else None
+    while other and len(found) < len(refused):
+        for name, lower in aot.lowerings(config, make(config, other)).items():
+            if name in refused and name not in found:
                 console.doing(f"compiling {name} for {other.text}, to see what it is made of")
                 program = aot.compiled(lower, parts)
-                found |= {} if isinstance(program, Refused) else {name: (other.text, program)}
+                if not isinstance(program, Refused):
+                    found[name] = aot.read(name, refused[name], parts, target, config, (other.text, program))
         other = targets.larger(other, hardware.catalogue())
     return found
 
@@ -182,11 +186,3 @@ def compiled_with(config: Any, target: Target, console: Console) -> verdict.Pred
         return max(aot.peak(aot.compiled(lower, parts), parts, name)[1] for name, lower in lowered.items())
 
     return predict
-
-
-def stray(parts: Parts, found: dict[str, Any]) -> dict[str, Any]:
-    """What of the programs crosses `replica` and is not ours."""
-    there = {name: x for name, x in found.items() if not isinstance(x, Refused)}
-    own = {name: x for name, x in there.items() if name in programs.steps(parts)}
-    others = {"digest" if name == "restore" else name: x for name, x in there.items() if name not in own}
-    return describe.traffic(parts, own) | describe.traffic_beside(parts, others)

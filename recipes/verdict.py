@@ -13,7 +13,7 @@ from recipes import aot, describe, memory
 from recipes.aot import Reading, Sent
 from recipes.build import Parts
 from runtime import config as configuration
-from runtime.config import UsageError
+from runtime.config import RunError, UsageError
 from runtime.console import human_bytes, human_count, human_seconds
 
 ROOM = 0.95  # of the memory that there is: what an estimate between two compiled values may use
@@ -157,10 +157,10 @@ def search(
 
 
 def _tried(changes: dict[str, Any], target: Target, predict: Predict, flag: str = "") -> Remedy | None:
-    """None: the config or the mesh does not allow it."""
+    """None: the config, the mesh or the compiler does not allow it."""
     try:
         need = predict(changes, target)
-    except UsageError:
+    except (UsageError, RunError):
         return None
     flags = " ".join([*([flag] if flag else []), *(f"--config.{key}={value}" for key, value in changes.items())])
     return Remedy(flags, need, need <= target.memory)

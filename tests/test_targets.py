@@ -380,11 +380,11 @@ def test_summary_json_has_the_shape_that_others_read(tmp_path):
         "sample": aot.Reading(0.0, 5.0, math.inf, math.inf),
     }
     remedies = [verdict.Remedy("--config.optimizer.accumulate=4", 12.0, True)]
-    programs = {"step": Text("HloModule x"), "sample": aot.Refused("RESOURCE_EXHAUSTED: …", None)}
-    machine = target("h100:8")
-    summary.save(str(tmp_path / "a" / "b"), machine, parts(), programs, readings, remedies, "1.2")
-    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"summary.json", "step.hlo.txt.gz"}
-    assert gzip.decompress((tmp_path / "a" / "b" / "step.hlo.txt.gz").read_bytes()) == b"HloModule x"
+    machine, folder = target("h100:8"), summary.folder(str(tmp_path / "a" / "b"))
+    summary.keep(folder, "warm step", "HloModule x")
+    summary.write(folder, summary.describe(machine, parts(), readings, remedies, "1.2"))
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"summary.json", "warm_step.hlo.txt.gz"}
+    assert gzip.decompress((folder / "warm_step.hlo.txt.gz").read_bytes()) == b"HloModule x"
     found = json.loads((tmp_path / "a" / "b" / "summary.json").read_text())
     assert found["target"] == {
         "name": "h100:8", "chip": "h100", "chips": 8, "slices": 1, "hosts": 1, "memory_bytes": machine.memory,
@@ -401,16 +401,6 @@ def test_summary_json_has_the_shape_that_others_read(tmp_path):
     assert step["wire"] == [sent[0]._asdict()] and step["seconds"] == seconds
     assert {"runs_per_step", "state_bytes", "temporary_bytes", "peak_bytes", "flops", "predicted_wire"} <= step.keys()
     assert found["programs"]["sample"]["peak_bytes"] is None and found["spare_bytes"] is None
-
-
-@dataclasses.dataclass
-class Text:
-    """A compiled program that has a text."""
-
-    text: str
-
-    def as_text(self):
-        return self.text
 
 
 # ── with the compilers ────────────────────────────────────────────────────────────────────────────────────────────────
