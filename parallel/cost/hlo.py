@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from parallel.cost import loops
 from parallel.cost.wire import BITS
 
 ROOT = f"{Path(__file__).parents[2]}/"
@@ -87,6 +88,7 @@ class Program:
     """Computations in the order of the text, each a schedule: its instructions run in their order."""
 
     computations: dict[str, list[Instruction]]
+    lines: dict[str, list[str]] = field(repr=False)  # of each of them
     entry: str
     head: str = field(repr=False, default="")  # the tables of source lines
 
@@ -94,22 +96,26 @@ class Program:
     def read(cls, text: str) -> "Program":
         """Raises ValueError for what is no compiled program."""
         found: dict[str, list[Instruction]] = {}
+        lines: dict[str, list[str]] = {}
+        own: list[str] = []
         entry, current, begun = "", None, len(text)
         for number, line in enumerate(text.splitlines()):
             if match := _HEAD.match(line):
                 begun = min(begun, number)
-                current = found.setdefault(match["name"], [])
+                current, own = found.setdefault(match["name"], []), lines.setdefault(match["name"], [])
                 entry = match["name"] if match["entry"] else entry
             elif line == "}" or line.startswith("}, "):
                 current = None
-            elif current is not None and (match := _LINE.match(line)):
-                current.append(Instruction(*match.group("name", "type", "op", "rest")))
-            elif current:  # attributes of a kernel go on over several lines
-                last = current.pop()
-                current.append(Instruction(last.name, last.type, last.op, f"{last.rest}\n{line}"))
+            elif current is not None:
+                own.append(line)
+                if match := _LINE.match(line):
+                    current.append(Instruction(*match.group("name", "type", "op", "rest")))
+                elif current:  # attributes of a kernel go on over several lines
+                    last = current.pop()
+                    current.append(Instruction(last.name, last.type, last.op, f"{last.rest}\n{line}"))
         if not entry:
             raise ValueError("this is not the text of a compiled HLO module: it has no ENTRY computation")
-        return cls(found, entry, "\n".join(text.splitlines()[:begun]))
+        return cls(found, lines, entry, "\n".join(text.splitlines()[:begun]))
 
     @cached_property
     def _types(self) -> dict[str, dict[str, Instruction]]:
@@ -121,40 +127,28 @@ class Program:
     # ── loops ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        """How often a loop runs: written beside it by XLA for CPUs and GPUs; on TPU out of its counter's start, step
-        and bound. 1 where that cannot be told."""
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
-            return int(known[1])
+        """How often a loop runs; 1 where that cannot be told."""
         body, condition = (re.search(rf"{part}=%?([\w.\-]+)", loop.rest) for part in ("body", "condition"))
         if not (body and condition):
             return 1
-        tests = self._types[condition[1]]
-        compare = next((x for x in tests.values() if x.op == "compare" and "direction=LT" in x.rest), None)
-        place = compare and self._index(condition[1], compare.operands[0])
-        bound = compare and _constant(tests.get(compare.operands[1]))
-        if place is None or bound is None:
+        around = self._around.get(computation, loops.Frame(self.lines[computation]))
+        try:
+            return loops.trips(loop.rest, self.lines[condition[1]], self.lines[body[1]], around)
+        except ValueError:
             return 1
-        start = self._element(computation, loop.operands[0], place)
-        first = _constant(self._types[computation].get(start)) or 0
-        step = self._step(body[1], place)
-        return max(0, -(-(bound - first) // step))
 
-    def _index(self, computation: str, name: str) -> int | None:
-        """Which element of the loop's carry this is."""
-        x = self._types[computation].get(name)
-        found = re.search(r"index=(\d+)", x.rest) if x and x.op == "get-tuple-element" else None
-        return int(found[1]) if found else None
-
-    def _element(self, computation: str, name: str, place: int) -> str:
-        x = self._types[computation].get(name)
-        return x.operands[place] if x and x.op == "tuple" and place < len(x.operands) else ""
-
-    def _step(self, body: str, place: int) -> int:
-        """By which the counter grows: 1 in JAX's loops, 2 in some that XLA makes."""
-        root = self.computations[body][-1]
-        x = self._types[body].get(self._element(body, root.name, place))
-        steps = [_constant(self._types[body].get(name)) for name in x.operands] if x and x.op == "add" else []
-        return next((n for n in steps if n), 1)
+    @cached_property
+    def _around(self) -> dict[str, loops.Frame]:
+        """Of the entry, and of the bodies of loops within."""
+        found, waiting = {self.entry: loops.Frame(self.lines[self.entry])}, [self.entry]
+        while waiting:
+            name = waiting.pop()
+            for x in self.computations[name]:
+                body = re.search(r"body=%?([\w.\-]+)", x.rest) if x.op == "while" else None
+                if body and body[1] not in found:
+                    found[body[1]] = loops.Frame(self.lines[body[1]], x.operands[0], found[name])
+                    waiting.append(body[1])
+        return found
 
     def executed(self, name: str = "", times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
         """(computation, instruction, how often it runs in a call) of all that has a result in memory: what stands
@@ -212,8 +206,3 @@ class Program:
                 break
             found = operand
         return names[0].replace("\\", "") if names else "XLA"
-
-
-def _constant(x: Instruction | None) -> int | None:
-    found = re.match(r"(-?\d+)\)", x.rest) if x and x.op == "constant" else None
-    return int(found[1]) if found else None
