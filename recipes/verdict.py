@@ -1,7 +1,7 @@
 """What a dry run for a target says: the table of its programs, whether they fit, and with which changes they would."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +72,21 @@ def _memory(x: Reading) -> str:
 
 
 def _wire(found: Sequence[Sent]) -> str:
+    """By dtype; and by kind of collective, what nothing hides."""
     total, hidden = sum(s.bytes for s in found), sum(s.hidden_bytes for s in found)
-    by_dtype: dict[str, float] = {}
-    for s in found:
-        by_dtype[s.dtype] = by_dtype.get(s.dtype, 0) + s.bytes
-    dtypes = ", ".join(f"{name} {human_bytes(size)}" for name, size in sorted(by_dtype.items(), key=lambda x: -x[1]))
-    overlap = f"{human_bytes(hidden)} behind matrix products, {human_bytes(total - hidden)} exposed"
-    return f"{human_bytes(total)} ({dtypes}); {overlap}"
+    said = f"{human_bytes(total)} ({_by({s.dtype for s in found}, lambda name: _sum(found, 'dtype', name))})"
+    if hidden:
+        said += f"; {human_bytes(hidden)} behind matrix products"
+    bare = [s._replace(bytes=s.bytes - s.hidden_bytes) for s in found if s.bytes > s.hidden_bytes]
+    return f"{said}; exposed: {_by({s.kind for s in bare}, lambda name: _sum(bare, 'kind', name)) or 'none'}"
+
+
+def _by(names: Iterable[str], size: Callable[[str], float]) -> str:
+    return ", ".join(f"{name} {human_bytes(size(name))}" for name in sorted(names, key=lambda name: -size(name)))
+
+
+def _sum(found: Iterable[Sent], field: str, name: str) -> float:
+    return sum(s.bytes for s in found if getattr(s, field) == name)
 
 
 def _seconds(seconds: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import helpers
 import jax
@@ -293,6 +294,38 @@ def test_a_gpu_lends_the_share_that_the_run_takes(monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "80%")
     with pytest.raises(ValueError, match="XLA_CLIENT_MEM_FRACTION=80%: expected a share"):
         target("h100:8").said()
+
+
+def test_the_whole_state_lies_beside_what_reads_the_parameters_alone():
+    """Of AdamW two more arrays for each: the evaluation's own peak knows nothing of them."""
+    analysis = types.SimpleNamespace(temp_size_in_bytes=10, peak_memory_in_bytes=10**6)
+    program = types.SimpleNamespace(memory_analysis=lambda: analysis)
+    state = memory.state_bytes(parts(), parts().mesh.shape)
+    params = sum(memory.shard_bytes(x, parts().mesh.shape) for x in jax.tree.leaves(parts().state.params))
+    assert state > 2.9 * params
+    assert aot.peak(program, parts(), "evaluation") == (10, 10**6 + state - params)
+    assert aot.peak(program, parts(), "step") == (10, 10**6)
+    assert aot.peak(aot.Refused("RESOURCE_EXHAUSTED", 7.0), parts(), "step") == (7, state + 7)
+
+
+def test_a_row_says_what_is_sent_by_dtype_and_what_nothing_hides_by_kind():
+    sent = [
+        aot.Sent("fsdp", "bf16", "all-gather", 8.0 * GiB, 6.0 * GiB),
+        aot.Sent("fsdp", "bf16", "all-reduce", 3.0 * GiB, 0.0),
+        aot.Sent("fsdp", "f32", "all-reduce", 1.0 * GiB, 0.0),
+        aot.Sent("replica", "u8", "all-to-all", 1.0 * GiB, 1.0 * GiB),
+    ]
+    seconds = {"compute": 2.0, "memory": 1.0, "wire": {"fsdp": 3.0, "replica": 0.5}}
+    rows = verdict.rows(helpers.tiny(), parts(), target("v5p-8"), {"step": reading(20, wire=sent, seconds=seconds)})
+    found = dict(rows)
+    assert found["wire, fsdp"] == (
+        "12.00 GiB (bf16 11.00 GiB, f32 1.00 GiB); 6.00 GiB behind matrix products; exposed: all-reduce 4.00 GiB, "
+        "all-gather 2.00 GiB"
+    )
+    assert found["wire, replica"] == "1.00 GiB (u8 1.00 GiB); 1.00 GiB behind matrix products; exposed: none"
+    assert found["at nominal rates"] == "compute 2.0 s, memory 1.0 s, fsdp 3.0 s, replica 500 ms: fsdp binds"
+    assert found["largest"] == "2.00 GiB f32[4096,128256] model/loss.py:63"
+    assert verdict.over_slow({"step": reading(20, wire=sent, seconds=seconds)}) == GiB
 
 
 def searched(machine, now, model):
