@@ -16,6 +16,9 @@ from runtime import config as configuration
 from runtime.config import RunError, UsageError
 from runtime.console import human_bytes, human_count, human_seconds
 
+CHUNK = "compute.loss_chunk_mib"
+COPIES = 4  # of a chunk of logits: more than a program ever has
+ENOUGH = 1.25  # of the memory that there is: what may yet fit with other changes
 ROOM = 0.95  # of the memory that there is: what an estimate between two compiled values may use
 Predict = Callable[[dict[str, Any], Target], float]  # ({key: value}, machine) -> bytes of the dearest step program
 
@@ -142,12 +145,16 @@ def search(
     config: Any, parts: Parts, target: Target, readings: Mapping[str, Reading], predict: Predict
 ) -> list[Remedy]:
     """What was tried, compiled: each key's strongest value, a milder one if that leaves room, all together, and a
-    larger machine. It ends with the first that fits."""
+    larger machine. It ends with the first that fits. What cannot be enough by itself is not compiled by itself: each
+    takes a minute for a large model."""
     found: list[Remedy] = []
     now = aot.worst(readings)[1].peak_bytes
     together: dict[str, Any] = {}
     for key, values in memory.values(config, parts).items():
         if not values:
+            continue
+        if key == CHUNK and now - target.memory > COPIES * config.compute.loss_chunk_mib * 2**20:
+            together[key] = values[-1]
             continue
         strongest = _tried({key: values[-1]}, target, predict)
         if strongest is None or strongest.peak_bytes >= memory.SAVES * now:
@@ -161,7 +168,7 @@ def search(
         found.append(all_of_them)
         if all_of_them.fits:
             return found
-    return found + [x for x in (_wider(config, parts, target, together, predict),) if x]
+    return found + [x for x in (_wider(now, parts, target, together, predict),) if x]
 
 
 def _tried(changes: dict[str, Any], target: Target, predict: Predict, flag: str = "") -> Remedy | None:
@@ -188,12 +195,13 @@ def _milder(
     return found if found and found.fits else None
 
 
-def _wider(config: Any, parts: Parts, target: Target, changes: dict[str, Any], predict: Predict) -> Remedy | None:
-    """On twice the chips, with twice the shards of the weights, or four times, with the other changes if need be."""
+def _wider(now: float, parts: Parts, target: Target, changes: dict[str, Any], predict: Predict) -> Remedy | None:
+    """On twice the chips, with twice the shards of the weights, or four times, with the other changes if need be. now:
+    what is needed; most of it is cut by as many more."""
     best = None
     for factor in (2, 4):
         more = targets.wider(target, factor)
-        if more is None:
+        if more is None or (factor < 4 and math.isfinite(now) and now / factor > ENOUGH * target.memory):
             continue
         sharded = {"mesh.fsdp": factor * parts.mesh.shape["fsdp"]}
         for extra in ({}, changes) if changes else ({},):

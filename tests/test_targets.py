@@ -23,7 +23,7 @@ from parallel.cost.schedule import Buffer
 from parallel.layout import mesh as meshes
 from recipes import aot, memory, summary, verdict
 from recipes import target as target_recipe
-from runtime.config import UsageError
+from runtime.config import RunError, UsageError
 
 CHIPS = hardware.catalogue()
 
@@ -356,11 +356,21 @@ def test_what_does_not_fit_names_the_remedy_that_was_compiled_mildest_first():
 
 def test_where_one_key_is_not_enough_all_are_tried_and_then_more_chips():
     found, compiled = searched(small(16), 30, lambda changes, chips: 30 - 4 * len(changes) - 12 * (chips > 8))
-    assert [remedy.fits for remedy in found] == [False] * 4 + [True]
-    assert found[3].flags.count("--config.") == 3 and found[-1].flags.startswith("--target=h100:2x8 ")
+    assert [remedy.fits for remedy in found] == [False] * 3 + [True]
+    assert found[2].flags.count("--config.") == 3 and found[-1].flags.startswith("--target=h100:2x8 ")
     assert compiled[-1][1] == "h100:2x8" and "--config.mesh.fsdp=16" in found[-1].flags
     said = verdict.sentence(small(16), {"step": reading(30)}, found)
     assert "; try --target=h100:2x8 " in said and "; not enough: --config.optimizer.accumulate=8 (26.00 GiB), " in said
+
+
+def test_what_a_compiler_fails_on_is_no_remedy():
+    def fails(changes, chips):
+        if "optimizer.accumulate" in changes:
+            raise RunError("the compiler fails: INTERNAL: RET_CHECK")
+        return 12.0
+
+    found, _ = searched(small(16), 30, fails)
+    assert [(remedy.flags, remedy.fits) for remedy in found] == [("--config.compute.remat=full", True)]
 
 
 def test_where_nothing_is_enough_that_is_said():
