@@ -116,6 +116,38 @@ def test_arrays_come_from_lines_of_ours(program):
     assert [b.bytes for b in schedule.largest(program)] == sorted(b.bytes for b in schedule.largest(program))[::-1]
 
 
+STACKS = """HloModule x
+
+%one_layer (stack: f32[5,8,16], weights: f32[5,16], turn: s32[], x: f32[8,16]) -> (f32[8,16], f32[5,16]) {
+  %stack = f32[5,8,16]{2,1,0} parameter(0)
+  %weights = f32[5,16]{1,0} parameter(1)
+  %turn = s32[] parameter(2)
+  %x = f32[8,16]{1,0} parameter(3)
+  %zero = s32[] constant(0)
+  %slice = f32[1,8,16]{2,1,0} dynamic-slice(%stack, %turn, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  %layer = f32[8,16]{1,0} bitcast(%slice)
+  %sum = f32[8,16]{1,0} add(%layer, %x)
+  %row = f32[1,16]{1,0} slice(%x), slice={[0:1], [0:16]}
+  %filled = f32[5,16]{1,0} dynamic-update-slice(%weights, %row, %turn, %zero)
+  ROOT %both = (f32[8,16]{1,0}, f32[5,16]{1,0}) tuple(%sum, %filled)
+}
+
+ENTRY %main (stack: f32[5,8,16], weights: f32[5,16], turn: s32[], x: f32[8,16]) -> (f32[8,16], f32[5,16]) {
+  %p.0 = f32[5,8,16]{2,1,0} parameter(0)
+  %p.1 = f32[5,16]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %p.3 = f32[8,16]{1,0} parameter(3)
+  ROOT %fusion = (f32[8,16]{1,0}, f32[5,16]{1,0}) fusion(%p.0, %p.1, %p.2, %p.3), kind=kLoop, calls=%one_layer
+}
+"""
+
+
+def test_of_a_stack_of_layers_one_is_read_and_one_written():
+    layer, row, turn = 4 * 8 * 16, 4 * 16, 4
+    read, written = layer + turn + layer, layer + row
+    assert schedule.bytes_moved(hlo.Program.read(STACKS)) == read + written
+
+
 def test_older_texts_have_the_line_beside_the_instruction():
     text = TEXT.replace("stack_frame_id=2", f'source_file="{hlo.ROOT}model/loss.py" source_line=63')
     found = {buffer.shape: buffer.where for buffer in schedule.largest(hlo.Program.read(text), 9)}

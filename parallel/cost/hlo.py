@@ -12,6 +12,7 @@ from parallel.cost.wire import BITS
 
 ROOT = f"{Path(__file__).parents[2]}/"
 DEPTH = 6  # operands
+NOWHERE = "XLA"  # where an array comes from that no line and no name leads to
 HELPERS = "parallel/layout/"  # where arrays are only said to lie: the caller's line says more
 _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z0-9\-]+)\((?P<rest>.*)$")
@@ -205,4 +206,4 @@ class Program:
             if operand is None or operand.type.startswith("("):
                 break
             found = operand
-        return names[0].replace("\\", "") if names else "XLA"
+        return names[0].replace("\\", "") if names else NOWHERE

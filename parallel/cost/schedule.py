@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from parallel.cost.hlo import Array, Instruction, Program, arrays
+from parallel.cost.hlo import NOWHERE, Array, Instruction, Program, arrays
 from parallel.cost.wire import KINDS
 
 # Products of T×S×K in a kernel: scores and values forwards; backwards what each of the kernels makes again, too.
@@ -20,6 +20,7 @@ SAME = set(
     "parameter tuple get-tuple-element bitcast while conditional call optimization-barrier constant after-all "
     "copy-done send send-done recv-done partition-id replica-id domain".split()
 )
+PARTS = ("dynamic-slice", "slice", "gather")  # read a part of their operand
 ASYNC = "async_collective_fusion"  # TPU: a collective in steps, in fusions that compute meanwhile
 
 
@@ -39,17 +40,63 @@ def flops(program: Program) -> float:
 
 
 def bytes_moved(program: Program) -> float:
-    """What its instructions read and write in memory, each operand and result once. Loops included."""
-    total = 0.0
-    for computation, x, times in program.executed():
-        if x.op in SAME or x.op.endswith("-done"):
-            continue
-        found = [program.operand(computation, x, n) for n in range(len(x.operands))]
-        read = sum(a.bytes for operand in found if operand for a in operand.arrays if not operand.type.startswith("("))
-        sliced = "slice" in x.op or "dynamic-slice" in x.name or "dynamic_slice" in x.name  # of a stack of layers
-        written = sum(a.bytes for a in x.arrays)
-        total += times * (written + (min(read, 2 * written) if sliced else read))
-    return total
+    """What its instructions read and write in memory, loops included: of what they slice, or write a part of, that
+    part."""
+    return sum(times * _moved(program, computation, x) for computation, x, times in program.executed())
+
+
+def _moved(program: Program, computation: str, x: Instruction) -> float:
+    if x.op in SAME or x.op.endswith("-done"):
+        return 0.0
+    if x.op in ("fusion-start", "async-start"):
+        return sum(_moved(program, called, y) for called in x.called for y in program.computations[called])
+    written = sum(a.bytes for a in x.arrays)
+    if x.op.endswith("-start"):  # its type has operands and results
+        return written
+    if x.op in PARTS:
+        return 2 * written
+    sizes = [_bytes(program.operand(computation, x, n)) for n in range(len(x.operands))]
+    if x.op == "dynamic-update-slice":
+        return 2 * sizes[1]
+    if x.op != "fusion" or not x.called:
+        return written + sum(sizes)
+    inside = _Inside(program, x.called[0])
+    return inside.written() + sum(inside.read(n, size) for n, size in enumerate(sizes))
+
+
+def _bytes(x: Instruction | None) -> float:
+    return sum(a.bytes for a in x.arrays) if x and not x.type.startswith("(") else 0.0
+
+
+class _Inside:
+    """Of a fusion, what it reads of its operands and writes of its result."""
+
+    def __init__(self, program: Program, computation: str):
+        self._body = program.computations[computation]
+        self._named = {x.name: x for x in self._body}
+
+    def read(self, number: int, size: float) -> float:
+        parameter = next((x for x in self._body if x.op == "parameter" and x.rest.startswith(f"{number})")), None)
+        users = self._users(parameter) if parameter else []
+        if any(place or user.op not in (*PARTS, "dynamic-update-slice") for user, place in users):
+            return size
+        return min(size, sum(_bytes(user) for user, _ in users if user.op in PARTS))
+
+    def _users(self, x: Instruction) -> list[tuple[Instruction, int]]:
+        """(instruction, which of its operands), beyond other names."""
+        found = [(user, user.operands.index(x.name)) for user in self._body if x.name in user.operands]
+        beyond = [more for user, _ in found if user.op == "bitcast" for more in self._users(user)]
+        return [row for row in found if row[0].op != "bitcast"] + beyond
+
+    def written(self) -> float:
+        root = self._body[-1]
+        results = [self._named.get(name) for name in root.operands] if root.op == "tuple" else [root]
+        return sum(map(self._part, results))
+
+    def _part(self, x: Instruction | None) -> float:
+        while x and x.op == "bitcast" and x.operands:
+            x = self._named.get(x.operands[0])
+        return _bytes(self._named.get(x.operands[1])) if x and x.op == "dynamic-update-slice" else _bytes(x)
 
 
 def largest(program: Program, count: int = 5) -> list[Buffer]:
@@ -65,7 +112,9 @@ def largest(program: Program, count: int = 5) -> list[Buffer]:
                 found[Buffer(round(a.bytes), a.dtype, a.shape, program.where(computation, x))] = None
     is_line = lambda where: re.search(r":\d+$", where) is not None
     lines = {Array(b.dtype, b.shape): b.where for b in found if is_line(b.where)} | filled
-    of = lambda b: b.where if is_line(b.where) else lines.get(Array(b.dtype, b.shape), b.where)
+    sizes = {(a.dtype, round(a.bytes)): where for a, where in lines.items()}  # under another shape
+    same = lambda b: lines.get(Array(b.dtype, b.shape)) or sizes.get((b.dtype, b.bytes))
+    of = lambda b: same(b) or b.where if b.where == NOWHERE or b.where.startswith("broadcast") else b.where
     named = dict.fromkeys(replace(buffer, where=of(buffer)) for buffer in found)
     return sorted(named, key=lambda buffer: -buffer.bytes)[:count]
 
