@@ -62,6 +62,11 @@ def test_document_masks_and_windows_compile_for_tpu(chips, masked):
     compile_steps(build(chips, data__document_mask=masked, model__sliding_window=128))
 
 
+def test_micro_steps_compile_where_the_head_is_a_weight_of_its_own(chips):
+    """Its gradient is summed over devices in bfloat16, and added up in float32."""
+    compile_steps(build(chips, model__tie_embeddings=False, optimizer__accumulate=2, compute__attention="reference"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("topology", "slices"), [("v5e:2x4", 1), ("v5p:2x2x1", 2)])
 def test_no_program_of_a_tpu_sends_what_nobody_asked_for(topology, slices):

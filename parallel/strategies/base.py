@@ -121,13 +121,14 @@ class Strategy:
         return jax.tree.map(split if self.accumulate > 1 else lambda x: x[None], batch_BT)
 
     def add_micro_steps(self, params: Any, batch_ABT: Batch, total: Any) -> tuple[tuple, Any]:
-        """total (None: zeros) plus the sums and the gradient of these micro-steps."""
+        """total (None: zeros) plus the sums and the gradient of these micro-steps, each whole before it is added:
+        libtpu 0.0.52 fails on a head's gradient that a loop adds up where it is summed over devices."""
 
         def micro_step(batch_BT: Batch) -> tuple[tuple, Any]:
             (loss, beside), grads = jax.value_and_grad(self.loss, has_aux=True)(params, batch_BT)
             return (loss, *beside), self.constrain_to_specs(grads)
 
-        add = lambda total, batch_BT: (jax.tree.map(jnp.add, total, micro_step(batch_BT)), None)
+        add = lambda sums, x_BT: (jax.tree.map(jnp.add, sums, lax.optimization_barrier(micro_step(x_BT))), None)
         first = take(batch_ABT, 0)
         if total is None and length(batch_ABT) == 1:
             return micro_step(first)
