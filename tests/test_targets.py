@@ -430,8 +430,8 @@ def test_summary_json_has_the_shape_that_others_read(tmp_path):
     assert gzip.decompress((folder / "warm_step.hlo.txt.gz").read_bytes()) == b"HloModule x"
     found = json.loads((tmp_path / "a" / "b" / "summary.json").read_text())
     assert found["target"] == {
-        "name": "h100:8", "chip": "h100", "chips": 8, "slices": 1, "hosts": 1, "memory_bytes": machine.memory,
-        "wrap": [],
+        "name": "h100:8", "chip": "h100", "chips": 8, "slices": 1, "hosts": 1, "memory_bytes": machine.chip.memory,
+        "usable_bytes": machine.memory, "wrap": [],
     }  # fmt: skip
     assert found["mesh"] == {"replica": 1, "fsdp": 8, "tensor": 1} and found["versions"]["compiler"] == "1.2"
     assert not found["fits"] and found["remedies"] == [
