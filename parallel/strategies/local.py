@@ -94,14 +94,14 @@ class Local(Strategy):
 
     def inner_step(self, inner_R: Any, batch_RBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """One step of every replica by itself: nothing crosses `replica`, not even the loss."""
-        gradient = lambda params, batch_BT, _: (*self.loss_and_gradient(params, batch_BT), None)
-        return self._inner_step(gradient, inner_R, batch_RBT, None)[:2]
+        one = jax.vmap(self.loss_and_gradient, spmd_axis_name=SLOW)
+        return self._update(inner_R, *one(inner_R["params"], batch_RBT))
 
-    def _inner_step(self, gradient: Callable, inner_R: Any, batch_RBT: Batch, between: Any) -> tuple[Any, Any, Any]:
-        """The same, and `between`. gradient(params, batch, between) -> (sums, gradient, between), of one replica."""
+    def _update(self, inner_R: Any, sums_R: tuple, grads_R: Any) -> tuple[Any, dict[str, jax.Array]]:
+        """sums, grads: of every replica, as loss_and_gradient gives them."""
 
-        def one(inner: Any, batch_BT: Batch, between: Any) -> tuple[Any, Any, Any]:
-            (loss, weight, *further), grads, between = gradient(inner["params"], batch_BT, between)
+        def one(inner: Any, sums: tuple, grads: Any) -> tuple[Any, Any]:
+            loss, weight, *further = sums
             factor = 1 / divisor(weight)
             counters, norm = inner["guard"], factor * optax.tree.norm(grads)
             sound = (weight > 0) & jnp.isfinite(loss)
@@ -112,10 +112,9 @@ class Local(Strategy):
             after = self.guard.commit(verdict, {"params": params, "opt": opt}, before)
             guard = self.guard.count(counters, verdict)
             metrics = means(loss, weight, *further) | {"grad_norm": norm} | self.guard.report(guard, verdict)
-            return after | {"guard": guard}, metrics, between
+            return after | {"guard": guard}, metrics
 
-        per_replica = jax.vmap(one, in_axes=(0, 0, None), out_axes=(0, 0, None), spmd_axis_name=SLOW)
-        return per_replica(inner_R, batch_RBT, between)
+        return jax.vmap(one, spmd_axis_name=SLOW)(inner_R, sums_R, grads_R)
 
     def inner_steps(self, inner_R: Any, batch_KRBT: Batch) -> tuple[Any, dict[str, jax.Array]]:
         if length(batch_KRBT) == 1:
@@ -125,29 +124,46 @@ class Local(Strategy):
 
     def exchange_meanwhile(self, step: jax.Array, exchanges: Any, codec: Any, inner_R: Any, batch_KRBT: Batch) -> tuple:
         """Exchanges {name: (exchange, tree)} during these inner steps: the first hop during the first half, the second
-        during the rest; of a single step, of its halves. Without the barriers a compiler may wait for the first hop
-        before it computes anything.
+        during the rest; of a single step, of its halves.
 
         Returns ({name: (mean, codec state)}, inner_R, metrics or None without steps)."""
-        K = length(batch_KRBT)
+        K, half = length(batch_KRBT), length(batch_KRBT) // 2
         if not K or self.replicas == 1:
             done = {name: exchange.mean(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
             return done, *((inner_R, None) if not K else self.inner_steps(inner_R, batch_KRBT))
-        half = -(-K // 2)
+        finish = lambda flights: {name: exchanges[name][0].finish(x, own, step) for name, (x, own) in flights.items()}
         flights: Any = {name: exchange.start(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
         if K == 1:
-            gradient = functools.partial(overlap.loss_and_gradient, self)
-            inner_R, metrics, flights = self._inner_step(gradient, inner_R, take(batch_KRBT, 0), flights)
-            metrics = per_step(metrics)
-        else:
-            inner_R, metrics = self.inner_steps(inner_R, part(batch_KRBT, 0, half))
-            flights, inner_R = lax.optimization_barrier((flights, inner_R))
-        done = {name: exchanges[name][0].finish(flight, own, step) for name, (flight, own) in flights.items()}
-        if half < K:
-            inner_R, more = self.inner_steps(inner_R, part(batch_KRBT, half, K))
-            metrics = jax.tree.map(joined, metrics, more)
-        done, inner_R = lax.optimization_barrier((done, inner_R))
-        return done, inner_R, metrics
+            return self._steps_and(
+                inner_R, batch_KRBT, flights, functools.partial(overlap.loss_and_gradient, self), finish
+            )
+        flights, inner_R, metrics = self._steps_and(inner_R, part(batch_KRBT, 0, half), flights)
+        done, inner_R, more = self._steps_and(inner_R, part(batch_KRBT, half, K), finish(flights))
+        return done, inner_R, jax.tree.map(joined, metrics, more)
+
+    def _steps_and(
+        self,
+        inner_R: Any,
+        batch_KRBT: Batch,
+        between: Any,
+        gradient: Callable | None = None,
+        finish: Callable = lambda x: x,
+    ) -> tuple[Any, Any, Any]:
+        """finish(between), inner_R and metrics after these steps. It is waited for when the last gradient is there, and
+        before it is applied: a compiler would let an optimizer's many small operations pass for what hides a hop, and
+        without a barrier wait before it computes anything. gradient(params, batch, between) -> (sums, gradient,
+        between), of one replica."""
+        K, metrics, last_RBT = length(batch_KRBT), None, take(batch_KRBT, -1)
+        if K > 1:
+            inner_R, metrics = self.inner_steps(inner_R, part(batch_KRBT, 0, K - 1))
+        gradient = gradient or (lambda params, batch_BT, between: (*self.loss_and_gradient(params, batch_BT), between))
+        one = jax.vmap(gradient, in_axes=(0, 0, None), out_axes=(0, 0, None), spmd_axis_name=SLOW)
+        sums_R, grads_R, between = one(inner_R["params"], last_RBT, between)
+        between, sums_R, grads_R = lax.optimization_barrier((finish(between), sums_R, grads_R))
+        inner_R, last = self._update(inner_R, sums_R, grads_R)
+        # Updated before anything that follows: else XLA keeps the old optimizer's state beside the new one.
+        between, inner_R = lax.optimization_barrier((between, inner_R))
+        return between, inner_R, jax.tree.map(joined, metrics, per_step(last)) if metrics else per_step(last)
 
     def judge_round(self, counters: Any, delta_R: Any, rate: jax.Array) -> tuple[Any, Any]:
         """(pseudo-gradients as they may be encoded, the verdict on them), agreed by all replicas before anything is.
