@@ -105,7 +105,7 @@ def picture(rows: Rows, curve_of: Callable[[dict], Curve], title: str, note: str
     width, height = columns * one_width, TOP + lines * one_height + FOOT
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    place = {"ha": "left", "va": "top", "color": INK}
+    place: Any = {"ha": "left", "va": "top", "color": INK}
     figure.text(14 / width, 1 - 12 / height, title, fontsize=15, fontweight="bold", **place)
     figure.text(14 / width, 1 - 42 / height, note, fontsize=10, **place | {"color": MUTED})
     curves = [[curve_of(row) for row in (rows[0], *part)] for part in parts]

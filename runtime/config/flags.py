@@ -130,7 +130,7 @@ def _help(doc: str, values: flags.FlagValues) -> str:
     shown.add_argument("--config.KEY", metavar="VALUE", help="in place of what that has; configs/base.py has all")
     for flag in (flag for found in values.flags_by_module_dict().values() for flag in found if flag.name != "help"):
         if flag.boolean:
-            shown.add_argument(f"--{'no' * flag.value}{flag.name}", action="store_true", help=flag.help)
+            shown.add_argument(f"--{'no' if flag.value else ''}{flag.name}", action="store_true", help=flag.help)
         else:
             kind = {"int": int, "float": float}.get(flag.flag_type(), str)
             called = {"metavar": VALUES.get(flag.name), "type": kind, "default": flag.value}
