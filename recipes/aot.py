@@ -72,7 +72,7 @@ def compiled(lower: Callable[[], Any], parts: Parts) -> Any:
     """The program, or Refused where it does not fit. Raises RunError where the compiler fails for another reason."""
     lowered = lower()
     try:
-        return lowered.compile(compiler_options=programs.of_device(parts, None))
+        return lowered.compile(compiler_options=parts.xla_options)
     except Exception as error:  # of a type that JAX does not name in public
         first = str(error).splitlines()[0] if str(error) else ""
         if found := compilers.refused(error):

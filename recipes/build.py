@@ -24,7 +24,7 @@ from parallel.layout.mesh import check_divisible, cut
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
-from recipes import language, methods
+from recipes import language, methods, xla
 from recipes.task import Trainable
 from runtime.config import UsageError, check_batch
 
@@ -51,6 +51,7 @@ class Parts:
     param_shapes: Any
     eval_batch: Any  # abstract; as large as a micro-step's, so that evaluation never needs more memory than training
     own: methods.Own  # objects of the caller's
+    xla_options: dict[str, Any]  # with which all is compiled
 
     # Of the last phase: what the run is about.
     strategy = property(lambda self: self.phases[-1].strategy)
@@ -79,6 +80,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
     Raises UsageError for a dimension or batch that the mesh does not divide.
     """
     task = own.task or language.build(c, mesh)
+    xla_options = xla.options(c.compute.xla_options, mesh, is_small=own.task is not None)
     replicas, batch_size = c.sync.replicas or mesh.shape[SLOW], c.data.batch_size
     check_batch(batch_size, replicas, cut("batch", mesh.shape), c.optimizer.accumulate)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -105,7 +107,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
     phases += (phase(c.sync.warm_steps, strategy),)
     rows = task.eval_rows(batch_size // c.optimizer.accumulate, groups * cut("batch", mesh.shape)[1])
     eval_batch = placement.abstract_batch(mesh, (), groups, rows, task.row, placement.EVAL)
-    return Parts(task, mesh, replicas, phases, shapes, eval_batch, own)
+    return Parts(task, mesh, replicas, phases, shapes, eval_batch, own, xla_options)
 
 
 def build_strategy(

@@ -12,7 +12,7 @@ from parallel.cost.link import Link
 from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
-from recipes import memory, methods, over_link, phases
+from recipes import memory, methods, over_link, phases, xla
 from recipes.build import Parts, num_parameters
 from recipes.programs import compile_beside, compile_init, compile_steps
 from runtime.config import UsageError
@@ -157,6 +157,7 @@ def model_rows(parts: Parts) -> list[tuple[str, str]]:
         *([("FLOPs per token", f"{human_count(flops)} (training, full attention)")] if flops else []),
         ("mesh", f"{meshes.describe(mesh)} = {mesh.size} devices ({kinds})"),
         (f"{task.unit} per step", human_count(each_step)),
+        *([("XLA options", xla.said(parts.xla_options))] if parts.xla_options else []),
     ]
 
 

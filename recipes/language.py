@@ -39,7 +39,7 @@ def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
         kernel, passed = kernels.choose(c.compute.attention, queries, dtype, device_kind, c.data.document_mask)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    options = {k: v for k, v in c.compute.items() if k not in ("dtype", "attention")}
+    options = {k: v for k, v in c.compute.items() if k not in ("dtype", "attention", "xla_options")}
     compute = Compute(dtype=dtype, attention=kernel, **options)
     why = "; ".join((f"auto: {kernel}", *passed.values())) if c.compute.attention == "auto" else f"{kernel}, as asked"
     return Transformer(config, compute, z_loss=c.optimizer.z_loss), why

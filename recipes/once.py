@@ -68,7 +68,7 @@ class Once:
                 raise UsageError(f"{name}: expected {[R, *x.shape]}, one for each of {R} replicas, and found {found}")
 
     def _jit(self, f: Callable, out_shardings: Any) -> Any:
-        return jax.jit(f, out_shardings=out_shardings, compiler_options=programs.of_device(self.parts, None))
+        return jax.jit(f, out_shardings=out_shardings, compiler_options=self.parts.xla_options)
 
     # ── compiled ─────────────────────────────────────────────────────────────────────────────────────────────────
 

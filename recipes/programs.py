@@ -43,20 +43,9 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def of_device(parts: Parts, options: Any) -> Any:
-    """XLA's options, with what the model's size and the chip ask for.
-
-    XLA:CPU hands operations that are ready to other threads only where there are more than a few. In a program as small
-    as a caller's task each device would begin with another one of two independent collectives, and wait for ever. On
-    one thread a device all begin with the same."""
-    if isinstance(parts.task, Language) or parts.mesh.devices.flat[0].platform != "cpu":
-        return options
-    return {"xla_cpu_multi_thread_eigen": False} | (options or {})
-
-
 def compile_steps(parts: Parts, options: Any = None) -> dict[str, Any]:
     """The strategies' programs, compiled ahead of time: calling them can never compile again. options: XLA's."""
-    compile_one = lambda lower: lower().compile(compiler_options=of_device(parts, options))
+    compile_one = lambda lower: lower().compile(compiler_options=parts.xla_options | (options or {}))
     with ThreadPoolExecutor(2) as pool:
         found = {name: pool.submit(compile_one, lower) for name, lower in steps(parts).items()}
         return {name: future.result() for name, future in found.items()}
@@ -78,7 +67,7 @@ def steps(parts: Parts) -> dict[str, Callable[[], Any]]:
 
 def compile_init(parts: Parts, given: bool = False) -> Any:
     """It runs once: level 1 compiles sooner, to the same bits."""
-    return lower_init(parts, given).compile(compiler_options=of_device(parts, {"xla_backend_optimization_level": 1}))
+    return lower_init(parts, given).compile(compiler_options=parts.xla_options | {"xla_backend_optimization_level": 1})
 
 
 def lower_init(parts: Parts, given: bool = False) -> Any:
@@ -101,7 +90,7 @@ def lower_init(parts: Parts, given: bool = False) -> Any:
 def compile_beside(parts: Parts, sample: Any, options: Any = None) -> dict[str, Any]:
     """{evaluation, sample, digest (of the whole state)}. sample: the config's group; without tokens, none. options:
     XLA's."""
-    options = of_device(parts, options)
+    options = parts.xla_options | (options or {})
     return {name: lower().compile(compiler_options=options) for name, lower in beside(parts, sample).items()}
 
 
@@ -137,7 +126,7 @@ class Later:
 
 
 def compile_evaluation(parts: Parts, options: Any = None) -> Any:
-    return lower_evaluation(parts).compile(compiler_options=of_device(parts, options))
+    return lower_evaluation(parts).compile(compiler_options=parts.xla_options | (options or {}))
 
 
 def lower_evaluation(parts: Parts) -> Any:
