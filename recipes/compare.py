@@ -162,6 +162,7 @@ def summary(runner: Runner, row: list[Job]) -> dict[str, Any]:
     keys = ("wire_bytes_per_step", "wire_bytes_from", "method", "parameters", "steps")
     return {
         "name": row[0].name,
+        "floor": row[0].floor,
         "config": dict(configuration.flatten(row[0].config)),
         "eval_losses": [run["eval_loss"] for run in runs],
         "final_losses": [run["final_loss"] for run in runs],

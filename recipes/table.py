@@ -14,22 +14,25 @@ from runtime.console import human_bytes
 from runtime.metrics import replace_file, write_json
 
 TARGETS = (0.5, 0.8, 0.95)  # of compute utilisation
+LITTLE = 3.0  # percent
 
 
 def tabulate(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
     """Gaps are paired: each seed's final loss less the baseline's of the same seed, in percent of the baseline's mean;
-    with the 95 % interval of the mean over seeds (Student's t), and that by the deviation of all rows together, for
-    rows whose gaps scatter alike: three seeds say little about how much they do."""
+    with the 95 % interval of the mean over seeds (Student's t). Three seeds say little about how much gaps scatter, so
+    rows that lose at most LITTLE have another one by the deviation of all of them together, but floor rows: those that
+    lose more scatter more, and a floor row is one of them again."""
     final_RS = np.array([row["final_losses"] for row in rows], float)
     gap_RS = 100 * (final_RS - final_RS[0]) / final_RS[0].mean()
-    finite = [gap for gap in gap_RS[1:] if np.isfinite(gap).all()]
     count = gap_RS.shape[1]
-    pooled = math.sqrt(np.mean([gap.var(ddof=1) for gap in finite])) if finite else math.nan
-    mean_half = student_t(max(1, len(finite)) * (count - 1)) * pooled / math.sqrt(count)
+    alike_R = np.isfinite(gap_RS).all(axis=1) & (np.abs(gap_RS.mean(axis=1)) <= LITTLE)
+    alike_R &= [i > 0 and not row["floor"] for i, row in enumerate(rows)]
+    pooled = math.sqrt(gap_RS[alike_R].var(axis=1, ddof=1).mean()) if alike_R.any() else math.nan
+    mean_half = student_t(max(1, alike_R.sum()) * (count - 1)) * pooled / math.sqrt(count)
     table = []
     for i, (row, final, gap) in enumerate(zip(rows, final_RS, gap_RS, strict=True)):
         half = student_t(count - 1) * gap.std(ddof=1) / math.sqrt(count)
-        together = mean_half if i else 0.0
+        together = mean_half if alike_R[i] else math.nan if i else 0.0
         method = Method(**row["method"])
         table.append(
             row
@@ -79,7 +82,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['eval_loss']:.4f}",
         f"{row['gap_percent']:+.2f}",
         f"{row['gap_low']:+.2f} … {row['gap_high']:+.2f}",
-        f"{row['gap_low_pooled']:+.2f} … {row['gap_high_pooled']:+.2f}",
+        "" if math.isnan(row["gap_low_pooled"]) else f"{row['gap_low_pooled']:+.2f} … {row['gap_high_pooled']:+.2f}",
         " / ".join(map(str, row["skipped"])),
         " / ".join(map(str, row["clipped"])),
         f"{np.median(row['seconds']):.0f}",
@@ -126,8 +129,9 @@ def markdown(table: dict[str, Any]) -> str:
     lines = [
         f"{about['replicas']} replicas, {about['steps']} steps, {read}, {about['seeds']} seeds. Loss: of all that is "
         "held out, at the end. Gap: to the first row, paired by seed; its interval by its own seeds, and by the "
-        "deviation of all rows together. Skipped, clipped: updates that the guard left out, or made "
-        "smaller, of each seed. s/run: the median. Bytes: sent by a replica over the slow link per step, on average. "
+        f"deviation of all rows together that lose at most {LITTLE:g} %. Skipped, clipped: updates that the guard left "
+        "out, or made smaller, of each seed. s/run: the median. Bytes: sent by a replica over the slow link per step, "
+        "on average. "
         "Gbit/s: the link that a model of this size needs for such a share of time spent computing (simulated, no "
         "latency, infinity: more than 1,000).",
         "",

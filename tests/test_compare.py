@@ -39,10 +39,10 @@ ROWS = [row("base"), row("signs", sync__codec="sign") | {"floor": True}, row("la
 """
 
 
-def summary_of(name, finals, size=100.0, ended=""):
+def summary_of(name, finals, size=100.0, ended="", floor=False):
     none = [0] * len(finals)
     method = {"bytes_per_parameter": 4.0, "interval": 1, "fragments": 1, "overlap": 0}
-    return {"name": name, "steps": [1], "eval_losses": [[x] for x in finals], "final_losses": finals,
+    return {"name": name, "floor": floor, "steps": [1], "eval_losses": [[x] for x in finals], "final_losses": finals,
             "seconds": [1.0] * len(finals), "wire_bytes_per_step": size, "wire_bytes_from": "", "parameters": 10,
             "method": method, "skipped": none, "clipped": none, "ended": [ended]}  # fmt: skip
 
@@ -57,11 +57,17 @@ def test_gaps_are_paired_by_seed_with_student_intervals():
     assert table["rows"][0]["gap_percent"] == 0 == table["rows"][0]["gap_low_pooled"]
 
 
-def test_rows_that_scatter_alike_share_their_deviation():
-    """4 degrees of freedom instead of 2: Student's quantile is 2.776. A row that was ended is not one of them."""
-    rows = [summary_of("a", [2.0, 3.0, 4.0]), summary_of("b", [2.1, 3.1, 4.4]), summary_of("c", [2.0, 3.1, 4.1])]
-    found = tabulate([*rows, summary_of("d", [np.nan, 3.0, 4.0])], {})["rows"]
-    gaps = 100 * np.array([[0.1, 0.1, 0.4], [0.0, 0.1, 0.1]]) / 3.0
+def test_rows_that_lose_little_share_their_deviation():
+    """4 degrees of freedom instead of 2: Student's quantile is 2.776. A row that was ended is not one of them, nor is
+    one that loses much, or a floor row."""
+    rows = [summary_of("a", [2.0, 3.0, 4.0]), summary_of("b", [2.01, 3.01, 4.04]), summary_of("c", [2.0, 3.01, 4.01])]
+    others = [summary_of("d", [np.nan, 3.0, 4.0]), summary_of("e", [2.2, 3.2, 4.9])]
+    others += [summary_of("b, moved", [2.0, 3.0, 4.2], floor=True)]
+    table = tabulate([*rows, *others], {"replicas": 2, "steps": 1, "tokens": 1, "seeds": 3})
+    found = table["rows"]
+    assert all(np.isnan(row["gap_low_pooled"]) and np.isnan(row["gap_high_pooled"]) for row in found[3:])
+    assert "+nan … +nan |  |" in markdown(table), "an interval of its own that is not a number, and no pooled one"
+    gaps = 100 * np.array([[0.01, 0.01, 0.04], [0.0, 0.01, 0.01]]) / 3.0
     half = 2.7764451 * np.sqrt(gaps.var(axis=1, ddof=1).mean() / 3)
     for row, gap in zip(found[1:3], gaps, strict=True):
         assert (row["gap_low_pooled"], row["gap_high_pooled"]) == pytest.approx((gap.mean() - half, gap.mean() + half))

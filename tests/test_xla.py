@@ -13,7 +13,9 @@ from runtime.config import UsageError
 
 
 def test_they_reach_the_compiler_and_the_table(tmp_path):
-    parts = helpers.build(helpers.tiny(compute__xla_options=f"xla_dump_to={tmp_path}, xla_dump_hlo_as_text=true"), (1, 1, 1))
+    parts = helpers.build(
+        helpers.tiny(compute__xla_options=f"xla_dump_to={tmp_path}, xla_dump_hlo_as_text=true"), (1, 1, 1)
+    )
     assert parts.xla_options == {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from there is not compiled
