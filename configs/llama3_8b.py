@@ -21,7 +21,6 @@ def get_config():
     c.model.tie_embeddings = False
     c.compute.dtype = "bfloat16"
     c.compute.remat = "full"
-    c.compute.loss_chunk_mib = 512
     c.data.vocab_size = 128_256
     c.data.tokenizer = "tokenizer.json"
     c.data.seq_len = 8192

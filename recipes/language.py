@@ -40,9 +40,16 @@ def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
     except ValueError as error:
         raise UsageError(str(error)) from error
     options = {k: v for k, v in c.compute.items() if k not in ("dtype", "attention", "xla_options")}
+    options["loss_chunk_mib"] = c.compute.loss_chunk_mib or chunk_of(device_kind)
     compute = Compute(dtype=dtype, attention=kernel, **options)
     why = "; ".join((f"auto: {kernel}", *passed.values())) if c.compute.attention == "auto" else f"{kernel}, as asked"
     return Transformer(config, compute, z_loss=c.optimizer.z_loss), why
+
+
+def chunk_of(device_kind: str) -> int:
+    """MiB of logits at a time. A TPU's compiler finds room for more beside what else a step holds; on a GPU the chunk
+    would be on top of it."""
+    return 32 if device_kind == "cpu" else 512 if "TPU" in device_kind else 128
 
 
 def read_corpus(data: Any, **how: Any) -> corpora.Corpus:

@@ -13,6 +13,7 @@ import jax
 from parallel.layout import rules
 from parallel.layout.mesh import check_divisible, cut
 from recipes.build import Parts, build
+from recipes.language import Language
 from recipes.programs import compile_steps
 from runtime.config import CHOICES, RunError, UsageError, check_batch
 from runtime.console import Console, human_bytes
@@ -171,13 +172,18 @@ def values(config: Any, parts: Parts) -> dict[str, Sequence[Any]]:
     """What may be tried of each key on the same devices: less memory with each further value."""
     shards = cut("batch", parts.mesh.shape)[1]
     rows = config.data.batch_size // (parts.replicas * shards)  # of a device and update
-    remat, chunk = CHOICES["compute.remat"], config.compute.loss_chunk_mib
+    remat, chunk = CHOICES["compute.remat"], chunk_mib(parts)
     found: list[Sequence[Any]] = [
         _doubling([n for n in range(config.optimizer.accumulate + 1, rows + 1) if not rows % n]),
         remat[remat.index(config.compute.remat) + 1 :],
         [chunk // 4**n for n in range(1, TRIES) if chunk >= 4**n],
     ]
     return dict(zip(KEYS, found[:1] if parts.own.task else found, strict=False))
+
+
+def chunk_mib(parts: Parts) -> int:
+    """compute.loss_chunk_mib as it was chosen; a caller's task has none."""
+    return parts.task.model.compute.loss_chunk_mib if isinstance(parts.task, Language) else 0
 
 
 def search(candidates: dict[str, Sequence[Any]], now: float, limit: float | None, predict: Predict) -> list[Turn]:

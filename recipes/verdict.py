@@ -153,7 +153,7 @@ def search(
     for key, values in memory.values(config, parts).items():
         if not values:
             continue
-        if key == CHUNK and now - target.memory > COPIES * config.compute.loss_chunk_mib * 2**20:
+        if key == CHUNK and now - target.memory > COPIES * memory.chunk_mib(parts) * 2**20:
             together[key] = values[-1]
             continue
         strongest = _tried({key: values[-1]}, target, predict)

@@ -88,12 +88,13 @@ RANGES: dict[Range, str] = {
     ),
     Range(1, math.inf, "[)"): (
         "steps log_every eval_batches model.num_layers model.model_dim model.num_heads model.num_kv_heads "
-        "model.head_dim model.mlp_dim model.rope_scaling.original_max_len compute.loss_chunk_mib data.vocab_size "
+        "model.head_dim model.mlp_dim model.rope_scaling.original_max_len data.vocab_size "
         "data.seq_len data.batch_size optimizer.accumulate guard.window guard.abort_after checkpoint.keep "
         "sync.interval sync.fragments"
     ),
     Range(0, math.inf, "[)"): (
-        "eval_every model.sliding_window model.rope_scaling.factor optimizer.lr optimizer.warmup_steps "
+        "eval_every model.sliding_window model.rope_scaling.factor compute.loss_chunk_mib optimizer.lr "
+        "optimizer.warmup_steps "
         "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss "
         "optimizer.freeze_steps guard.zscore sync.replicas sync.warm_steps sync.staleness sync.compensation "
         "sync.overlap sync.outer.lr checkpoint.every checkpoint.keep_every sample.tokens sample.every "
