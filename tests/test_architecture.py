@@ -182,6 +182,7 @@ MAY_IMPORT = {
     "configs": {"configs"},
     "recipes": {"recipes", "model", "optim", *PARALLEL, "data", "runtime"},
     "compare": {"recipes", "data", *PARALLEL, "runtime"},
+    "plan": {"recipes", *PARALLEL, "runtime"},
     "train": {"recipes", "data", *PARALLEL, "runtime"},
     "slackline": {"recipes", "data", "runtime"},
     "examples": {"slackline"},
@@ -336,6 +337,7 @@ ALONE = {
     "recipes/compare.py",
     "recipes/runner.py",
     "recipes/door.py",
+    "recipes/planned.py",
 }
 
 

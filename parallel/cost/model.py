@@ -1,0 +1,257 @@
+"""What a training step computes, sends and holds on a mesh, in closed form: nothing is traced, nothing compiled.
+
+The answer is rows: products by part of the step, bytes by axis and part, arrays by moment. A further mesh axis is
+further rows. docs/planner.md has the reasons, and how near this comes to compiled programs.
+
+All figures are of one device. D model dimension, F feed-forward, V vocabulary, T positions, L layers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from parallel.layout import rules
+
+FORWARD, BACKWARD, ENDS = "forward", "backward", "ends"  # parts of a step; ends: the embedding, the head and its loss
+FLOAT32 = 4
+SCORES_BACKWARD = 2.5  # of a fused attention's backward pass: five products where the forward pass has two
+# Gathers and scatters over `tensor` of a layer: two halves, each gathers its input and scatters its output. The
+# recomputation leaves out the last scatter; the backward pass gathers and scatters the cotangents of both.
+CROSSINGS = {"forward": 4, "recomputed": 3, "backward": 4}
+ENDS_CROSSINGS = 4  # the embedding's scatter, the head's gather, and the cotangents of both
+SUMS = 3  # float32 of a token that the loss adds up over the vocabulary: maximum, sum, target
+# Reads and writes of an array of a layer that no product makes: (norms and sums, of D; of queries and keys; of hidden).
+PASSES = (10, 2, 3)
+LOGIT_PASSES = 5  # over a chunk of float32 logits
+LOGIT_COPIES = 1.5  # a chunk in float32, and its gradient in the compute dtype
+UPDATE_BYTES = 28  # of a float32 parameter with two moments: read four, write three
+GATHERED_LAYERS = 3  # a layer's weights, the next one's, and the gradient of one
+OVERLAPPED = 4  # float32 copies of the weights that wait for the end of an exchange that is hidden
+# Arrays of a layer's backward pass at a time: of D, of F, of queries and keys.
+LIVE_WIDE, LIVE_HIDDEN, LIVE_HEADS = 5, 6, 2
+
+
+class Weight(NamedTuple):
+    """name: the last two of its path."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """layer: the weights of one. hidden: arrays of F that the feed-forward half begins with. visible: keys that a query
+    sees on average. itemsize: of the compute dtype."""
+
+    layer: tuple[Weight, ...]
+    ends: tuple[Weight, ...]
+    layers: int
+    dim: int
+    mlp_dim: int
+    hidden: int
+    queries: int  # heads × their size
+    keys: int
+    vocab: int
+    seq_len: int
+    visible: float
+    itemsize: int
+
+    @classmethod
+    def of(cls, shapes: Any, axes: Any, model: Any, seq_len: int, itemsize: int) -> "Network":
+        """shapes, axes: of the parameters, `blocks` with a leading dimension of layers. model: its ModelConfig."""
+        flat = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple)))
+        layer, ends = [], []
+        for path, x in jax.tree_util.tree_leaves_with_path(shapes):
+            names = [part.key for part in path]
+            inside = names[0] == "blocks"
+            weight = Weight("/".join(names[-2:]), tuple(x.shape)[inside:], tuple(flat[path])[inside:])
+            (layer if inside else ends).append(weight)
+        window = min(seq_len, model.sliding_window or seq_len)
+        return cls(
+            layer=tuple(layer), ends=tuple(ends), layers=model.num_layers, dim=model.model_dim, mlp_dim=model.mlp_dim,
+            hidden=sum(w.axes[-1] == "mlp" and len(w.shape) > 1 for w in layer), seq_len=seq_len, itemsize=itemsize,
+            queries=model.num_heads * model.head_dim, keys=model.num_kv_heads * model.head_dim, vocab=model.vocab_size,
+            visible=window - window**2 / (2 * seq_len),
+        )  # fmt: skip
+
+    @property
+    def head(self) -> Weight:
+        """What makes logits: a weight of its own, or the embedding."""
+        return next((w for w in self.ends if w.name == "head"), self.ends[0])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network is trained. sizes: of the mesh's axes. rows: windows of a device in a micro-step. remat, chunk:
+    compute.remat (matmuls or full), and bytes of float32 logits at a time."""
+
+    sizes: Mapping[str, int]
+    rows: int
+    accumulate: int
+    remat: str
+    chunk: int
+
+    def cut(self, axis: str) -> int:
+        """Into how many parts a logical axis is cut."""
+        return rules.shards(rules.entry(axis), self.sizes)
+
+
+class Sent(NamedTuple):
+    """Bytes that a device sends over an axis in a step, in so many collectives."""
+
+    axis: str
+    part: str
+    what: str
+    bytes: float
+    times: int
+
+
+def tokens(net: Network, lay: Layout) -> int:
+    """Of a device and micro-step."""
+    return lay.rows * net.seq_len
+
+
+# ── what is computed ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def flops(net: Network, lay: Layout) -> dict[str, float]:
+    """Of the products of a step, by part; what is worked out again counts as often."""
+    matrices = {w.name: math.prod(w.shape) for w in net.layer if _is_matrix(w)}
+    # The output of the last product nothing asks for a second time.
+    again = {"full": sum(matrices.values()) - matrices["mlp/down"], "matmuls": matrices["attention/out"]}[lay.remat]
+    scores = 4 * net.queries * net.visible
+    token = {
+        FORWARD: net.layers * (2 * sum(matrices.values()) + scores),
+        BACKWARD: net.layers * (4 * sum(matrices.values()) + 2 * again + scores * (1 + SCORES_BACKWARD)),
+        ENDS: 6 * net.dim * net.vocab,
+    }
+    share = lay.accumulate * tokens(net, lay) / lay.cut("mlp")
+    return {part: share * size for part, size in token.items()}
+
+
+def passed(net: Network, lay: Layout) -> dict[str, float]:
+    """Bytes of the chip's memory that are read and written beside the products, by part."""
+    wide, heads, hidden = PASSES
+    once = wide * net.dim + heads * (net.queries + net.keys) + hidden * net.mlp_dim
+    layer = net.layers * net.itemsize * once
+    token = {
+        FORWARD: layer,
+        BACKWARD: 3 * layer,  # worked out again, and the cotangents, which are read beside it
+        ENDS: LOGIT_PASSES * FLOAT32 * net.vocab,
+    }
+    share = lay.accumulate * tokens(net, lay) / lay.cut("mlp")
+    return {part: share * size for part, size in token.items()}
+
+
+def _is_matrix(w: Weight) -> bool:
+    return len(w.shape) > 1 and not w.name.endswith("bias")
+
+
+# ── what is sent ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sent(net: Network, lay: Layout, whole_gradients: bool) -> list[Sent]:
+    """Over the fast axes. whole_gradients: the compiler adds gradients up whole, twice the bytes of scattering them."""
+    return [row for row in [*_over_fsdp(net, lay, whole_gradients), *_over_tensor(net, lay)] if row.bytes]
+
+
+def _over_fsdp(net: Network, lay: Layout, whole_gradients: bool) -> list[Sent]:
+    (axis,), n, A = rules.RULES["embed"], lay.cut("embed"), lay.accumulate
+    gathered = lambda weights: sum((n - 1) / n * _own(w, lay, without=axis) * net.itemsize for w in weights)
+    layer = net.layers * A * gathered([w for w in net.layer if axis in _mesh_axes(w)])
+    head, sums = A * gathered([net.head]), 1 + whole_gradients
+    positions = A * tokens(net, lay)
+    moved = (n - 1) / n * positions * net.dim * net.itemsize / lay.cut("sequence")
+    each = A * net.layers
+    return [
+        Sent(axis, FORWARD, "weights", layer, each),
+        Sent(axis, BACKWARD, "weights again", layer, each),
+        Sent(axis, BACKWARD, "gradients", layer * sums, each),
+        Sent(axis, ENDS, "head", head, A),
+        Sent(axis, ENDS, "head's gradient", head * sums, A),
+        Sent(axis, ENDS, "embeddings and their gradients", 2 * moved, 2 * A),
+        Sent(axis, ENDS, "token ids", (n - 1) * positions * 4, A),
+    ]
+
+
+def _over_tensor(net: Network, lay: Layout) -> list[Sent]:
+    (axis,), n, A = rules.RULES["sequence"], lay.cut("sequence"), lay.accumulate
+    once = (n - 1) / n * A * tokens(net, lay) * net.dim * net.itemsize
+    forward = net.layers * CROSSINGS["forward"]
+    backward = net.layers * (CROSSINGS["recomputed"] + CROSSINGS["backward"])
+    sums = 2 * (n - 1) / n * A * tokens(net, lay) * SUMS * FLOAT32
+    return [
+        Sent(axis, FORWARD, "activations", once * forward, A * forward),
+        Sent(axis, BACKWARD, "activations", once * backward, A * backward),
+        Sent(axis, ENDS, "activations", once * ENDS_CROSSINGS, A * ENDS_CROSSINGS),
+        Sent(axis, ENDS, "sums of the loss", sums, SUMS * A),
+    ]
+
+
+def _mesh_axes(w: Weight) -> tuple[str, ...]:
+    return rules.of(rules.spec(w.axes))
+
+
+def _own(w: Weight, lay: Layout, without: str = "") -> float:
+    """Elements that a device has of a weight; `without`: once it is gathered over this mesh axis."""
+    parts = (lay.sizes[axis] for axis in _mesh_axes(w) if axis != without)
+    return math.prod(w.shape) / math.prod(parts)
+
+
+# ── what is held ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def held(net: Network, lay: Layout, messages: float, overlapped: bool) -> dict[str, dict[str, float]]:
+    """Temporary bytes by the moments at which a step may hold most: {moment: {array: bytes}}. The state lies beside
+    them. messages: of an exchange, as they travel (0: there is none). overlapped: while other things are computed."""
+    (fsdp,), t, n = rules.RULES["embed"], lay.cut("mlp"), tokens(net, lay)
+    layer = sum(_own(w, lay) for w in net.layer)
+    whole = sum(_own(w, lay, without=fsdp) for w in net.layer)
+    weights = net.layers * layer + sum(_own(w, lay) for w in net.ends)
+    always = {
+        "weights in the compute dtype": weights * net.itemsize * (net.itemsize < FLOAT32),
+        "gradients of micro-steps": weights * FLOAT32 * (lay.accumulate > 1),
+        "of the exchange meanwhile": OVERLAPPED * weights * FLOAT32 * overlapped,
+    }
+    inputs = {
+        "layer inputs": net.layers * n * net.dim * net.itemsize / lay.cut("sequence"),
+        "kept for the backward pass": net.layers * n * net.itemsize * _kept(net, lay),
+    }
+    head, logits = math.prod(net.head.shape) / t, n * net.vocab * FLOAT32 / t
+    chunk = logits / max(1, math.ceil(logits / lay.chunk))
+    wide = n * net.dim * net.itemsize
+    loss = {
+        "head, gathered": head * net.itemsize,
+        "head's gradient": head * FLOAT32,
+        "chunk of logits": LOGIT_COPIES * chunk,
+        "features and their gradient": 2 * wide,
+    }
+    backward = {
+        "gradients": net.layers * layer * net.itemsize,
+        "layers' weights, gathered": GATHERED_LAYERS * whole * net.itemsize,
+        "a layer's activations": LIVE_WIDE * wide
+        + n / t * net.itemsize * (LIVE_HIDDEN * net.mlp_dim + LIVE_HEADS * (net.queries + 2 * net.keys)),
+    }
+    update = {"gradients in float32": weights * FLOAT32}
+    if messages:
+        update |= {"messages": messages}
+    return {
+        "the loss": always | inputs | loss,
+        "the backward pass": always | inputs | backward,
+        "the update": always | update,
+    }
+
+
+def _kept(net: Network, lay: Layout) -> float:
+    """Elements that rematerialisation keeps of a token and layer, besides the layer's input."""
+    matmuls = 2 * (net.queries + net.keys) + net.hidden * net.mlp_dim  # queries, keys, values, context; hidden
+    return {"full": 0.0, "matmuls": matmuls / lay.cut("mlp")}[lay.remat]
+
+
+def updated(net: Network, lay: Layout) -> float:
+    """Bytes of memory that the optimizer reads and writes."""
+    return UPDATE_BYTES * (net.layers * sum(_own(w, lay) for w in net.layer) + sum(_own(w, lay) for w in net.ends))

@@ -1,0 +1,137 @@
+"""Which mesh, micro-steps, rematerialisation and exchange make the most of a machine: what fits, how fast, and why.
+
+python plan.py --config=configs/llama3_70b.py --hardware=h100:128x8 --link=100gbit
+python plan.py --config=configs/llama3_8b.py --hardware=2xv5p-64 --json=plan.json
+python plan.py --config=configs/llama3_8b.py --hardware=h100:8x8 --compile --write=runs/planned.py
+
+Nothing is allocated and no chip is needed: all that is legal is counted in closed form. What is given as --config.KEY
+stays as it is. With --compile the best are compiled for the machine, and what was predicted stands beside it.
+"""
+
+if __name__ == "__main__":
+    from runtime import early
+
+    early.end_at_ctrl_c()
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from parallel.cost import compilers, hardware, targets
+from parallel.cost.link import Link
+from parallel.cost.targets import Target
+from recipes import methods, plan, planned
+from recipes.build import num_parameters
+from runtime import config as configuration
+from runtime import exits, library_log, usage
+from runtime.config import UsageError, bad_input
+from runtime.console import human_count
+
+BEST = 3  # that are compiled
+
+
+def main(argv: list[str]) -> int:
+    args, changes = parse(argv)
+    config, flags = methods.parse(["plan.py", f"--config={args.config}", *changes], "")
+    methods.validate(config)
+    with bad_input():
+        target = read_hardware(args.hardware)
+        link = read_link(args.link, target)
+        if args.compile:
+            compilers.check_compiler(target.chip)
+    if args.write:
+        planned.check_written(args.write)
+    compilers.prepare(target.chip)
+    if args.compile:
+        library_log.begin()  # compilers print by themselves
+    case = plan.Case(config, target, link, tuple(flags.typed))
+    print("\n".join(planned.said(target, case)), flush=True)
+
+    found = plan.search(case)
+    windows = found.pick.tokens // config.data.seq_len
+    print("\n".join(found.notes), end="\n" * bool(found.notes))
+    print(
+        f"{flags.config_name}: {human_count(num_parameters(case.base))} parameters, {windows} windows of "
+        f"{config.data.seq_len:,} tokens a step; {found.considered} candidates, {len(found.fitting)} fit\n"
+    )
+    print(planned.table(found), end="\n\n")
+    print("\n".join(planned.explained(found, case)))
+    typed = [word for word in changes if word.split("=")[0].removeprefix("--config.") not in found.pick.changes]
+    print(" ".join(["python train.py", f"--config={args.config}", *typed, found.pick.flags]))
+
+    checked = {}
+    if args.compile:
+        best = best_few(found)
+        results = planned.compile_all(case, best, lambda line: print(line, flush=True))
+        checked = {id(c): results[i] for i, c in enumerate(best)}
+        found = planned.confirmed(found, best, results)
+        print(f"pick, as compiled: {found.pick.flags}")
+    if args.json:
+        with bad_input():
+            planned.write_json(args.json, planned.as_json(found, checked))
+    if args.write:
+        planned.write_config(args.write, case, found.pick, flags.config_name)
+        print(f"python train.py --config={args.write}")
+    return 0
+
+
+def best_few(found: plan.Found) -> list[plan.Candidate]:
+    """The pick, and what would be picked on the other meshes that are fastest."""
+    return [found.pick, *(c for c in planned.by_mesh(found) if c is not found.pick)][:BEST]
+
+
+def read_hardware(text: str) -> Target:
+    """Raises ValueError."""
+    if "+" in text:
+        raise ValueError(f"hardware={text}: + joins unequal sites, which cannot be planned for: plan for each alone")
+    try:
+        target = targets.parse(text, hardware.catalogue())
+    except ValueError as error:
+        raise ValueError(str(error).replace("target=", "hardware=", 1)) from error
+    if not (target.chip.memory and target.chip.bandwidth):
+        raise ValueError(f"hardware={text}: the catalogue has no memory and bandwidth of {target.chip.name}")
+    return target
+
+
+def read_link(text: str | None, target: Target) -> Link | None:
+    """Raises ValueError."""
+    if text is None:
+        return None
+    link = Link.parse(text)
+    if target.slices == 1 and (target.chip.is_tpu or target.hosts == 1):
+        one = "slice" if target.chip.is_tpu else "host"
+        raise ValueError(
+            f"link={text} joins hosts or slices, and {target.text} is one {one}: name several, as 2x{target.text}"
+        )
+    return link
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(options, changes of the config)."""
+    parser = usage.parser(__doc__, "python plan.py")
+    parser.add_argument("--config", required=True, metavar="FILE", help="one like configs/llama3_8b.py")
+    parser.add_argument("--config.KEY", metavar="VALUE", help="in place of what that has; it is not chosen then")
+    parser.add_argument("--hardware", required=True, metavar="MACHINE", help="as h100:4x8, v5p-128 or 2xv5p-64")
+    parser.add_argument(
+        "--link", metavar="RATE[,LATENCY]", help="between replicas, out of one host or slice: 10gbit,20ms"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the best few for the machine")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all candidates, as JSON")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the pick, as a config that runs")
+    parser.add_argument("--version", action="version", version=configuration.version(), help="show versions")
+    args, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if not word.startswith("--config.") or "=" not in word:
+            raise UsageError(f"{word}: not an option of plan.py, which takes keys as --config.KEY=VALUE: see --help")
+    return args, rest
+
+
+def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:
+    return exits.guarded(lambda: main(argv), "nothing was kept", leave)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], leave=os._exit))

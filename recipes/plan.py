@@ -1,0 +1,342 @@
+"""Which mesh, micro-steps, rematerialisation and exchange make the most of a machine: all that are legal, counted in
+closed form (parallel/cost/model.py) and ranked. Nothing is compiled here."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from parallel.cost import model, pace, targets
+from parallel.cost.bytes import bytes_per_step, in_flight_bytes
+from parallel.cost.link import Link
+from parallel.cost.model import Layout, Network
+from parallel.cost.pace import Exchange, Step
+from parallel.cost.targets import Target
+from parallel.exchange.codecs import CODECS
+from parallel.layout import mesh as meshes
+from parallel.layout.axes import SLOW, USED
+from recipes import build, memory, over_link
+from runtime.config import UsageError
+from runtime.console import human_bytes
+
+MARGIN = 1.2  # by which temporaries may be more than predicted, for what is called fitting
+CLOSE = 1.02  # of the shortest time: who is as near, and changes less of what is trained, is picked
+REMAT = ("matmuls", "full")
+TRIED_CODECS = ("none", "bf16", "int8", "int4")  # what is tried of them, mildest first
+WHOLE = 32  # libtpu adds up gradients whole over more chips than this
+MESHES = 6  # for which exchanges are tried: the fastest without any
+LARGEST = 12  # doublings of a machine that is too small
+
+
+@dataclass(frozen=True)
+class Place:
+    """Stands for a device in a mesh that nothing is compiled for."""
+
+    id: int
+    process_index: int
+    platform: str
+    device_kind: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is planned for. typed: keys that are not for choosing."""
+
+    config: Any
+    target: Target
+    link: Link | None
+    typed: tuple[str, ...] = ()
+
+    @cached_property
+    def base(self) -> build.Parts:
+        """On one device, synchronous: shapes and shardings, of which sizes on any mesh follow."""
+        alone = dict.fromkeys((f"mesh.{axis}" for axis in USED), 1) | {"sync.strategy": "sync", "sync.codec": "none"}
+        alone |= {"optimizer.accumulate": 1, "data.batch_size": 1, "sync.warm_steps": 0, "sync.algorithm": "auto"}
+        alone |= {"sync.replicas": 0}
+        return build.build(changed(self.config, alone), self.mesh(dict.fromkeys(USED, 1)))
+
+    @cached_property
+    def network(self) -> Network:
+        task: Any = self.base.task
+        size = task.model.compute.dtype.itemsize
+        return Network.of(self.base.param_shapes, task.axes, task.model.config, task.units, size)
+
+    def mesh(self, sizes: Mapping[str, int]) -> Mesh:
+        """Of places in place of devices."""
+        chip = self.target.chip
+        platform, host = ("tpu", 4) if chip.is_tpu else ("gpu", self.target.sides[1])
+        places = np.empty(math.prod(sizes.values()), dtype=object)
+        for i in range(places.size):
+            places[i] = Place(i, i // host, platform, chip.kind)
+        return Mesh(places.reshape([sizes[axis] for axis in USED]), USED)
+
+    def fixed(self, key: str, tried: Sequence[Any]) -> Sequence[Any]:
+        """What is tried of a key: what was typed, if it was."""
+        return (_value(self.config, key),) if key in self.typed else tried
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """changes: of the config. moments: temporary bytes by moment and array (model.held)."""
+
+    changes: dict[str, Any]
+    layout: Layout
+    strategy: str
+    codec: str
+    step: Step
+    state_bytes: float
+    moments: dict[str, dict[str, float]]
+    sent: dict[str, float]  # bytes by axis; over `replica` those of an exchange's dearest program
+    tokens: int  # of a step, of all devices
+    memory: int  # bytes that a program may have
+
+    @property
+    def temporary_bytes(self) -> float:
+        return max(sum(found.values()) for found in self.moments.values())
+
+    @property
+    def peak_bytes(self) -> float:
+        return self.state_bytes + self.temporary_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.state_bytes + MARGIN * self.temporary_bytes <= self.memory
+
+    @property
+    def seconds(self) -> float:
+        return self.step.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def flags(self) -> str:
+        return " ".join(f"--config.{key}={value}" for key, value in self.changes.items())
+
+    @property
+    def mildness(self) -> tuple[int, int]:
+        """How much of what is trained an exchange changes: less first."""
+        return list(over_link.TRIED).index(self.strategy), list(CODECS).index(self.codec)
+
+
+class Found(NamedTuple):
+    """fitting: candidates that fit, fastest first. pick: of these. others: that do not fit. considered: how many were
+    counted. notes: what was changed, or left out."""
+
+    fitting: list[Candidate]
+    pick: Candidate
+    others: list[Candidate]
+    considered: int
+    notes: list[str]
+
+
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    found = config.copy_and_resolve_references()
+    with found.unlocked():
+        found.update_from_flattened_dict(dict(changes))
+    return found
+
+
+def method(case: Case, strategy: str, codec: str) -> dict[str, Any]:
+    """The keys that name it, in rounds as over_link tries them: of the nearest length in which the run, and what lies
+    between two evaluations or checkpoints, can be cut. What was typed stays."""
+    tried, c = over_link.TRIED[strategy], case.config
+    found: dict[str, Any] = {"sync.strategy": strategy, "sync.codec": codec}
+    if tried.interval > 1:
+        whole = math.gcd(c.steps, c.eval_every, c.checkpoint.every)
+        lengths = [n for n in range(tried.fragments, whole + 1) if not whole % n and not n % tried.fragments]
+        found["sync.interval"] = min(lengths, key=lambda n: abs(n - tried.interval), default=tried.interval)
+    if tried.fragments > 1:
+        found |= {"sync.fragments": tried.fragments, "sync.overlap": tried.overlap}
+    return {key: value for key, value in found.items() if key not in case.typed}
+
+
+# ── searching ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def search(case: Case) -> Found:
+    """Raises UsageError where nothing is legal, or nothing fits, with the smallest machine of these chips that would
+    do."""
+    check_typed(case)
+    case, notes = with_batch(case)
+    bare = [candidate for sizes in legal(case) for candidate in without_exchange(case, sizes)]
+    several = [c for c in bare if c.layout.sizes[SLOW] > 1 and c.fits]
+    tried, more = over_slow(case, several)
+    found = [c for c in bare if c.layout.sizes[SLOW] == 1 and c.fits] + tried
+    fitting = sorted((c for c in found if c.fits), key=lambda c: c.seconds)
+    others = sorted((c for c in [*bare, *tried] if not c.fits), key=lambda c: c.peak_bytes)
+    if not fitting:
+        raise UsageError(too_small(case, min(bare, key=lambda c: c.peak_bytes)))
+    return Found(fitting, picked(fitting), others, len(bare) + len(tried), notes + more)
+
+
+def check_typed(case: Case) -> None:
+    """Raises UsageError for a value that this does not count."""
+    remat = case.config.compute.remat
+    if "compute.remat" in case.typed and remat not in REMAT:
+        raise UsageError(
+            f"compute.remat={remat} cannot be planned with: {' and '.join(REMAT)} can, and are what is tried"
+        )
+
+
+def picked(fitting: Sequence[Candidate]) -> Candidate:
+    """Of those that are as good as the fastest, the one that changes least of what is trained."""
+    shortest = min(c.seconds for c in fitting)
+    close = [c for c in fitting if c.seconds <= CLOSE * shortest]
+    return min(close, key=lambda c: (c.mildness, c.seconds))
+
+
+def legal(case: Case) -> Iterator[dict[str, int]]:
+    """Meshes that multiply to the machine's chips, and that the weights, the sequence and the batch can be cut for."""
+    for sizes in _divisible(case):
+        if not case.config.data.batch_size % (sizes[SLOW] * meshes.cut("batch", sizes)[1]):
+            yield sizes
+
+
+def _divisible(case: Case) -> Iterator[dict[str, int]]:
+    target, parts = case.target, case.base
+    host = target.sides[1] if not target.chip.is_tpu else target.chips
+    for shape in meshes.factorings(target.chips):
+        sizes: dict[str, int] = dict(zip(USED, shape, strict=True))
+        if not _may_be_replicas(case, sizes[SLOW]) or host % sizes["tensor"]:
+            continue
+        if any(not {sizes[axis], -1} & {*case.fixed(f"mesh.{axis}", (-1,))} for axis in USED):
+            continue
+        try:
+            meshes.check_divisible(parts.param_shapes, parts.task.axes, sizes, parts.task.least)
+        except ValueError:
+            continue
+        if not case.config.data.seq_len % meshes.cut("sequence", sizes)[1]:
+            yield sizes
+
+
+def _may_be_replicas(case: Case, replicas: int) -> bool:
+    """One for each slice or site; of a single site, hosts of whole replicas; a slice of TPUs is one."""
+    target = case.target
+    if target.slices > 1 or target.chip.is_tpu:
+        return replicas == target.slices
+    return not target.hosts % replicas and not (case.link and replicas == 1)
+
+
+def with_batch(case: Case) -> tuple[Case, list[str]]:
+    """With the nearest batch that some mesh can cut, if none can cut the config's, unless that was typed."""
+    if next(legal(case), None):
+        return case, []
+    batch = case.config.data.batch_size
+    units = [sizes[SLOW] * meshes.cut("batch", sizes)[1] for sizes in _divisible(case)]
+    if not units:
+        wanted = ", ".join(f"{key}={_value(case.config, key)}" for key in case.typed if key.startswith("mesh."))
+        raise UsageError(
+            f"no mesh of {case.target.chips} chips{f' with {wanted}' if wanted else ''} cuts this model's heads, "
+            "features and vocabulary: another number of chips would"
+        )
+    nearest = min((max(1, round(batch / unit)) * unit for unit in units), key=lambda n: abs(n - batch))
+    if "data.batch_size" in case.typed:
+        raise UsageError(
+            f"data.batch_size={batch} is cut by no mesh of {case.target.chips} chips; data.batch_size={nearest} is"
+        )
+    note = f"data.batch_size={nearest}: {batch} windows cannot be cut for {case.target.chips} chips of this model"
+    return replace(case, config=changed(case.config, {"data.batch_size": nearest})), [note]
+
+
+def without_exchange(case: Case, sizes: dict[str, int]) -> Iterator[Candidate]:
+    """Every number of micro-steps and rematerialisation on a mesh, as if `replica` took no time."""
+    rows = case.config.data.batch_size // (sizes[SLOW] * meshes.cut("batch", sizes)[1])
+    micro = [2**n for n in range(rows.bit_length()) if not rows % 2**n]
+    state = memory.state_bytes(case.base, sizes)
+    for accumulate, remat in itertools.product(
+        case.fixed("optimizer.accumulate", micro), case.fixed("compute.remat", REMAT)
+    ):
+        if rows % accumulate:
+            continue
+        chunk = case.config.compute.loss_chunk_mib << 20
+        layout = Layout(sizes, rows // accumulate, accumulate, remat, chunk)
+        yield _counted(case, layout, "sync", "none", Exchange(), state, 0.0)
+
+
+def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], list[str]]:
+    """(the fastest meshes with every exchange that is tried on them; what was left out, in sentences). bare: of several
+    replicas, those that fit without one."""
+    found: list[Candidate] = []
+    refused: dict[str, str] = {}
+    slow = case.link is not None or case.target.slices > 1
+    strategies = case.fixed("sync.strategy", tuple(over_link.TRIED) if slow else ("sync",))
+    codecs = case.fixed("sync.codec", TRIED_CODECS if slow else TRIED_CODECS[:2])
+    by_mesh: dict[tuple[int, ...], list[Candidate]] = {}
+    for c in sorted(bare, key=lambda c: c.seconds):
+        by_mesh.setdefault(tuple(c.layout.sizes.values()), []).append(c)
+    notes = []
+    if len(by_mesh) > MESHES:
+        notes.append(f"exchanges are counted for the {MESHES} fastest of {len(by_mesh)} meshes with several replicas")
+    for same in list(by_mesh.values())[:MESHES]:
+        sizes = same[0].layout.sizes
+        for strategy, codec in itertools.product(strategies, codecs):
+            if strategy in refused:
+                continue
+            keys = method(case, strategy, codec) | {f"mesh.{axis}": size for axis, size in sizes.items()}
+            own = changed(case.config, keys | {"optimizer.accumulate": 1, "sync.replicas": 0})
+            try:
+                parts = build.build(own, case.mesh(sizes))
+            except UsageError as error:
+                refused[strategy] = f"{strategy} is left out: {str(error).splitlines()[0]}"
+                continue
+            state, exchange = memory.state_bytes(parts, sizes), exchange_of(parts)
+            messages = max(sum(map(in_flight_bytes, found)) for found in parts.strategy.exchanges().values())
+            found += [_counted(case, c.layout, strategy, codec, exchange, state, messages) for c in same]
+    return found, notes + list(refused.values())
+
+
+def exchange_of(parts: build.Parts) -> Exchange:
+    strategy = parts.strategy
+    sent = bytes_per_step(strategy, strategy.interval) * strategy.interval
+    return Exchange(sent, strategy.interval, strategy.fragments, strategy.hidden_steps)
+
+
+def _counted(
+    case: Case, layout: Layout, strategy: str, codec: str, exchange: Exchange, state: float, messages: float
+) -> Candidate:
+    net, target, sizes = case.network, case.target, layout.sizes
+    rows = model.sent(net, layout, whole_gradients=target.chip.is_tpu and meshes.cut("embed", sizes)[1] > WHOLE)
+    step = pace.step(net, layout, target, rows, exchange, case.link, model.updated(net, layout))
+    changes: dict[str, Any] = {f"mesh.{axis}": sizes[axis] for axis in USED}
+    changes |= {"optimizer.accumulate": layout.accumulate, "compute.remat": layout.remat}
+    changes |= {"data.batch_size": case.config.data.batch_size} | method(case, strategy, codec)
+    tokens = case.config.data.batch_size * net.seq_len
+    held = model.held(net, layout, messages, exchange.hidden > 0)
+    sent = {axis: sum(row.bytes for row in rows if row.axis == axis) for axis in USED} | {SLOW: exchange.bytes}
+    return Candidate(changes, layout, strategy, codec, step, state, held, sent, tokens, target.memory)
+
+
+# ── a machine that is too small ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def too_small(case: Case, least: Candidate) -> str:
+    """One sentence. least: the candidate that needs least."""
+    need = f"{human_bytes(least.peak_bytes)} of each chip's {human_bytes(case.target.memory)}"
+    keys = [*(f"mesh.{axis}" for axis in USED), "optimizer.accumulate", "compute.remat"]
+    best = ", ".join(f"{key}={least.changes[key]}" for key in keys)
+    said = f"hardware={case.target.text}: the model needs {need} at best ({best})"
+    for doublings in range(1, LARGEST):
+        more = targets.wider(case.target, 2**doublings)
+        if more is None:
+            continue
+        wider = replace(case, target=more, typed=tuple(k for k in case.typed if not k.startswith("mesh.")))
+        try:
+            case_, _ = with_batch(wider)
+        except UsageError:
+            continue
+        if any(c.fits for sizes in legal(case_) for c in without_exchange(case_, sizes)):
+            return f"{said}; --hardware={more.text} is the smallest of these chips that holds it"
+    return f"{said}; no machine of these chips holds it: choose chips with more memory"
+
+
+def _value(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config

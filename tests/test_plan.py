@@ -1,0 +1,316 @@
+"""plan.py: what is counted without compiling, beside what compilers made of it; the order of candidates; its words."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import helpers
+import pytest
+
+import plan as command
+from configs import llama3_8b, llama3_70b, tiny
+from parallel.cost import flops, hardware, model, pace, targets
+from parallel.cost.bytes import exchange_bytes
+from parallel.cost.hardware import GiB
+from parallel.cost.link import Link
+from recipes import memory, methods, plan, planned
+from runtime.config import UsageError, flatten
+
+CHIPS = hardware.catalogue()
+CONFIGS = {"8b": llama3_8b, "70b": llama3_70b, "tiny": tiny}
+ALONE = {"mesh.replica": 1, "mesh.tensor": 1, "optimizer.accumulate": 1, "sync.strategy": "sync", "sync.codec": "none"}
+
+
+def case(config: str, machine: str, link: str | None = None, **typed) -> plan.Case:
+    """typed: keys with __ for dots."""
+    found = CONFIGS[config].get_config()
+    keys = {key.replace("__", "."): value for key, value in typed.items()}
+    found.update_from_flattened_dict(keys)
+    return plan.Case(found, targets.parse(machine, CHIPS), Link.parse(link) if link else None, tuple(keys))
+
+
+def only(config: str, machine: str, remat: str, **typed) -> plan.Candidate:
+    """The one candidate where everything is typed."""
+    keys = {key.replace(".", "__"): value for key, value in ALONE.items()}
+    found = plan.search(case(config, machine, compute__remat=remat, **(keys | typed)))
+    assert len(found.fitting) == 1
+    return found.fitting[0]
+
+
+# ── beside compiled programs ──────────────────────────────────────────────────────────────────────────────────────────
+
+INT4 = {"sync__codec": "int4"}
+# Of `train.py --target=… --dry_run`, JAX 0.12.0.1, cuDNN's attention: temporaries in GiB, TFLOP, GiB sent by axis.
+H100 = {
+    "8b fsdp 64": (("8b", "h100:8x8", "full", {}), 6.08, 531.6, {"fsdp": 40.44}),
+    "8b fsdp 64, two rows": (("8b", "h100:8x8", "full", {"data__batch_size": 128}), 8.46, 1063.2, {"fsdp": 40.57}),
+    "8b fsdp 64, matmuls": (("8b", "h100:8x8", "matmuls", {}), 25.07, 456.8, {"fsdp": 40.44}),
+    "8b 16 × 4": (("8b", "h100:8x8", "full", {"mesh__tensor": 4}), 5.50, 531.6, {"fsdp": 9.72, "tensor": 66.75}),
+    "8b fsdp 8, two micro-steps": (
+        ("8b", "h100:8", "full", {"optimizer__accumulate": 2, "data__batch_size": 16}), 12.75, 1063.2, {"fsdp": 71.90},
+    ),
+    "70b 8 × 8": (
+        ("70b", "h100:8x8", "full", {"mesh__tensor": 8, "data__batch_size": 16}),
+        8.94, 1156.4, {"fsdp": 42.33, "tensor": 193.38},
+    ),
+    "8b 4 × 8, int4": (
+        ("8b", "h100:4x8", "full", INT4 | {"mesh__replica": 4, "data__batch_size": 32}),
+        8.87, 531.6, {"fsdp": 35.95, "replica": 0.7232},
+    ),
+    "70b 16 × 8 × 8, int4": (
+        ("70b", "h100:128x8", "full", INT4 | {"mesh__replica": 16, "mesh__tensor": 8}),
+        8.96, 1156.4, {"fsdp": 42.33, "tensor": 193.38, "replica": 0.9938},
+    ),
+    "8b 2 × 8 × 4, diloco int4": (
+        ("8b", "h100:8x8", "full", INT4 | {"mesh__replica": 2, "mesh__tensor": 4, "sync__strategy": "diloco"}),
+        5.88, 531.6, {"fsdp": 9.07, "tensor": 66.75},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", H100)
+def test_what_is_counted_is_what_was_compiled_for_h100(row):
+    """Bytes of every axis to the rounding of the figures, products to theirs, temporaries within 10 %."""
+    (config, machine, remat, typed), temporary, products, wire = H100[row]
+    found = only(config, machine, remat, **typed)
+    assert found.temporary_bytes / GiB == pytest.approx(temporary, rel=0.10)
+    assert found.step.flops / 1e12 == pytest.approx(products, rel=0.001)
+    for axis, size in wire.items():
+        assert found.sent[axis] / GiB == pytest.approx(size, rel=0.001), axis
+
+
+# What libtpu made of the same programs sends. Over tensor its products in parts send more; over 64 chips of fsdp it
+# scatters some gradients of the 70B model, where others are added up whole.
+@pytest.mark.parametrize(
+    ("typed", "gib", "off"),
+    [
+        (("8b", "v5p-128", {}), 54.2, 0.002),
+        (("8b", "v5p-128", {"mesh__tensor": 4}), 80.9, 0.06),
+        (("70b", "v5p-512", {"mesh__tensor": 4}), 487.6, 0.06),
+    ],
+)
+def test_on_a_tpu_gradients_are_added_up_whole_over_more_than_32_chips(typed, gib, off):
+    config, machine, keys = typed
+    found = only(config, machine, "full", **keys)
+    assert (found.sent["fsdp"] + found.sent["tensor"]) / GiB == pytest.approx(gib, rel=off)
+
+
+# ── identities ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize("codec", ["none", "int4"])
+def test_the_state_is_that_of_the_shardings_and_bytes_on_replica_are_the_closed_form(mesh, codec):
+    """On places as on devices."""
+    if mesh[0] == 1 and codec != "none":
+        return
+    sizes = dict(zip(("mesh__replica", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
+    found = only("tiny", "h100:4x2", "full", **(sizes | {"sync__codec": codec}))
+    parts = helpers.build(helpers.tiny(sync__codec=codec, **sizes), mesh)
+    assert found.state_bytes == memory.state_bytes(parts, parts.mesh.shape)
+    assert found.sent["replica"] == sum(exchange_bytes(parts.strategy.exchange).values())
+
+
+def test_products_are_those_of_the_closed_form():
+    """A third of training's is the forward pass; what is worked out again comes on top."""
+    of = case("8b", "h100:8x8")
+    task: Any = of.base.task
+    layout = model.Layout({"replica": 1, "fsdp": 64, "tensor": 1}, 1, 1, "matmuls", 2**29)
+    found = model.flops(of.network, layout)
+    once = flops.per_token(of.base.param_shapes, task.model.config, 8192, causal=True) / 3 * 8192
+    assert found["forward"] + found["ends"] / 3 == pytest.approx(once)
+    again = model.flops(of.network, dataclasses.replace(layout, remat="full"))
+    assert again["forward"] == found["forward"] and again["backward"] > found["backward"] > 2 * found["forward"]
+
+
+def test_micro_steps_send_weights_again_and_hold_less():
+    one, two = (only("8b", "h100:8", "full", optimizer__accumulate=n, data__batch_size=16) for n in (1, 2))
+    assert two.sent["fsdp"] == pytest.approx(2 * one.sent["fsdp"], rel=0.02)
+    assert two.temporary_bytes < one.temporary_bytes and two.step.flops == one.step.flops
+
+
+def test_a_network_with_a_tied_head_gathers_its_embedding():
+    network = case("tiny", "h100:8").network
+    assert network.head.name == "embed" and network.head.shape == (256, 64)
+    assert case("8b", "h100:8").network.head.shape == (4096, 128256)
+
+
+# ── links ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("machine", "sizes", "axis", "rate"),
+    [
+        ("h100:8x8", (1, 64, 1), "fsdp", 8 * 50e9),  # one ring, which leaves a host over 8 adapters
+        ("h100:8x8", (1, 16, 4), "tensor", 450e9),
+        ("h100:8x8", (1, 16, 4), "fsdp", 2 * 50e9),
+        ("h100:8x8", (1, 8, 8), "fsdp", 50e9),
+        ("h100:8x8", (8, 8, 1), "replica", 50e9),
+        ("v5p-128", (1, 64, 1), "fsdp", 6 * 90e9),
+        ("v5p-128", (1, 16, 4), "tensor", 2 * 90e9),
+        ("v5p-128", (1, 16, 4), "fsdp", 4 * 90e9),
+        ("v5p-128", (1, 32, 2), "tensor", 90e9),  # half a side: its ends are not joined
+        ("2xv5p-64", (2, 32, 1), "fsdp", 3 * 90e9),  # no links around
+    ],
+)
+def test_the_rate_of_an_axis_follows_from_where_its_chips_lie(machine, sizes, axis, rate):
+    named: dict[str, int] = dict(zip(("replica", "fsdp", "tensor"), sizes, strict=True))
+    assert pace.rate(targets.parse(machine, CHIPS), named, axis) == rate
+
+
+def test_an_exchange_waits_unless_its_strategy_has_steps_to_hide_it_behind():
+    """On a link on which it takes longer than nothing and less than a step."""
+    target, sizes, link = (
+        targets.parse("h100:8x8", CHIPS),
+        {"replica": 2, "fsdp": 32, "tensor": 1},
+        Link.parse("10gbit"),
+    )
+    of = case("8b", "h100:8x8")
+    layout = model.Layout(sizes, 1, 1, "full", 2**29)
+    rows = model.sent(of.network, layout, False)
+    waits = lambda **how: pace.step(
+        of.network, layout, target, rows, pace.Exchange(40e6, **how), link, 0.0
+    ).exposed["replica"]  # fmt: skip
+    wire = pace.exchange_seconds(pace.Exchange(40e6), target, sizes, link)
+    assert wire == pytest.approx(8 * link.seconds(40e6))  # the GPUs of a host share its link
+    assert waits() == pytest.approx(wire) and waits(hidden=1) == 0
+    assert waits(interval=10) == pytest.approx(wire / 10)
+    assert waits(interval=10, fragments=2, hidden=1) == 0
+
+
+# ── order ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+ONE_MESH = {"mesh__replica": 2, "mesh__tensor": 1}  # with every exchange
+
+
+def test_a_slower_link_never_makes_anything_faster():
+    found = [plan.search(case("tiny", "h100:4x2", link, **ONE_MESH)) for link in ("100gbit", "1gbit", "100mbit")]
+    times = [{c.flags: c.seconds for c in [*f.fitting, *f.others]} for f in found]
+    for faster, slower in zip(times, times[1:], strict=False):
+        assert all(faster[flags] <= slower[flags] for flags in faster.keys() & slower.keys())
+    best = [f.pick.seconds for f in found]
+    assert best == sorted(best)
+
+
+def test_of_those_that_are_as_good_as_the_fastest_the_mildest_is_picked():
+    found = plan.search(case("8b", "h100:8x8", "400gbit", **ONE_MESH))
+    assert [c.seconds for c in found.fitting] == sorted(c.seconds for c in found.fitting)
+    shortest = found.fitting[0].seconds
+    assert found.pick.seconds <= plan.CLOSE * shortest
+    close = [c for c in found.fitting if c.seconds <= plan.CLOSE * shortest]
+    assert found.pick.mildness == min(c.mildness for c in close)
+    assert {c.strategy for c in found.fitting} == {"sync", "stale", "diloco", "streaming", "eager"}
+
+
+def test_what_is_typed_is_not_chosen():
+    found = plan.search(case("8b", "h100:8x8", mesh__tensor=2, compute__remat="full"))
+    assert {(c.layout.sizes["tensor"], c.layout.remat) for c in [*found.fitting, *found.others]} == {(2, "full")}
+    signs = plan.search(case("tiny", "2xh100:4", sync__strategy="sync", sync__codec="sign"))
+    assert {(c.strategy, c.codec) for c in signs.fitting} == {("sync", "sign")}
+    free = plan.search(case("8b", "h100:8x8", mesh__fsdp=-1))
+    assert len({c.layout.sizes["fsdp"] for c in free.fitting}) > 1
+
+
+def test_what_fits_leaves_a_margin_and_one_slice_is_one_replica():
+    found = plan.search(case("70b", "v6e-256"))
+    assert found.others and {c.layout.sizes["replica"] for c in found.fitting} == {1}
+    for c in found.fitting:
+        assert c.state_bytes + plan.MARGIN * c.temporary_bytes <= targets.parse("v6e-256", CHIPS).memory
+    assert {c.layout.sizes["replica"] for c in plan.search(case("tiny", "2xv5p-8", sync__codec="int4")).fitting} == {2}
+
+
+# ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--hardware=h1000:8"], "hardware=h1000:8: 'h1000' is no chip that is known: did you mean h100:8?"),
+        (["--hardware=v5e-1024"], "hardware=v5e-1024: 1024 chips are no slice that can be rented"),
+        (["--hardware=h100:8+l4:4"], "joins unequal sites"),
+        (["--hardware=h100:4x2", "--link=0gbit"], "link=0gbit: expected a rate above 0"),
+        (["--hardware=h100:8", "--link=1gbit"], "h100:8 is one host: name several, as 2xh100:8"),
+        (["--hardware=v5p-8", "--link=1gbit"], "v5p-8 is one slice: name several, as 2xv5p-8"),
+        (["--hardware=h100:8", "--config.mesh.tensor=3"], "no mesh of 8 chips with mesh.tensor=3"),
+        (["--hardware=h100:8", "--config.data.batch_size=3", "--config.mesh.fsdp=8"], "data.batch_size=8 is"),
+        (["--hardware=h100:8", "--config.compute.remat=none"], "compute.remat=none cannot be planned with"),
+        (["--hardware=h100:8", "--config.mesh.tensr=3"], "mesh.tensr"),
+        (["--hardware=h100:8", "--steps=3"], "--steps=3: not an option of plan.py"),
+        (["--hardware=h100:8", "--write=plan.txt"], "name it plan.py"),
+        (["--hardware=h100:8", "--write=plan.py"], "is there already"),
+        (["--hardware=h100:8", "--write=nowhere/a.py"], "there is no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(arguments, said, monkeypatch):
+    monkeypatch.chdir(helpers.ROOT)
+    with pytest.raises(UsageError) as error:
+        command.main(["--config=configs/tiny.py", *arguments])
+    assert said in str(error.value) and "\n" not in str(error.value).strip()
+
+
+def test_a_machine_that_is_too_small_is_refused_with_the_smallest_that_is_not():
+    with pytest.raises(UsageError) as error:
+        plan.search(case("70b", "h100:8"))
+    said = str(error.value)
+    assert "180.7" in said and "of each chip's 71.20 GiB" in said
+    named = said.split("--hardware=")[1].split(" ")[0]
+    assert named == "h100:4x8" and plan.search(case("70b", named)).fitting
+
+
+def test_a_batch_that_no_mesh_cuts_is_replaced_by_the_nearest():
+    found = plan.search(case("8b", "h100:128x8"))
+    assert found.notes[0].startswith("data.batch_size=128: 64 windows cannot be cut")
+    assert found.pick.changes["data.batch_size"] == 128
+
+
+# ── what is kept ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_plan_is_printed_and_kept_and_the_config_it_writes_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(helpers.ROOT)
+    kept, written = tmp_path / "plan.json", tmp_path / "planned.py"
+    given = ["--config=configs/tiny.py", "--config.optimizer.lr=0.5", "--hardware=2xh100:2x2", "--link=10gbit"]
+    assert command.main([*given, f"--json={kept}", f"--write={written}"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("2xh100:2x2 = 2 sites of 2 hosts of 2 NVIDIA H100 80GB HBM3")
+    for line in ("replicas are joined by 10gbit", "pick: replica 2 × ", "time: computing ", "memory: ", "binds"):
+        assert line in said, line
+
+    found = json.loads(kept.read_text())
+    assert found.keys() == {"candidates", "pick", "considered"} and found["considered"] >= len(found["candidates"])
+    for c in found["candidates"]:
+        assert c.keys() == {
+            "flags", "mesh", "fits", "peak_bytes", "seconds", "tokens_per_second", "binds", "compiled",
+        }  # fmt: skip
+        assert math.prod(c["mesh"].values()) == 8 and c["compiled"] is None
+    (pick,) = [c for c in found["candidates"] if c["flags"] == found["pick"]]
+    assert pick["fits"] and pick["tokens_per_second"] * pick["seconds"] == pytest.approx(32 * 32)
+
+    own, _ = methods.parse(["train.py", f"--config={written}"], "")
+    methods.validate(own)
+    typed, _ = methods.parse(["train.py", *given[:2], *found["pick"].split()], "")
+    assert dict(flatten(own)) == dict(flatten(typed))
+
+
+def test_what_does_not_fit_and_would_be_faster_is_said():
+    found = plan.search(case("70b", "v6e-256"))
+    text = "\n".join(planned.explained(found, case("70b", "v6e-256")))
+    assert "memory binds, too" in text and "remat matmuls would be" in text
+    found = plan.search(case("8b", "h100:8x8"))
+    assert "more of it would gain nothing" in planned.explained(found, case("8b", "h100:8x8"))[2]
+
+
+def test_predicted_stands_beside_compiled_and_what_does_not_fit_is_not_picked():
+    found = plan.search(case("8b", "h100:8x8"))
+    best = command.best_few(found)
+    assert best[0] is found.pick and len({tuple(c.layout.sizes.values()) for c in best}) == len(best) == command.BEST
+    fits = planned.Compiled(2 * GiB, True, 5e14, {"fsdp": 40 * GiB})
+    line = planned.beside(best[0], fits)
+    assert line.startswith("  fits; predicted / compiled: memory ") and "fsdp 40.44 GiB / 40.00 GiB" in line
+    too_large = dataclasses.replace(fits, fits=False)
+    assert planned.confirmed(found, best, {0: fits, 1: fits, 2: fits}).pick is best[0]
+    assert planned.confirmed(found, best, {0: too_large, 1: fits, 2: fits}).pick is best[1]
+    kept = planned.as_json(found, {id(best[1]): fits})["candidates"]
+    assert [c["compiled"]["peak_bytes"] for c in kept if c["compiled"]] == [2 * GiB]
