@@ -57,7 +57,7 @@ class Case:
         """On one device, synchronous: shapes and shardings, of which sizes on any mesh follow."""
         alone = dict.fromkeys((f"mesh.{axis}" for axis in USED), 1) | {"sync.strategy": "sync", "sync.codec": "none"}
         alone |= {"optimizer.accumulate": 1, "data.batch_size": 1, "sync.warm_steps": 0, "sync.algorithm": "auto"}
-        alone |= {"sync.replicas": 0}
+        alone |= {"sync.replicas": 0, "compute.xla_options": ""}  # which a place has no compiler for
         return build.build(changed(self.config, alone), self.mesh(dict.fromkeys(USED, 1)))
 
     @cached_property
@@ -255,7 +255,7 @@ def without_exchange(case: Case, sizes: dict[str, int]) -> Iterator[Candidate]:
     ):
         if rows % accumulate:
             continue
-        chunk = case.config.compute.loss_chunk_mib << 20
+        chunk = memory.chunk_mib(case.base) << 20
         layout = Layout(sizes, rows // accumulate, accumulate, remat, chunk)
         yield _counted(case, layout, "sync", "none", Exchange(), state, 0.0)
 
@@ -280,7 +280,9 @@ def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], l
             if strategy in refused:
                 continue
             keys = method(case, strategy, codec) | {f"mesh.{axis}": size for axis, size in sizes.items()}
-            own = changed(case.config, keys | {"optimizer.accumulate": 1, "sync.replicas": 0})
+            own = changed(
+                case.config, keys | {"optimizer.accumulate": 1, "sync.replicas": 0, "compute.xla_options": ""}
+            )
             try:
                 parts = build.build(own, case.mesh(sizes))
             except UsageError as error:

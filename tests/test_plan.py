@@ -33,7 +33,7 @@ def case(config: str, machine: str, link: str | None = None, **typed) -> plan.Ca
 def only(config: str, machine: str, remat: str, **typed) -> plan.Candidate:
     """The one candidate where everything is typed."""
     keys = {key.replace(".", "__"): value for key, value in ALONE.items()}
-    found = plan.search(case(config, machine, compute__remat=remat, **(keys | typed)))
+    found = plan.search(case(config, machine, compute__remat=remat, compute__loss_chunk_mib=512, **(keys | typed)))
     assert len(found.fitting) == 1
     return found.fitting[0]
 
@@ -41,7 +41,8 @@ def only(config: str, machine: str, remat: str, **typed) -> plan.Candidate:
 # ── beside compiled programs ──────────────────────────────────────────────────────────────────────────────────────────
 
 INT4 = {"sync__codec": "int4"}
-# Of `train.py --target=… --dry_run`, JAX 0.12.0.1, cuDNN's attention: temporaries in GiB, TFLOP, GiB sent by axis.
+# Of `train.py --target=… --dry_run`, JAX 0.12.0.1, cuDNN's attention, compute.loss_chunk_mib=512: temporaries in GiB,
+# TFLOP, GiB sent by axis.
 H100 = {
     "8b fsdp 64": (("8b", "h100:8x8", "full", {}), 6.08, 531.6, {"fsdp": 40.44}),
     "8b fsdp 64, two rows": (("8b", "h100:8x8", "full", {"data__batch_size": 128}), 8.46, 1063.2, {"fsdp": 40.57}),
