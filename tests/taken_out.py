@@ -1550,6 +1550,56 @@ CASES = [
         "own[name] = getattr(before, name) if isinstance(x, str) else x",
         "tests/test_task.py::test_the_file_of_a_run_is_named_by_the_objects_of_its_row_too",
     ),
+    # ── plan.py ──────────────────────────────────────────────────────────────────────────────────────────────────
+    TakenOut(
+        "plan: gradients that libtpu adds up whole are twice the bytes",
+        "parallel/cost/model.py",
+        "each, sums = A * net.layers, 1 + whole_gradients",
+        "each, sums = A * net.layers, 1",
+        "tests/test_plan.py::test_on_a_tpu_gradients_are_added_up_whole_over_more_than_32_chips",
+    ),
+    TakenOut(
+        "plan: a ring leaves a host over as many adapters as it has members there",
+        "parallel/cost/pace.py",
+        "min(target.chip.inside, members * target.chip.outside)",
+        "target.chip.outside",
+        "tests/test_plan.py::test_the_rate_of_an_axis_follows_from_where_its_chips_lie",
+    ),
+    TakenOut(
+        "plan: a hidden exchange is not waited for",
+        "parallel/cost/pace.py",
+        "- exchange.hidden * bare)",
+        ")",
+        "tests/test_plan.py::test_an_exchange_waits_unless_its_strategy_has_steps_to_hide_it_behind",
+    ),
+    TakenOut(
+        "plan: what fits leaves a margin",
+        "recipes/plan.py",
+        "self.state_bytes + MARGIN * self.temporary_bytes <= self.memory",
+        "self.state_bytes + 0.5 * self.temporary_bytes <= self.memory",
+        "tests/test_plan.py::test_what_fits_leaves_a_margin_and_one_slice_is_one_replica",
+    ),
+    TakenOut(
+        "plan: of equals the mildest exchange is picked",
+        "recipes/plan.py",
+        "key=lambda c: (c.mildness, c.seconds)",
+        "key=lambda c: c.seconds",
+        "tests/test_plan.py::test_of_those_that_are_as_good_as_the_fastest_the_mildest_is_picked",
+    ),
+    TakenOut(
+        "plan: what is typed is not chosen",
+        "recipes/plan.py",
+        "(_value(self.config, key),) if key in self.typed else tried",
+        "tried",
+        "tests/test_plan.py::test_what_is_typed_is_not_chosen",
+    ),
+    TakenOut(
+        "plan: what a compiler says does not fit is not picked",
+        "recipes/planned.py",
+        "found.pick if found.pick in fit else picked(fit)",
+        "found.pick",
+        "tests/test_plan.py::test_predicted_stands_beside_compiled_and_what_does_not_fit_is_not_picked",
+    ),
 ]
 
 

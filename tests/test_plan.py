@@ -196,12 +196,13 @@ def test_a_slower_link_never_makes_anything_faster():
 
 
 def test_of_those_that_are_as_good_as_the_fastest_the_mildest_is_picked():
-    found = plan.search(case("8b", "h100:8x8", "400gbit", **ONE_MESH))
+    found = plan.search(case("8b", "h100:8x8", "800gbit", **ONE_MESH))
     assert [c.seconds for c in found.fitting] == sorted(c.seconds for c in found.fitting)
     shortest = found.fitting[0].seconds
     assert found.pick.seconds <= plan.CLOSE * shortest
     close = [c for c in found.fitting if c.seconds <= plan.CLOSE * shortest]
     assert found.pick.mildness == min(c.mildness for c in close)
+    assert (found.pick.strategy, found.fitting[0].strategy) == ("sync", "stale")
     assert {c.strategy for c in found.fitting} == {"sync", "stale", "diloco", "streaming", "eager"}
 
 

@@ -163,10 +163,10 @@ def _over_fsdp(net: Network, lay: Layout, whole_gradients: bool) -> list[Sent]:
     (axis,), n, A = rules.RULES["embed"], lay.cut("embed"), lay.accumulate
     gathered = lambda weights: sum((n - 1) / n * _own(w, lay, without=axis) * net.itemsize for w in weights)
     layer = net.layers * A * gathered([w for w in net.layer if axis in _mesh_axes(w)])
-    head, sums = A * gathered([net.head]), 1 + whole_gradients
+    head = A * gathered([net.head])
     positions = A * tokens(net, lay)
     moved = (n - 1) / n * positions * net.dim * net.itemsize / lay.cut("sequence")
-    each = A * net.layers
+    each, sums = A * net.layers, 1 + whole_gradients
     return [
         Sent(axis, FORWARD, "weights", layer, each),
         Sent(axis, BACKWARD, "weights again", layer, each),
