@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from parallel.cost import compilers, hardware, targets
 from parallel.cost.link import Link
 from parallel.cost.targets import Target
@@ -44,8 +46,9 @@ def main(argv: list[str]) -> int:
             compilers.check_compiler(target.chip)
     if args.write:
         planned.check_written(args.write)
-    compilers.prepare(target.chip)
+    jax.config.update("jax_platforms", "cpu")  # nothing is run
     if args.compile:
+        compilers.prepare(target.chip)
         library_log.begin()  # compilers print by themselves
     case = plan.Case(config, target, link, tuple(flags.typed))
     print("\n".join(planned.said(target, case)), flush=True)
