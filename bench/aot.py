@@ -31,6 +31,7 @@ INT4 = {"sync.codec": "int4"}
 BF16_RESIDUAL = {"sync.residual_dtype": "bfloat16"}
 DILOCO = INT4 | {"sync.strategy": "diloco", "sync.interval": 30}
 STREAMING = INT4 | {"sync.strategy": "streaming", "sync.interval": 30, "sync.fragments": 2, "sync.overlap": 2}
+STREAMING |= {"steps": 90_000}  # whole calls
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,9 @@ class Local(Strategy):
             done = {name: exchange.mean(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
             return done, *((inner_R, None) if not K else self.inner_steps(inner_R, batch_KRBT))
         finish = lambda flights: {name: exchanges[name][0].finish(x, own, step) for name, (x, own) in flights.items()}
-        flights: Any = {name: exchange.start(tree, codec[name], step) for name, (exchange, tree) in exchanges.items()}
+        # What is sent is there before anything is computed, else a compiler may compute first what should hide it.
+        trees, inner_R = lax.optimization_barrier(({name: tree for name, (_, tree) in exchanges.items()}, inner_R))
+        flights: Any = {name: exchanges[name][0].start(tree, codec[name], step) for name, tree in trees.items()}
         if K == 1:
             return self._steps_and(
                 inner_R, batch_KRBT, flights, functools.partial(overlap.loss_and_gradient, self), finish
