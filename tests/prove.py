@@ -118,13 +118,19 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def unheard(signals: Iterable[int]) -> Iterator[None]:
-    """What comes meanwhile is heard afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+def unheard() -> Iterator[None]:
+    """What comes meanwhile is heard afterwards, of signals that are handled. Not by a mask: that is a thread's own, and
+    another thread would take the signal."""
+    came: list[int] = []
+    handled = [n for n in signal.valid_signals() if callable(signal.getsignal(n))]
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in handled}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 class Running:
@@ -137,8 +143,7 @@ class Running:
         command = [part.format(junit=self._junit) if "{junit}" in part else part for part in piece.command]
         with self._output.open("w") as output:
             pipes = {"stdout": output, "stderr": subprocess.STDOUT}
-            hear = lambda: signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=hear, **pipes)
+            self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
     def result(self, commit: str) -> dict[str, Any]:
         code, output = self.process.returncode, self._output.read_text(errors="replace")
@@ -172,7 +177,7 @@ def results(todo: Iterable[Piece], commit: str) -> Iterator[dict[str, Any]]:
     try:
         while waiting or running:
             while waiting and sum(other.piece.cores for other in running) + waiting[0].cores <= CORES:
-                with unheard(signal.valid_signals()):
+                with unheard():
                     running.append(Running(waiting.pop(0)))
             for ended in [other for other in running if other.process.poll() is not None]:
                 yield ended.result(commit)

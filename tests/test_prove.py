@@ -1,10 +1,11 @@
 """tests/prove.py: pieces are proven once, and go on where they were stopped. tests/counting.py: what is counted."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import counting
 import prove
@@ -84,16 +85,21 @@ def test_stopped_it_leaves_nothing_behind_and_goes_on(store, started):
 
 
 def test_stopped_while_a_piece_is_being_started_it_leaves_nothing_behind(store, started, monkeypatch):
-    start = prove.subprocess.Popen
+    """Also where another thread takes the signal."""
+    start, done = prove.subprocess.Popen, threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
 
     def interrupted(*x, **y):
         process = start(*x, **y)
-        os.kill(os.getpid(), signal.SIGALRM)
+        signal.pthread_kill(other.ident, signal.SIGALRM)
+        time.sleep(0.1)  # until it is there
         return process
 
     monkeypatch.setattr(prove.subprocess, "Popen", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prove.prove([piece("long", "import time; time.sleep(60)")], store)
+    done.set()
     assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
@@ -107,8 +113,9 @@ def test_stopped_while_a_result_is_being_kept_it_leaves_nothing_behind(store, st
     assert [process.returncode for process in started] == [0, -signal.SIGKILL]
 
 
-def test_a_piece_hears_signals(store):
-    code = "import signal; assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())"
+def test_a_piece_hears_signals(store, started):
+    code = "import signal; assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL"
+    code += "; assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())"
     assert prove.prove([piece("listens", code)], store) == 0
 
 
