@@ -28,7 +28,7 @@ from parallel.cost.targets import Target
 from recipes import methods, plan, planned
 from recipes.build import num_parameters
 from runtime import config as configuration
-from runtime import exits, library_log, usage
+from runtime import exits, library_log, metrics, usage
 from runtime.config import UsageError, bad_input
 from runtime.console import human_count
 
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         print(f"pick, as compiled: {found.pick.flags}")
     if args.json:
         with bad_input():
-            planned.write_json(args.json, planned.as_json(found, checked))
+            metrics.write_json(args.json, planned.as_json(found, checked))
     if args.write:
         planned.write_config(args.write, case, found.pick, flags.config_name)
         print(f"python train.py --config={args.write}")

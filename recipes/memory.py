@@ -15,7 +15,7 @@ from parallel.layout.mesh import check_divisible, cut
 from recipes.build import Parts, build
 from recipes.language import Language
 from recipes.programs import compile_steps
-from runtime.config import CHOICES, RunError, UsageError, check_batch
+from runtime.config import CHOICES, RunError, UsageError, changed, check_batch
 from runtime.console import Console, human_bytes
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -153,10 +153,7 @@ def _advice(config: Any, parts: Parts, need: Need, limit: float | None, console:
     console.doing("compiling with other values, to find what would fit")
 
     def predict(changes: dict[str, Any]) -> float:
-        changed = config.copy_and_resolve_references()
-        with changed.unlocked():
-            changed.update_from_flattened_dict(changes)
-        return of_programs(build(changed, parts.mesh, parts.own), None).whole
+        return of_programs(build(changed(config, changes), parts.mesh, parts.own), None).whole
 
     tried = values(config, parts)
     turns = search(tried, need.whole, limit, predict) + wider(config, parts, need, limit)

@@ -21,7 +21,7 @@ from parallel.exchange.codecs import CODECS
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW, USED
 from recipes import build, memory, over_link
-from runtime.config import UsageError
+from runtime.config import UsageError, changed
 from runtime.console import human_bytes
 
 MARGIN = 1.2  # by which temporaries may be more than predicted, for what is called fitting
@@ -134,13 +134,6 @@ class Found(NamedTuple):
     others: list[Candidate]
     considered: int
     notes: list[str]
-
-
-def changed(config: Any, changes: Mapping[str, Any]) -> Any:
-    found = config.copy_and_resolve_references()
-    with found.unlocked():
-        found.update_from_flattened_dict(dict(changes))
-    return found
 
 
 def method(case: Case, strategy: str, codec: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What `plan.py` says of what it found: a table, the pick in three lines, JSON, a config that runs."""
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,9 @@ from parallel.cost.targets import Target
 from parallel.layout.axes import SLOW, USED
 from recipes import aot, programs
 from recipes import target as targeted
-from recipes.plan import CLOSE, MARGIN, Candidate, Case, Found, changed, picked
+from recipes.plan import CLOSE, MARGIN, Candidate, Case, Found, picked
 from runtime import config as configuration
-from runtime.config import RunError, UsageError
+from runtime.config import RunError, UsageError, changed
 from runtime.console import human_bytes, human_count
 
 ROWS = 8  # of the table: meshes
@@ -197,8 +196,7 @@ def as_json(found: Found, checked: Mapping[int, Compiled]) -> dict[str, Any]:
 
 
 def _candidate(c: Candidate, x: Compiled | None) -> dict[str, Any]:
-    finite = lambda n: n if math.isfinite(n) else None
-    says = x and {"fits": x.fits, "peak_bytes": finite(x.peak_bytes), "flops": finite(x.flops), "wire": x.wire}
+    says = x and {"fits": x.fits, "peak_bytes": x.peak_bytes, "flops": x.flops, "wire": x.wire}
     return {
         "flags": c.flags,
         "mesh": dict(c.layout.sizes),
@@ -209,10 +207,6 @@ def _candidate(c: Candidate, x: Compiled | None) -> dict[str, Any]:
         "binds": c.step.binds,
         "compiled": says,
     }
-
-
-def write_json(path: Path, about: dict[str, Any]) -> None:
-    path.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def check_written(path: Path) -> None:

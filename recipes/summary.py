@@ -3,8 +3,6 @@
 import dataclasses
 import gzip
 import importlib.metadata
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from recipes.aot import Reading
 from recipes.build import Parts
 from recipes.verdict import Remedy
 from runtime.config import bad_input
+from runtime.metrics import write_json
 
 
 def folder(path: str) -> Path:
@@ -32,7 +31,7 @@ def keep(folder: Path, program: str, text: str) -> None:
 
 def write(folder: Path, about: dict[str, Any]) -> None:
     """summary.json. about: of `describe`."""
-    (folder / "summary.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_json(folder / "summary.json", about)
 
 
 def describe(
@@ -40,26 +39,24 @@ def describe(
 ) -> dict[str, Any]:
     """What summary.json says: bytes and FLOPs per device and run of a program; null where a compiler did not say."""
     worst = aot.worst(readings)[1].peak_bytes
-    return _finite(
-        {
-            "target": {
-                "name": target.text,
-                "chip": target.chip.name,
-                "chips": target.chips,
-                "slices": target.slices,
-                "hosts": target.hosts,
-                "memory_bytes": target.chip.memory,
-                "usable_bytes": target.memory,
-                "wrap": list(target.wrap),
-            },
-            "mesh": dict(parts.mesh.shape),
-            "versions": {"jax": importlib.metadata.version("jax"), "compiler": compiler},
-            "fits": worst <= target.memory,
-            "spare_bytes": target.memory - worst,
-            "remedies": [dataclasses.asdict(remedy) for remedy in remedies],
-            "programs": {name: _program(reading) for name, reading in readings.items()},
-        }
-    )
+    return {
+        "target": {
+            "name": target.text,
+            "chip": target.chip.name,
+            "chips": target.chips,
+            "slices": target.slices,
+            "hosts": target.hosts,
+            "memory_bytes": target.chip.memory,
+            "usable_bytes": target.memory,
+            "wrap": list(target.wrap),
+        },
+        "mesh": dict(parts.mesh.shape),
+        "versions": {"jax": importlib.metadata.version("jax"), "compiler": compiler},
+        "fits": worst <= target.memory,
+        "spare_bytes": target.memory - worst,
+        "remedies": [dataclasses.asdict(remedy) for remedy in remedies],
+        "programs": {name: _program(reading) for name, reading in readings.items()},
+    }
 
 
 def _program(reading: Reading) -> dict[str, Any]:
@@ -67,12 +64,3 @@ def _program(reading: Reading) -> dict[str, Any]:
     found["wire"] = [sent._asdict() for sent in reading.wire]
     del found["stray"]
     return {key: value for key, value in found.items() if value or key not in ("not_counted", "read_from")}
-
-
-def _finite(x: Any) -> Any:
-    """JSON has no infinity."""
-    if isinstance(x, Mapping):
-        return {key: _finite(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x

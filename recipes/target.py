@@ -15,7 +15,7 @@ from recipes import aot, begin, build, describe, memory, over_link, programs, su
 from recipes.aot import Reading, Refused
 from recipes.build import Parts
 from runtime import library_log
-from runtime.config import UsageError, bad_input
+from runtime.config import UsageError, bad_input, changed
 from runtime.console import Console
 from runtime.progress import Phases
 
@@ -177,11 +177,8 @@ def compiled_with(config: Any, target: Target, console: Console) -> verdict.Pred
     """(changes, target) -> bytes of the dearest step program compiled with them."""
 
     def predict(changes: dict[str, Any], on: Target) -> float:
-        changed = config.copy_and_resolve_references()
-        with changed.unlocked():
-            changed.update_from_flattened_dict(changes)
         console.doing(f"compiling for {on.text} with {', '.join(f'{k}={v}' for k, v in changes.items())}")
-        parts = make(changed, on)
+        parts = make(changed(config, changes), on)
         lowered: dict[str, Callable[[], Any]] = programs.steps(parts)
         return max(aot.peak(aot.compiled(lower, parts), parts, name)[1] for name, lower in lowered.items())
 

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import helpers
+import numpy as np
 import pytest
 
 import plan as command
@@ -156,8 +158,16 @@ def test_a_network_with_a_tied_head_gathers_its_embedding():
     ],
 )
 def test_the_rate_of_an_axis_follows_from_where_its_chips_lie(machine, sizes, axis, rate):
-    named: dict[str, int] = dict(zip(("replica", "fsdp", "tensor"), sizes, strict=True))
-    assert pace.rate(targets.parse(machine, CHIPS), named, axis) == rate
+    """By the mesh's sizes alone, and by where each device is: the planner's answer and a dry run's are one."""
+    names = ("replica", "fsdp", "tensor")
+    named: dict[str, int] = dict(zip(names, sizes, strict=True))
+    target = targets.parse(machine, CHIPS)
+    assert pace.rate(target, named, axis) == rate
+    each = math.prod(target.sides)
+    coords = [tuple(int(n) for n in np.unravel_index(i % each, target.sides)) for i in range(target.chips)]
+    placed = [SimpleNamespace(id=i, slice_index=i // each, coords=where) for i, where in enumerate(coords)]
+    devices = np.moveaxis(np.array(placed).reshape(sizes), names.index(axis), -1)
+    assert target.rate(devices.reshape(-1, devices.shape[-1])) == rate
 
 
 def test_an_exchange_waits_unless_its_strategy_has_steps_to_hide_it_behind():

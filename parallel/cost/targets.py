@@ -8,6 +8,7 @@ each side).
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,12 +80,18 @@ class Target:
         """Bytes a second that one chip sends in collectives of these devices, at best. devices: [group, member], as
         they stand along the axis of a mesh."""
         places = [[self._place(d) for d in group] for group in devices]
-        if any(len({slice_ for slice_, _ in group}) > 1 for group in places):
-            return self.chip.outside
+        together = [Counter(fast for fast, _ in group) for group in places]
+        if any(len(count) > 1 for count in together):
+            # A ring leaves a host once, and in parts, one over the adapter of each of its members there.
+            members = 1 if self.chip.is_tpu else min(min(count.values()) for count in together)
+            return min(self.chip.inside or math.inf, members * self.chip.outside)
         if not self.chip.is_tpu:
             return self.chip.inside
-        spread = [any(len({where[n] for _, where in group}) > 1 for group in places) for n in range(len(self.sides))]
-        links = [(1 + wrapped) * used for wrapped, used in zip(self.wrap, spread, strict=True)]
+        taken = [max(len({where[n] for _, where in group}) for group in places) for n in range(len(self.sides))]
+        links = [
+            (2 if wraps and n == side else 1) * (n > 1)
+            for n, side, wraps in zip(taken, self.sides, self.wrap, strict=True)
+        ]
         return self.chip.link * max(1, sum(links))
 
     def _place(self, device: Any) -> tuple[int, tuple[int, ...]]:

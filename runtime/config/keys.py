@@ -205,6 +205,14 @@ def expand_home(path: str) -> str:
     return ",".join(map(os.path.expanduser, path.split(",")))
 
 
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy with these keys' values in place of its own."""
+    found = config.copy_and_resolve_references()
+    with found.unlocked():
+        found.update_from_flattened_dict(dict(changes))
+    return found
+
+
 def nested(flat: Mapping[str, Any]) -> Any:
     """The config with these keys."""
     groups: dict[str, Any] = {}
