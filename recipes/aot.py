@@ -35,7 +35,7 @@ class Sent(NamedTuple):
 @dataclass(frozen=True)
 class Reading:
     """Of one program and device, in a call. peak: of the whole device while it runs, the state that it does not touch
-    included. seconds: at the chip's nominal rates."""
+    included. seconds: at the chip's nominal rates. NaN: not known."""
 
     runs_per_step: float
     state_bytes: float
@@ -111,10 +111,9 @@ def read(
             return Reading(**about)
         about["read_from"], program = other
     about["stray"] = stray_of(name, program, parts)
-    text = program.as_text()
-    read = hlo.Program.read(text)
-    flops, moved = schedule.flops(read), schedule.bytes_moved(read)
-    sent, why = _sent(text, read, parts)
+    read = hlo.Program.read(program.as_text())
+    flops, moved = _or_nan(schedule.flops, read), _or_nan(schedule.bytes_moved, read)
+    sent, why = _sent(read, parts)
     rates = {axis: axis_rate(target, parts, axis) for axis in parts.mesh.axis_names if parts.mesh.shape[axis] > 1}
     total = lambda axis: sum(x.bytes for x in sent if x.axis == axis)
     seconds = {
@@ -125,10 +124,18 @@ def read(
     return Reading(**about, flops=flops, largest=schedule.largest(read), wire=sent, seconds=seconds, not_counted=why)
 
 
-def _sent(text: str, read: hlo.Program, parts: Parts) -> tuple[list[Sent], str]:
+def _or_nan(count: Callable[[hlo.Program], float], read: hlo.Program) -> float:
+    """NaN: a loop runs nobody knows how often."""
+    try:
+        return count(read)
+    except ValueError:
+        return math.nan
+
+
+def _sent(read: hlo.Program, parts: Parts) -> tuple[list[Sent], str]:
     """(what it sends, why that could not be counted)."""
     try:
-        found = wire.collectives(text, parts.mesh)
+        found = wire.collectives(read, parts.mesh)
     except Exception as error:  # whatever a text of unknown form does to a parser
         return [], f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
     behind, sums = schedule.hidden(read), {}

@@ -56,7 +56,8 @@ def _program(x: Reading, target: Target) -> Iterator[tuple[str, str]]:
         return
     if x.read_from:
         yield "read from", f"{x.read_from}'s program: the compiler names nothing of what it refuses"
-    yield "FLOPs", f"{human_count(x.flops)} (matrix products; attention's causal half)"
+    known = "not known" if math.isnan(x.flops) else f"{human_count(x.flops)} (matrix products; attention's causal half)"
+    yield "FLOPs", known
     for axis in dict.fromkeys(sent.axis for sent in x.wire):
         yield f"wire, {axis}", _wire([sent for sent in x.wire if sent.axis == axis])
     if x.not_counted:
@@ -94,9 +95,10 @@ def _sum(found: Iterable[Sent], field: str, name: str) -> float:
 
 def _seconds(seconds: Mapping[str, Any]) -> str:
     all_of_it = {"compute": seconds["compute"], "memory": seconds["memory"]} | seconds["wire"]
-    binds = max(all_of_it, key=lambda name: all_of_it[name])
-    said = ", ".join(f"{name} {human_seconds(x)}" for name, x in all_of_it.items())
-    return f"{said}: {binds} binds"
+    said = ", ".join(f"{name} {'not known' if math.isnan(x) else human_seconds(x)}" for name, x in all_of_it.items())
+    if any(map(math.isnan, all_of_it.values())):
+        return said
+    return f"{said}: {max(all_of_it, key=lambda name: all_of_it[name])} binds"
 
 
 def over_slow(readings: Mapping[str, Reading]) -> float | None:

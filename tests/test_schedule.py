@@ -3,7 +3,7 @@ are those of XLA's compilers for TPUs and GPUs, cut to a few instructions."""
 
 import pytest
 
-from parallel.cost import hlo, schedule
+from parallel.cost import hlo, loops, schedule
 
 HEAD = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0})->f32[8,16]{1,0}}
 
@@ -84,14 +84,30 @@ def program():
     return hlo.Program.read(TEXT)
 
 
-def test_a_loop_runs_from_its_counters_start_by_its_step_to_its_bound(program):
-    turns = {x.name: times for _, x, times in program.executed()}
-    assert turns["fusion.1"] == 5 and turns["while.1"] == 1 and "dot.1" not in turns
-    by_one = hlo.Program.read(TEXT.replace("constant(2)", "constant(1)"))
-    assert {x.name: times for _, x, times in by_one.executed()}["fusion.1"] == 10
+def turns(text: str) -> int:
+    program = hlo.Program.read(text)
+    (loop,) = [x for x in program.computations[program.entry] if x.op == "while"]
+    return loops.Loops(program).trips(program.entry, loop)
+
+
+def test_a_loop_runs_from_its_counters_start_by_its_step_to_its_bound():
+    assert turns(TEXT) == 5 and turns(TEXT.replace("constant(2)", "constant(1)")) == 10
     written = ', backend_config={"known_trip_count":{"n":"3"}}'
-    known = hlo.Program.read(TEXT.replace("body=%body.1", f"body=%body.1{written}"))
-    assert {x.name: times for _, x, times in known.executed()}["fusion.1"] == 3
+    assert turns(TEXT.replace("body=%body.1", f"body=%body.1{written}")) == 3
+
+
+def test_what_runs_nobody_knows_how_often_is_not_counted_as_once():
+    unknown = TEXT.replace("direction=LT", "direction=NE")
+    for count in (schedule.flops, schedule.bytes_moved):
+        with pytest.raises(ValueError, match="no known trip count"):
+            count(hlo.Program.read(unknown))
+    without = hlo.Program.read(unknown.replace(" dot(%a, %b)", " add(%a, %a)"))
+    assert schedule.flops(without) == 0, "nor need it be known where nothing is multiplied"
+
+
+def test_what_has_a_result_in_memory_is_inside_of_loops_and_not_of_fusions(program):
+    found = {x.name for _, x in schedule.executed(program)}
+    assert {"fusion.1", "while.1", "kernel.1"} <= found and "dot.1" not in found
 
 
 def test_products_count_as_often_as_their_loop_runs(program):
@@ -111,7 +127,7 @@ def test_arrays_come_from_lines_of_ours(program):
     found = {buffer.shape: (buffer.where, buffer.bytes) for buffer in schedule.largest(program, 9)}
     assert found[5, 8, 16] == ("model/layers.py:86", 4 * 5 * 8 * 16)
     assert found[8, 16][0] == "model/layers.py:86"
-    kernel = next(x for _, x, _ in program.executed() if x.name == "kernel.1")
+    kernel = next(x for _, x in schedule.executed(program) if x.name == "kernel.1")
     assert program.where("main.1", kernel) == "model/layers.py:86"
     assert [b.bytes for b in schedule.largest(program)] == sorted(b.bytes for b in schedule.largest(program))[::-1]
 
@@ -158,7 +174,7 @@ def test_parents_of_frames_that_are_counted_right_are_read_too():
     text = TEXT
     for n in range(1, 5):
         text = text.replace(f"parent_frame_id={n}}}", f"parent_frame_id={n - 1}}}", 1)
-    x = next(x for _, x, _ in hlo.Program.read(text).executed() if x.name == "kernel.1")
+    x = next(x for _, x in schedule.executed(hlo.Program.read(text)) if x.name == "kernel.1")
     frames = [frame.rpartition("/")[2] for frame in hlo.Program.read(text).frames(x)]
     assert frames == ["kernel.py:7", "rules.py:99", "layers.py:86", "train.py:44"]
 

@@ -19,6 +19,7 @@ import pytest
 
 import train
 from parallel.cost import compilers, hardware, targets
+from parallel.cost.hlo import Program
 from parallel.cost.schedule import Buffer
 from parallel.layout import mesh as meshes
 from recipes import aot, memory, summary, verdict
@@ -508,3 +509,17 @@ def test_a_tpu_compilers_refusal_is_a_verdict_with_a_remedy_that_compiles(tmp_pa
     assert code == 1 and "Traceback" not in said, said
     assert re.search(r"^does not fit: step needs .* GiB of 15\.75 GiB; ", said, re.MULTILINE), said
     assert not found["fits"] and any(remedy["fits"] for remedy in found["remedies"]), said
+
+
+def test_what_cannot_be_counted_is_said_and_binds_nothing():
+    seconds = {"compute": math.nan, "memory": 1.0, "wire": {"fsdp": 3.0}}
+    step = dataclasses.replace(reading(20, seconds=seconds), flops=math.nan)
+    found = dict(verdict.rows(helpers.tiny(), parts(), target("v5p-8"), {"step": step}))
+    assert found["FLOPs"] == "not known" and found["at nominal rates"] == "compute not known, memory 1.0 s, fsdp 3.0 s"
+
+
+def test_a_loop_of_unknown_length_leaves_its_products_unknown():
+    def unknown(_):
+        raise ValueError("a loop has no known trip count")
+
+    assert math.isnan(aot._or_nan(unknown, Program({}, ""))) and aot._or_nan(lambda _: 2.0, Program({}, "")) == 2.0

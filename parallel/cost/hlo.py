@@ -1,5 +1,5 @@
-"""The text of a compiled program (`compiled.as_text()`), read: its computations, how often their loops run, and the
-lines of code that instructions come from."""
+"""The text of a compiled program (`compiled.as_text()`), read: its computations, and the lines of code that
+instructions come from."""
 
 import re
 from collections.abc import Iterator
@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from parallel.cost import loops
-from parallel.cost.wire import BITS
+BITS = {
+    "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
+    "s64": 64, "u64": 64, "f4e2m1fn": 4, "f8e4m3fn": 8, "f8e4m3": 8, "f8e5m2": 8, "f8e8m0fnu": 8, "f16": 16,
+    "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
+}  # fmt: skip
 
 ROOT = f"{Path(__file__).parents[2]}/"
 DEPTH = 6  # operands
@@ -89,7 +92,6 @@ class Program:
     """Computations in the order of the text, each a schedule: its instructions run in their order."""
 
     computations: dict[str, list[Instruction]]
-    lines: dict[str, list[str]] = field(repr=False)  # of each of them
     entry: str
     head: str = field(repr=False, default="")  # the tables of source lines
 
@@ -97,18 +99,15 @@ class Program:
     def read(cls, text: str) -> "Program":
         """Raises ValueError for what is no compiled program."""
         found: dict[str, list[Instruction]] = {}
-        lines: dict[str, list[str]] = {}
-        own: list[str] = []
         entry, current, begun = "", None, len(text)
         for number, line in enumerate(text.splitlines()):
             if match := _HEAD.match(line):
                 begun = min(begun, number)
-                current, own = found.setdefault(match["name"], []), lines.setdefault(match["name"], [])
+                current = found.setdefault(match["name"], [])
                 entry = match["name"] if match["entry"] else entry
             elif line == "}" or line.startswith("}, "):
                 current = None
             elif current is not None:
-                own.append(line)
                 if match := _LINE.match(line):
                     current.append(Instruction(*match.group("name", "type", "op", "rest")))
                 elif current:  # attributes of a kernel go on over several lines
@@ -116,52 +115,17 @@ class Program:
                     current.append(Instruction(last.name, last.type, last.op, f"{last.rest}\n{line}"))
         if not entry:
             raise ValueError("this is not the text of a compiled HLO module: it has no ENTRY computation")
-        return cls(found, lines, entry, "\n".join(text.splitlines()[:begun]))
+        return cls(found, entry, "\n".join(text.splitlines()[:begun]))
 
     @cached_property
-    def _types(self) -> dict[str, dict[str, Instruction]]:
+    def _named(self) -> dict[str, dict[str, Instruction]]:
         return {name: {x.name: x for x in body} for name, body in self.computations.items()}
 
+    def find(self, computation: str, name: str) -> Instruction | None:
+        return self._named.get(computation, {}).get(name)
+
     def operand(self, computation: str, x: Instruction, number: int) -> Instruction | None:
-        return self._types[computation].get(x.operands[number]) if number < len(x.operands) else None
-
-    # ── loops ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def trips(self, computation: str, loop: Instruction) -> int:
-        """How often a loop runs; 1 where that cannot be told."""
-        body, condition = (re.search(rf"{part}=%?([\w.\-]+)", loop.rest) for part in ("body", "condition"))
-        if not (body and condition):
-            return 1
-        around = self._around.get(computation, loops.Frame(self.lines[computation]))
-        try:
-            return loops.trips(loop.rest, self.lines[condition[1]], self.lines[body[1]], around)
-        except ValueError:
-            return 1
-
-    @cached_property
-    def _around(self) -> dict[str, loops.Frame]:
-        """Of the entry, and of the bodies of loops within."""
-        found, waiting = {self.entry: loops.Frame(self.lines[self.entry])}, [self.entry]
-        while waiting:
-            name = waiting.pop()
-            for x in self.computations[name]:
-                body = re.search(r"body=%?([\w.\-]+)", x.rest) if x.op == "while" else None
-                if body and body[1] not in found:
-                    found[body[1]] = loops.Frame(self.lines[body[1]], x.operands[0], found[name])
-                    waiting.append(body[1])
-        return found
-
-    def executed(self, name: str = "", times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
-        """(computation, instruction, how often it runs in a call) of all that has a result in memory: what stands
-        inside of a fusion has none."""
-        for x in self.computations[name or self.entry]:
-            yield name or self.entry, x, times
-            if x.op == "while":
-                body = re.search(r"body=%?([\w.\-]+)", x.rest)
-                yield from self.executed(body[1], times * self.trips(name or self.entry, x)) if body else ()
-            elif x.op in ("call", "conditional", "async-start"):
-                for called in x.called:
-                    yield from self.executed(called, times)
+        return self.find(computation, x.operands[number]) if number < len(x.operands) else None
 
     # ── lines of code ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -181,8 +145,11 @@ class Program:
         if found := re.search(r'source_file="([^"]*)" source_line=(\d+)', x.rest):
             yield f"{found[1]}:{found[2]}"
         found = re.search(r"stack_frame_id=(\d+)", x.rest)
+        yield from self.stack(int(found[1]) if found else 0)
+
+    def stack(self, number: int) -> Iterator[str]:
+        """file:line of a frame in the tables, and of those around it."""
         stack = self._tables.get("StackFrames", {})
-        number = int(found[1]) if found else 0
         field_of = lambda name, row: (re.search(rf"\b{name}=(\d+)", row) or ("", ""))[1]
         # The text has parents counted one too high, so that the first frame is its own.
         shift = 1 if field_of("parent_frame_id", stack.get("1", "")) == "1" else 0

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from parallel.cost import loops
 from parallel.cost.hlo import NOWHERE, Array, Instruction, Program, arrays
 from parallel.cost.wire import KINDS
 
@@ -21,6 +22,7 @@ SAME = set(
     "copy-done send send-done recv-done partition-id replica-id domain".split()
 )
 PARTS = ("dynamic-slice", "slice", "gather")  # read a part of their operand
+RUN = ("call", "conditional", "async-start")  # what runs other computations, whose results lie in memory
 ASYNC = "async_collective_fusion"  # TPU: a collective in steps, in fusions that compute meanwhile
 
 
@@ -35,14 +37,35 @@ class Buffer:
 
 
 def flops(program: Program) -> float:
-    """Of one call, on one device."""
+    """Of one call, on one device. Raises ValueError where a loop with products runs nobody knows how often."""
     return _Flops(program).of_computation(program.entry)
+
+
+def executed(program: Program, name: str = "") -> Iterator[tuple[str, Instruction]]:
+    """(computation, instruction) of all that has a result in memory: what stands inside of a fusion has none."""
+    for x in program.computations[name or program.entry]:
+        yield name or program.entry, x
+        inside = [loops.body(x)] if x.op == "while" else x.called if x.op in RUN else ()
+        for called in inside:
+            yield from executed(program, called)
 
 
 def bytes_moved(program: Program) -> float:
     """What its instructions read and write in memory, loops included: of what they slice, or write a part of, that
-    part."""
-    return sum(times * _moved(program, computation, x) for computation, x, times in program.executed())
+    part. Raises ValueError where a loop runs nobody knows how often."""
+    turns = loops.Loops(program)
+
+    def of(computation: str) -> float:
+        total = 0.0
+        for x in program.computations[computation]:
+            total += _moved(program, computation, x)
+            if x.op == "while":
+                total += turns.trips(computation, x) * of(loops.body(x))
+            elif x.op in RUN:
+                total += sum(map(of, x.called))
+        return total
+
+    return of(program.entry)
 
 
 def _moved(program: Program, computation: str, x: Instruction) -> float:
@@ -104,7 +127,7 @@ def largest(program: Program, count: int = 5) -> list[Buffer]:
     up in, comes from the line that does so."""
     found: dict[Buffer, None] = {}
     filled: dict[Array, str] = {}
-    for computation, x, _ in program.executed():
+    for computation, x in executed(program):
         if _fills(x):
             filled |= {a: program.where(computation, x) for a in x.arrays}
         elif x.op not in SAME and not x.op.endswith(("-done", "-start")):
@@ -153,7 +176,7 @@ def _inside(program: Program, computation: str) -> Iterator[Instruction]:
 
 class _Flops:
     def __init__(self, program: Program):
-        self._program = program
+        self._program, self._loops = program, loops.Loops(program)
         self._known: dict[str, float] = {}
 
     def of_computation(self, name: str) -> float:
@@ -171,8 +194,8 @@ class _Flops:
         if x.op == "custom-call":
             return _of_kernel(x, operand(0))
         if x.op == "while":
-            body = re.search(r"body=%?([\w.\-]+)", x.rest)
-            return self.of_computation(body[1]) * self._program.trips(computation, x) if body else 0.0
+            once = self.of_computation(loops.body(x))
+            return once * self._loops.trips(computation, x) if once else 0.0
         if x.op == "conditional":
             return max(map(self.of_computation, x.called), default=0.0)
         if x.op in ("fusion", "call", "async-start") or x.op.endswith("-start"):

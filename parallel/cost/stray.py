@@ -5,13 +5,13 @@ every program is read before it runs. What is sent over `replica` in it is what 
 (parallel/cost/bytes.py), plus scalars under a name that begins with `scalars_`; anything more is stray.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import Mesh
 
 from parallel.cost import wire
+from parallel.cost.hlo import Program
 from parallel.layout.axes import SLOW
 
 SCALARS = 4096  # bytes that a few scalars take at most; a TPU widens them to its lanes
@@ -34,8 +34,8 @@ def traffic(program: Any, mesh: Mesh, predicted: float) -> Traffic:
     Never raises: a compiler whose text is not understood is no reason not to train.
     """
     try:
-        text = program.as_text()
-        found = wire.collectives(text, mesh)
+        read = Program.read(program.as_text())
+        found = wire.collectives(read, mesh)
     except Exception as error:  # whatever a text of unknown form does to a parser
         sentence = str(error).partition("\n")[0][:200]
         return Traffic({}, not_counted=f"not counted: {type(error).__name__}: {sentence}")
@@ -49,27 +49,11 @@ def traffic(program: Any, mesh: Mesh, predicted: float) -> Traffic:
     if excess <= widened:
         return Traffic(per_axis)
     largest = sorted(foreign or slow, key=lambda c: -c.sent)[:4]
-    return Traffic(per_axis, excess, "; ".join(_described(c, text) for c in largest))
+    return Traffic(per_axis, excess, "; ".join(_described(c, read) for c in largest))
 
 
-def _described(c: wire.Collective, text: str) -> str:
-    source = _source(text, c.frame)
+def _described(c: wire.Collective, read: Program) -> str:
+    source = next(read.stack(int(c.frame or 0)), "")
     return (
         f"{c.kind} of {c.dtype}, {c.sent:,.0f} bytes, from {c.scope or 'no named operation'}{source and f' ({source})'}"
     )
-
-
-def _source(text: str, frame: str) -> str:
-    """file:line of a stack frame. The tables at a program's head: frame -> location -> file and line."""
-
-    def row(table: str, number: str) -> str:
-        found = re.search(rf"^{table}\n(?:\d+ .*\n)*?{number} (.*)$", text, re.MULTILINE) if number else None
-        return found[1] if found else ""
-
-    def field(name: str, text: str) -> str:
-        found = re.search(rf"\b{name}=(\d+)", text)
-        return found[1] if found else ""
-
-    location = row("FileLocations", field("file_location_id", row("StackFrames", frame)))
-    file = row("FileNames", field("file_name_id", location)).strip('"')
-    return f"{file}:{field('line', location)}" if file else ""

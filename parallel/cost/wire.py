@@ -12,21 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jax.sharding import Mesh
 
-from parallel.cost.loops import Frame, trips
-
-BITS = {
-    "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
-    "s64": 64, "u64": 64, "f4e2m1fn": 4, "f8e4m3fn": 8, "f8e4m3": 8, "f8e5m2": 8, "f8e8m0fnu": 8, "f16": 16,
-    "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
-}  # fmt: skip
+from parallel.cost import loops
+from parallel.cost.hlo import Array, Instruction, Program
+from parallel.cost.loops import Frame
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-_INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z0-9\-]+)\((?P<rest>.*)$"
-)
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\]")
-_CALLED = re.compile(r"(?:to_apply|calls|body|condition|called_computations)=\{?%?([\w.\-]+)")
 # What XLA calls a transfer between TPU slices.
 _TRANSFERS = {
     "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
@@ -75,18 +65,18 @@ def _places(mesh: Mesh) -> _Places:
     return _Places(mesh.axis_names, mesh.devices.shape, np.array(first), {d.id: i for i, d in enumerate(devices)})
 
 
-def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
+def collectives(hlo: str | Program, mesh: Mesh) -> list[Collective]:
     """All collectives of a compiled program (`compiled.as_text()`) that move bytes between devices of `mesh`.
 
     A collective that spans several axes counts on the slowest of them. Of a conditional the dearest branch counts.
 
     Raises ValueError on a replica_groups syntax, transfer or loop that it does not know: better than counting nothing.
     """
-    computations, entry = _computations(hlo)
-    return list(_walk(computations, Frame(computations[entry]), entry, 1, _places(mesh)))
+    program = Program.read(hlo) if isinstance(hlo, str) else hlo
+    return list(_walk(program, Frame(program.entry), 1, _places(mesh)))
 
 
-def count(hlo: str, mesh: Mesh) -> dict[str, dict[str, float]]:
+def count(hlo: str | Program, mesh: Mesh) -> dict[str, dict[str, float]]:
     """{mesh axis: {dtype: bytes that one device sends in one call}}."""
     totals: dict[str, dict[str, float]] = {}
     for c in collectives(hlo, mesh):
@@ -95,99 +85,62 @@ def count(hlo: str, mesh: Mesh) -> dict[str, dict[str, float]]:
     return totals
 
 
-def per_axis(hlo: str, mesh: Mesh) -> dict[str, int]:
+def per_axis(hlo: str | Program, mesh: Mesh) -> dict[str, int]:
     """{mesh axis: bytes that one device sends in one call}, every axis present."""
     totals = {axis: sum(by_dtype.values()) for axis, by_dtype in count(hlo, mesh).items()}
     return {axis: round(totals.get(axis, 0)) for axis in mesh.axis_names}
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    computations: dict[str, list[str]] = {}
-    entry, current = "", None
-    for line in hlo.splitlines():
-        if match := _COMPUTATION.match(line):
-            current = computations.setdefault(match["name"], [])
-            entry = match["name"] if match["entry"] else entry
-        elif line == "}" or line.startswith("}, "):  # not the "}}, …" that ends a kernel's own lines within
-            current = None
-        elif current is not None:
-            current.append(line)
-    if not entry:
-        raise ValueError("this is not the text of a compiled HLO module: it has no ENTRY computation")
-    return computations, entry
-
-
-def _walk(
-    computations: dict[str, list[str]], frame: Frame, name: str, times: int, places: _Places
-) -> Iterator[Collective]:
+def _walk(program: Program, frame: Frame, times: int, places: _Places) -> Iterator[Collective]:
     channels: set[str] = set()  # of asynchronous collectives that are already counted
-    for line in frame.lines:
-        match = _INSTRUCTION.match(line)
-        if match is None:
-            continue
-        op, rest = match["op"], match["rest"]
-        kind = op.removesuffix("-start")
+    for x in program.computations[frame.name]:
+        kind = x.op.removesuffix("-start")
         if kind in KINDS:
-            scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
-            found = _collective(kind, op.endswith("-start"), match["type"], rest, times, places, scattered)
-            yield from (replace(c, name=match["name"]) for c in found)
-        elif op in ("send", "recv"):
-            if transfer := _across_slices(op, match["type"], rest, times, places, frame.lines):
-                yield replace(transfer, name=match["name"])
-        elif op == "conditional":
-            branches = [list(_walk(computations, Frame(computations[b]), b, times, places)) for b in _branches(rest)]
+            scattered = kind == "all-reduce" and frame.name.startswith("all-reduce-scatter")
+            yield from _collective(x, kind, times, places, scattered)
+        elif x.op in ("send", "recv"):
+            if transfer := _across_slices(program, frame.name, x, times, places):
+                yield transfer
+        elif x.op == "conditional":
+            branches = [list(_walk(program, Frame(name), times, places)) for name in x.called]
             yield from max(branches, key=lambda found: sum(c.sent for c in found))
-        elif op == "while":
-            body, condition = (re.search(rf"{part}=%?([\w.\-]+)", rest) for part in ("body", "condition"))
-            assert body and condition, line
-            initial = re.match(r"%?([\w.\-]+)", rest)
-            inner = Frame(computations[body[1]], initial[1] if initial else "", frame)
-            found = list(_walk(computations, inner, body[1], 1, places))
-            count = trips(rest, computations.get(condition[1], []), inner.lines, frame) if found else 0
+        elif x.op == "while":
+            found = list(_walk(program, Frame(loops.body(x), x, frame), 1, places))
+            turns = loops.trips(program, x, frame) if found else 0
             for c in found:
-                yield replace(c, sent=c.sent * times * count, channel="")
+                yield replace(c, sent=c.sent * times * turns, channel="")
         else:
-            for called in _CALLED.findall(rest):
-                found = list(_walk(computations, Frame(computations[called]), called, times, places))
-                if op == "fusion" and _is_part_of_async(called, computations[called]):
+            for called in x.called:
+                found = list(_walk(program, Frame(called), times, places))
+                if x.op == "fusion" and _is_part_of_async(called, program):
                     found = [c for c in found if c.channel not in channels]
                     channels |= {c.channel for c in found}
                 yield from found
 
 
-def _is_part_of_async(name: str, lines: list[str]) -> bool:
+def _is_part_of_async(name: str, program: Program) -> bool:
     """On TPU an asynchronous collective stands in several fusions, under one channel: the one that starts it, those
     that compute while it runs, and the one that waits for it."""
-    return name.startswith("async_collective_fusion") or any('custom_call_target="AsyncCollective' in x for x in lines)
+    parts = program.computations[name]
+    return name.startswith("async_collective_fusion") or any(
+        'custom_call_target="AsyncCollective' in x.rest for x in parts
+    )
 
 
-def _branches(rest: str) -> list[str]:
-    if match := re.search(r"branch_computations=\{([^}]*)\}", rest):
-        return [name.strip().lstrip("%") for name in match[1].split(",")]
-    return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
-
-
-def _collective(
-    kind: str, start: bool, type_: str, rest: str, times: int, places: _Places, scattered: bool
-) -> Iterator[Collective]:
+def _collective(x: Instruction, kind: str, times: int, places: _Places, scattered: bool) -> Iterator[Collective]:
     """scattered: a reduce-scatter as TPUs write it, a fusion of an all-reduce and the choice of one's own part."""
-    arrays = _arrays(type_)
-    if start and (kind != "all-reduce" or type_.startswith("((")):
+    arrays = x.arrays
+    if x.op.endswith("-start") and (kind != "all-reduce" or x.type.startswith("((")):
         arrays = _results_of_start(arrays)
-    groups = _groups(kind, rest, places)
+    groups = _groups(kind, x.rest, places)
     if groups.shape[1] == 1:
         return
     n = groups.shape[1]
     share = _share(kind, n) / (2 if scattered else 1)
-    marks = [re.search(mark, rest) for mark in (r'op_name="([^"]*)"', r"channel_id=(\d+)", r"stack_frame_id=(\d+)")]
+    marks = [re.search(mark, x.rest) for mark in (r'op_name="([^"]*)"', r"channel_id=(\d+)", r"stack_frame_id=(\d+)")]
     axis, kind = places.axes(groups)[0], "reduce-scatter" if scattered else kind
-    for dtype, size in arrays:
-        yield Collective(kind, axis, dtype, share * size * times, *(mark[1] if mark else "" for mark in marks))
-
-
-def _arrays(type_: str) -> list[tuple[str, float]]:
-    """(dtype, bytes) of the arrays in a type. Elements only: TPUs lay them in tiles, whose padding is not counted."""
-    return [(dtype, _bytes(dtype, dims)) for dtype, dims in _ARRAY.findall(type_) if dtype in BITS]
+    for a in arrays:
+        yield Collective(kind, axis, a.dtype, share * a.bytes * times, *(m[1] if m else "" for m in marks), name=x.name)
 
 
 def _share(kind: str, n: int) -> float:
@@ -202,37 +155,40 @@ def _share(kind: str, n: int) -> float:
     }[kind]
 
 
-def _across_slices(op: str, type_: str, rest: str, times: int, places: _Places, lines: list[str]) -> Collective | None:
+def _across_slices(
+    program: Program, computation: str, x: Instruction, times: int, places: _Places
+) -> Collective | None:
     """A transfer between TPU slices, which the compiler writes as a send and a recv of one rendezvous. It is counted
     at its recv: in an all-to-all both hold n slots, but an all-gather sends one and receives n."""
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
-    meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', rest)
-    target = re.search(r'_xla_megascale_target=(?:"([^"]*)"|(\{\{.*?\}\}))', rest)
-    if not (kind and kind[1] in _TRANSFERS and meeting and target and "xla_megascale_runtime" in rest):
-        raise ValueError(f"a {op} that is no transfer between TPU slices known to parallel/cost/wire.py: {rest[:400]}")
-    partner = [x for x in lines if f'"{meeting[1]}"' in x and re.search(r" (send|recv)\(", x)]
-    if len(partner) != 2:
-        raise ValueError(f"{op} of {meeting[1]}: expected one send and one recv in a computation, not {len(partner)}")
-    if op == "send":
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.rest)
+    meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', x.rest)
+    target = re.search(r'_xla_megascale_target=(?:"([^"]*)"|(\{\{.*?\}\}))', x.rest)
+    if not (kind and kind[1] in _TRANSFERS and meeting and target and "xla_megascale_runtime" in x.rest):
+        raise ValueError(
+            f"a {x.op} that is no transfer between TPU slices known to parallel/cost/wire.py: {x.rest[:400]}"
+        )
+    both = [y for y in program.computations[computation] if y.op in ("send", "recv") and f'"{meeting[1]}"' in y.rest]
+    if len(both) != 2:
+        raise ValueError(f"{x.op} of {meeting[1]}: expected one send and one recv in a computation, not {len(both)}")
+    if x.op == "send":
         return None
     groups = _groups_of_slices(target[1] or target[2], places)
     n = 2 if kind[1] == "ONE_TO_ONE" else groups.shape[1]
-    ((dtype, size),) = [(d, b) for d, b in _arrays(type_.partition("}")[0])]
-    sender = next(x for x in partner if " send(" in x)
-    share = _share(_TRANSFERS[kind[1]], n)
-    return Collective(_TRANSFERS[kind[1]], places.axes(groups)[0], dtype, share * size * times, _origin(sender, lines))
+    first = x.arrays[0]  # the tuple has a context and a token behind it
+    sender = next(y for y in both if y.op == "send")
+    sent = _share(_TRANSFERS[kind[1]], n) * first.bytes * times
+    scope = _origin(program, computation, sender)
+    return Collective(_TRANSFERS[kind[1]], places.axes(groups)[0], first.dtype, sent, scope, name=x.name)
 
 
-def _origin(line: str, lines: list[str], depth: int = 8) -> str:
+def _origin(program: Program, computation: str, x: Instruction | None, depth: int = 8) -> str:
     """The op_name of an instruction, or of the first operand that has one: transfers between slices have none."""
     for _ in range(depth):
-        if name := re.search(r'op_name="([^"]*)"', line):
-            return name[1]
-        operand = re.search(r" [a-z0-9\-]+\(%([\w.\-]+)", line)
-        found = [x for x in lines if operand and re.match(rf"\s*%{re.escape(operand[1])} = ", x)]
-        if not found:
+        if x is None:
             break
-        line = found[0]
+        if name := re.search(r'op_name="([^"]*)"', x.rest):
+            return name[1]
+        x = program.operand(computation, x, 0)
     return ""
 
 
@@ -255,14 +211,10 @@ def _ranges(text: str) -> list[int]:
     return [i for part in parts for i in range(part[0], part[-1] + 1)]
 
 
-def _results_of_start(arrays: list[tuple[str, float]]) -> list[tuple[str, float]]:
+def _results_of_start(arrays: list[Array]) -> list[Array]:
     """A -start's type is (operands, results, contexts…); an all-reduce-start's, but on GPUs, its results alone."""
-    payload = [a for a in arrays if not (a[0] in ("u32", "s32") and a[1] == 4)]
+    payload = [a for a in arrays if not (a.dtype in ("u32", "s32") and a.bytes == 4)]
     return payload[len(payload) // 2 :]
-
-
-def _bytes(dtype: str, dims: str) -> float:
-    return math.prod(int(d) for d in dims.split(",") if d) * BITS[dtype] / 8
 
 
 def _groups(kind: str, rest: str, places: _Places) -> np.ndarray:
