@@ -1185,6 +1185,13 @@ CASES = [
         "tests/test_plan.py::test_the_rate_of_an_axis_follows_from_where_its_chips_lie",
     ),
     TakenOut(
+        "loss: the chunk of logits is the config's where it has one",
+        "recipes/language.py",
+        "c.compute.loss_chunk_mib or chunk_of(device_kind)",
+        "chunk_of(device_kind)",
+        "tests/test_configs.py::test_the_chunk_of_logits_suits_the_chip_unless_it_is_set",
+    ),
+    TakenOut(
         "targets: only products hide what is sent",
         "parallel/cost/schedule.py",
         "            if own:\n                names",

@@ -109,3 +109,12 @@ def test_one_step_of_the_tiny_config_gives_the_golden_numbers():
         f"initial weights, the loss, the optimizer or the tiny config, this is a bug. If you did, put this into "
         f"tests/test_model.py and say why in the commit:\nGOLDEN = {rounded}"
     )
+
+
+@pytest.mark.parametrize(("kind", "mib"), [("cpu", 32), ("NVIDIA H100 80GB HBM3", 128), ("TPU v5", 512)])
+def test_the_chunk_of_logits_suits_the_chip_unless_it_is_set(kind, mib):
+    config = importlib.import_module("configs.llama3_8b").get_config()
+    config.data.vocab_size = 1024  # the chunk does not follow from it
+    assert language.build_model(config, kind)[0].compute.loss_chunk_mib == mib
+    config.compute.loss_chunk_mib = 7
+    assert language.build_model(config, kind)[0].compute.loss_chunk_mib == 7

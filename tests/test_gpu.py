@@ -88,7 +88,7 @@ def test_every_message_of_each_hop_stands_around_matrix_products(cards, strategy
 def test_large_models_send_and_hold_no_more_than_their_bars(row):
     if not compilers.has_cudnn():
         pytest.skip("attention that holds its scores needs more: pip install --no-deps nvidia-cudnn-cu13")
-    (step,) = aot.compiled(row)["programs"].values()
-    assert not step["not_counted"] and step["float32"] <= aot.SMALL
-    assert row.sent is None or round(step["sent"], 1) <= row.sent
-    assert row.peak is None or round(step["peak"], 2) <= row.peak
+    for step in aot.compiled(row)["programs"].values():
+        assert not step["not_counted"] and step["float32"] <= aot.SMALL
+        assert row.sent is None or round(step["sent"], 1) <= row.sent
+        assert row.peak is None or round(step["peak"], 2) <= row.peak
