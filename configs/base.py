@@ -95,6 +95,7 @@ def get_config() -> Any:
     c.sync.strategy = "sync"  # sync, stale, diloco, eager, streaming
     c.sync.codec = "none"  # none (float32), bf16, fp8, fp4, int8, int4, int2, sign, topk, randk, powersgd, demo
     c.sync.algorithm = "auto"  # gather, two_stage, psum; auto: gather for 2 replicas, else two_stage
+    c.sync.exchange = "after"  # after: when all gradients are there; backward: layer by layer, hidden by the rest
     c.sync.error_feedback = "auto"  # on, off; auto: as the codec wants
     c.sync.warm_steps = 0  # steps before the strategy and the codec begin: synchronous, float32 (post-local SGD)
     c.sync.allow_stray_bytes = False  # go on where XLA sends more over the slow axis than the exchange asked for

@@ -107,11 +107,9 @@ class Transformer:
         c = self.config
         positions_BT = _positions(tokens_BT, segments_BT)
         x_BTD = self._embedded(params, tokens_BT, positions_BT, constrain)
-        params = _cast(params, self.compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
-        ends = nnx.merge(self._ends, {k: v for k, v in params.items() if k != "blocks"})
-        rope = None
-        if c.position == "rope":
-            rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling)
+        ends = {name: w for name, w in params.items() if name != "blocks"}
+        ends = nnx.merge(self._ends, _cast(ends, self.compute.dtype))
+        rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
         ctx = Context(constrain, self.compute.attention, rope, segments_BT)
         x_BTD = self._run_blocks(params["blocks"], x_BTD, ctx)
         x_BTD = constrain(ends.final_norm(x_BTD), GATHERED)
@@ -127,19 +125,20 @@ class Transformer:
         return constrain.manual(look_up, in_axes, RESIDUAL)(tokens_BT, positions_BT, *tables)
 
     def _run_blocks(self, blocks: Params, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        cast = partial(_cast, dtype=self.compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
         axes = jax.tree.map(lambda axes: axes[1:], self.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple))
         # Weights are gathered before they are used: XLA:TPU would make products of their parts, even of small ones.
         whole = lambda w, axes: ctx.constrain.both_ways(w, [None if axis == "embed" else axis for axis in axes], axes)
 
         def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-            weights = jax.tree.map(whole, weights, axes)
+            weights = jax.tree.map(whole, cast(weights), axes)
             return nnx.merge(self._block, weights)(x_BTD, ctx), None
 
         policy = REMAT[self.compute.remat]
         if policy is not None:
             layer = jax.checkpoint(layer, policy=policy(), prevent_cse=self.compute.unroll)
         if not self.compute.unroll:
-            return jax.lax.scan(layer, x_BTD, blocks)[0]
+            return ctx.constrain.scan(layer, x_BTD, blocks, cast)
         for index in range(self.config.num_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w: w[index], blocks))  # noqa: B023
         return x_BTD
@@ -151,15 +150,9 @@ class Transformer:
         document inside the window: positions attend within their document only.
         """
         x_BTD, head_DV = self.features(params, batch["tokens"], constrain, batch.get("segments"))
-        total = cross_entropy(
-            x_BTD,
-            head_DV,
-            batch["targets"],
-            batch["mask"],
-            constrain,
-            z_loss=self.z_loss,
-            chunk_bytes=self.compute.loss_chunk_mib << 20,
-        )
+        arrays = (x_BTD, head_DV, batch["targets"], batch["mask"])
+        chunk_bytes = self.compute.loss_chunk_mib << 20
+        total = cross_entropy(*arrays, constrain, z_loss=self.z_loss, chunk_bytes=chunk_bytes)
         return total, jnp.sum(batch["mask"])
 
 

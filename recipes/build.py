@@ -21,6 +21,7 @@ from parallel.exchange.exchange import Feedback
 from parallel.layout import placement, roles, rules
 from parallel.layout.axes import SLOW
 from parallel.layout.mesh import check_divisible, cut
+from parallel.strategies.backward import Backward
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
@@ -81,6 +82,11 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
     """
     task = own.task or language.build(c, mesh)
     xla_options = xla.options(c.compute.xla_options, mesh, is_small=own.task is not None)
+    if own.task and c.sync.exchange == "backward":
+        raise UsageError(
+            "sync.exchange=backward is a part of our models' loop over layers, and a task of your own has none that it "
+            "knows: set sync.exchange=after"
+        )
     replicas, batch_size = c.sync.replicas or mesh.shape[SLOW], c.data.batch_size
     check_batch(batch_size, replicas, cut("batch", mesh.shape), c.optimizer.accumulate)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -115,18 +121,20 @@ def build_strategy(
 ) -> Strategy:
     """The strategy that was chosen, with its exchange. Raises ValueError, with the config's keys."""
     s = c.sync
-    if replicas == 1 and (s.strategy, s.codec, s.algorithm) != ("sync", "none", "auto"):
+    how = {key: s[key] for key in ("strategy", "codec", "algorithm", "exchange")}
+    if replicas == 1 and tuple(how.values()) != ("sync", "none", "auto", "after"):
         raise ValueError(
-            f"sync.strategy={s.strategy}, sync.codec={s.codec}, sync.algorithm={s.algorithm} with one replica: nothing "
-            "is exchanged. Set mesh.replica or sync.replicas to 2 or more, or leave these three as they are by default"
+            f"{', '.join(f'sync.{key}={value}' for key, value in how.items())} with one replica: nothing is exchanged. "
+            "Set mesh.replica or sync.replicas to 2 or more, or leave these four as they are by default"
         )
     codec, kind, fields = chosen
+    algorithm = "gather" if kind is Backward else s.algorithm
     wanted = codec.wants_error_feedback if s.error_feedback == "auto" else s.error_feedback == "on"
     feedback = Feedback(s.decay, s.residual_dtype) if wanted and replicas > 1 else None
     leaves = units.leaves(shapes, task.axes)
 
     def exchange(leaves: Any) -> Any:
-        return exchanges.build(codec, s.algorithm, mesh, replicas, leaves, feedback, c.seed)
+        return exchanges.build(codec, algorithm, mesh, replicas, leaves, feedback, c.seed)
 
     shared = {
         "loss_fn": task.loss,

@@ -189,6 +189,7 @@ def across_rows(config: Any, parts: Parts) -> list[tuple[str, str]]:
         ("across replicas", ""),
         ("replicas", f"{parts.replicas}"),
         ("strategy", methods.say(s.strategy, s, parts.own)),
+        *([("", "each layer is exchanged in the backward pass of the one below it")] if s.exchange != "after" else []),
         *(("", f"the first {phase.first} steps synchronous, in float32") for phase in parts.phases[1:]),
         ("codec", f"{methods.say(s.codec, s, parts.own)}{feedback}; {_forms(exchange)}"),
         ("one exchange", f"{human_bytes(size)} sent by each device, predicted"),

@@ -13,6 +13,8 @@ from parallel.exchange import net
 from parallel.exchange.codecs import CODECS
 from parallel.exchange.codecs.base import BlockCodec, RoundCodec, is_round
 from parallel.exchange.codecs.plain import Identity
+from parallel.strategies import backward
+from parallel.strategies.backward import Backward
 from parallel.strategies.base import Strategy
 from parallel.strategies.eager import Eager
 from parallel.strategies.local import DiLoCo, Outer
@@ -128,7 +130,8 @@ def known(own: Own = NONE) -> configuration.Methods:
 
 
 def _keys(kind: type) -> list[str]:
-    fields = {field.name for field in dataclasses.fields(kind)}
+    shared = {field.name for field in dataclasses.fields(Strategy)}
+    fields = {field.name for field in dataclasses.fields(kind)} - shared
     group = [key.removeprefix("sync.") for key in configuration.base_values() if key.startswith("sync.")]
     return [key for key in group if key.partition(".")[0] in fields]
 
@@ -143,6 +146,8 @@ def validate(config: Any, own: Own = NONE) -> None:
     configuration.validate(config, known(own))
     with bad_input():
         net.check(config.sync.algorithm, codec(config.sync, own))
+        if config.sync.exchange == "backward":
+            backward.check(config.sync.algorithm, codec(config.sync, own))
 
 
 def codec(s: Any, own: Own = NONE) -> Any:
@@ -191,7 +196,7 @@ def chosen(s: Any, own: Own = NONE) -> Chosen:
 
 def strategy(s: Any, own: Own = NONE) -> tuple[type[Strategy], dict[str, Any]]:
     """The class that config group `sync` names, and its own fields."""
-    kind = own.strategies()[s.strategy]
+    kind = Backward if s.exchange == "backward" else own.strategies()[s.strategy]
     fields = {key.partition(".")[0] for key in _keys(kind)}
     return kind, {key: Outer(**s.outer.to_dict()) if key == "outer" else s[key] for key in fields}
 

@@ -176,6 +176,10 @@ def check_typed(case: Case) -> None:
         raise UsageError(
             f"compute.remat={remat} cannot be planned with: {' and '.join(REMAT)} can, and are what is tried"
         )
+    if case.config.sync.exchange != "after":
+        raise UsageError(
+            f"sync.exchange={case.config.sync.exchange} cannot be planned with: leave it out, and set it in the run"
+        )
 
 
 def picked(fitting: Sequence[Candidate]) -> Candidate:

@@ -71,7 +71,8 @@ CODEC = {
     }.items()
     for name in names.split()
 }  # fmt: skip
-STRATEGY = {name: f"parallel/strategies/{name}.py" for name in "stale local streaming eager warmed overlap".split()}
+STRATEGIES = "stale local streaming eager warmed overlap backward".split()
+STRATEGY = {name: f"parallel/strategies/{name}.py" for name in STRATEGIES}
 FEATURES = CODEC | STRATEGY | {"muon": "optim/muon.py", "messages": "optim/messages.py"}
 # {recipe: (mesh, its config, its codec, further features)}
 INT4 = {"sync__codec": "int4"}
@@ -86,6 +87,7 @@ RECIPES = {
     "topk": ((2, 2, 2), {"sync__codec": "topk"}, "topk", "int"),
     "powersgd": ((2, 2, 2), {"sync__codec": "powersgd"}, "exact", "rounds powersgd"),
     "stale": ((4, 2, 1), INT4 | {"sync__strategy": "stale"}, "int", "stale overlap"),
+    "backward": ((4, 2, 1), INT4 | {"sync__exchange": "backward"}, "int", "backward"),
     "diloco": ((4, 2, 1), INT4 | {"sync__strategy": "diloco"}, "int", "local"),
     "streaming": (
         (4, 2, 1),

@@ -248,6 +248,7 @@ def test_what_fits_leaves_a_margin_and_one_slice_is_one_replica():
         (["--hardware=h100:8", "--config.mesh.tensor=3"], "no mesh of 8 chips with mesh.tensor=3"),
         (["--hardware=h100:8", "--config.data.batch_size=3", "--config.mesh.fsdp=8"], "data.batch_size=8 is"),
         (["--hardware=h100:8", "--config.compute.remat=none"], "compute.remat=none cannot be planned with"),
+        (["--hardware=h100:8", "--config.sync.exchange=backward"], "sync.exchange=backward cannot be planned with"),
         (["--hardware=h100:8", "--config.mesh.tensr=3"], "mesh.tensr"),
         (["--hardware=h100:8", "--steps=3"], "--steps=3: not an option of plan.py"),
         (["--hardware=h100:8", "--write=plan.txt"], "name it plan.py"),

@@ -77,7 +77,8 @@ def test_the_keys_of_a_method_are_the_fields_of_its_class():
 
 
 def test_every_key_of_the_group_is_read_by_a_method_or_by_all():
-    by_all = "replicas strategy codec algorithm error_feedback allow_stray_bytes warm_steps decay residual_dtype"
+    by_all = "replicas strategy codec algorithm exchange error_feedback warm_steps allow_stray_bytes decay "
+    by_all += "residual_dtype"
     read = set(by_all.split()).union(*methods.known().strategies.values(), *methods.known().codecs.values())
     assert {f"sync.{key}" for key in read} == {key for key in configuration.base_values() if key.startswith("sync.")}
 

@@ -107,6 +107,10 @@ class Constrain:
             body, mesh=self.mesh, in_specs=tuple(map(spec, in_axes)), out_specs=out_specs, check_vma=False
         )
 
+    def scan(self, layer: Callable, x: Any, weights_L: Any, cast: Callable) -> Any:
+        """x through all layers: layer(x, weights) -> (x, None). Their weights are cast together, before the first."""
+        return lax.scan(layer, x, cast(weights_L))[0]
+
     def size(self, axis: str) -> int:
         """Into how many shards a logical axis is cut."""
         return 1 if self.mesh is None else shards(entry(axis), self.mesh.shape)

@@ -100,9 +100,9 @@ class Strategy:
         """What each program exchanges, in full."""
         return dict.fromkeys(self.programs(), (self.exchange,))
 
-    def loss(self, params: Any, batch_BT: Batch) -> tuple[jax.Array, tuple]:
+    def loss(self, params: Any, batch_BT: Batch, constrain: Constrain | None = None) -> tuple[jax.Array, tuple]:
         """(summed loss, what else `loss_fn` gives)."""
-        loss, *beside = self.loss_fn(params, batch_BT, Constrain(self.mesh))
+        loss, *beside = self.loss_fn(params, batch_BT, constrain or Constrain(self.mesh))
         return loss, tuple(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), beside))
 
     def loss_and_gradient(self, params: Any, batch_BT: Batch) -> tuple[tuple, Any]:

@@ -114,6 +114,8 @@ def _sync_relations(flat: dict[str, Any], offer: bool) -> Iterator[str]:
             "would grow: set sync.error_feedback=off, or leave sync.stochastic out"
         )
     yield from _warm_relations(flat)
+    if flat["sync.exchange"] == "backward":
+        yield from _backward_relations(flat)
     if strategy == "eager":
         yield from _whole_rounds(flat, flat["sync.interval"], "sync.interval", offer)
     if strategy != "streaming":
@@ -146,6 +148,16 @@ def _warm_relations(flat: dict[str, Any]) -> Iterator[str]:
     elif flat["sync.strategy"] in ("diloco", "eager", "streaming") and warm % H:
         near = " or ".join(str(n) for n in (warm // H * H, (warm // H + 1) * H) if 0 < n < flat["steps"])
         yield f"{said} is not a multiple of sync.interval={H}: rounds begin at its multiples. Nearest: {near or 'none'}"
+
+
+def _backward_relations(flat: dict[str, Any]) -> Iterator[str]:
+    said, strategy, optimizer = "sync.exchange=backward", flat["sync.strategy"], flat["optimizer.name"]
+    if strategy != "sync":
+        yield f"{said} sends what a backward pass finds at once, and sync.strategy={strategy} does not: set sync"
+    if optimizer in ("signum", "onebit_adam"):
+        yield f"{said} sends a layer's gradient, and optimizer.name={optimizer} a momentum: set sync.exchange=after"
+    if flat["compute.unroll"]:
+        yield f"{said} is a part of the loop over layers, and compute.unroll=True leaves none: set compute.unroll=False"
 
 
 def _whole_rounds(flat: dict[str, Any], K: int, name: str, offer: bool) -> Iterator[str]:

@@ -30,6 +30,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "sgd", "muon", "lion", "sign", "signum", "onebit_adam"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "sync.algorithm": ("auto", "gather", "two_stage", "psum"),
+    "sync.exchange": ("after", "backward"),
     "sync.error_feedback": ("auto", "on", "off"),
     "sync.residual_dtype": ("float32", "bfloat16"),
     "sync.outer.optimizer": ("nesterov", "sgd", "adam"),
