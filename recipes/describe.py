@@ -12,7 +12,7 @@ from parallel.cost.link import Link
 from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
-from recipes import memory, methods, over_link, phases, xla
+from recipes import memory, methods, over_link, phases, predicted, xla
 from recipes.build import Parts, num_parameters
 from recipes.programs import compile_beside, compile_init, compile_steps
 from runtime.config import UsageError
@@ -103,7 +103,8 @@ def read(
         if axis != SLOW and parts.mesh.shape[axis] > 1
     ]
     rows += [("inside a replica", ""), *sent] if sent else []
-    rows += memory_rows(parts, programs) + weight_rows(parts)
+    need = memory.of_programs(parts, programs)
+    rows += memory_rows(need) + predicted.rows(config, parts, per_step, need.temporary) + weight_rows(parts)
     if seconds:
         rows += [("start-up", ""), *((name, f"{number:.1f} s") for name, number in seconds.items())]
     return rows, found, per_step
@@ -196,9 +197,8 @@ def across_rows(config: Any, parts: Parts) -> list[tuple[str, str]]:
     ]
 
 
-def memory_rows(parts: Parts, programs: dict[str, Any]) -> list[tuple[str, str]]:
+def memory_rows(need: memory.Need) -> list[tuple[str, str]]:
     """Of the compiled programs, not estimates."""
-    need = memory.of_programs(parts, programs)
     return [
         ("memory per device", ""),
         ("state", f"{human_bytes(need.state)}; as much again while a checkpoint is being copied"),

@@ -20,15 +20,14 @@ from parallel.cost.targets import Target
 from parallel.exchange.codecs import CODECS
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW, USED
-from recipes import build, memory, over_link
+from recipes import build, memory, over_link, predicted
+from recipes.predicted import REMAT
 from runtime.config import UsageError, changed
 from runtime.console import human_bytes
 
 MARGIN = 1.2  # by which temporaries may be more than predicted, for what is called fitting
 CLOSE = 1.02  # of the shortest time: who is as near, and changes less of what is trained, is picked
-REMAT = ("matmuls", "full")
 TRIED_CODECS = ("none", "bf16", "int8", "int4")  # what is tried of them, mildest first
-WHOLE = 32  # libtpu adds up gradients whole over more chips than this
 MESHES = 6  # for which exchanges are tried: the fastest without any
 LARGEST = 12  # doublings of a machine that is too small
 
@@ -62,9 +61,7 @@ class Case:
 
     @cached_property
     def network(self) -> Network:
-        task: Any = self.base.task
-        size = task.model.compute.dtype.itemsize
-        return Network.of(self.base.param_shapes, task.axes, task.model.config, task.units, size)
+        return predicted.network(self.base)
 
     def mesh(self, sizes: Mapping[str, int]) -> Mesh:
         """Of places in place of devices."""
@@ -301,7 +298,8 @@ def _counted(
     case: Case, layout: Layout, strategy: str, codec: str, exchange: Exchange, state: float, messages: float
 ) -> Candidate:
     net, target, sizes = case.network, case.target, layout.sizes
-    rows = model.sent(net, layout, whole_gradients=target.chip.is_tpu and meshes.cut("embed", sizes)[1] > WHOLE)
+    platform, shards = "tpu" if target.chip.is_tpu else "gpu", meshes.cut("embed", sizes)[1]
+    rows = model.sent(net, layout, predicted.adds_whole(platform, shards))
     step = pace.step(net, layout, target, rows, exchange, case.link, model.updated(net, layout))
     changes: dict[str, Any] = {f"mesh.{axis}": sizes[axis] for axis in USED}
     changes |= {"optimizer.accumulate": layout.accumulate, "compute.remat": layout.remat}

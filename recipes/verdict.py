@@ -9,7 +9,7 @@ from parallel.cost import targets
 from parallel.cost.hardware import GiB
 from parallel.cost.targets import Target
 from parallel.layout.axes import SLOW
-from recipes import aot, describe, memory
+from recipes import aot, describe, memory, predicted
 from recipes.aot import Reading, Sent
 from recipes.build import Parts
 from runtime import config as configuration
@@ -41,9 +41,19 @@ def rows(config: Any, parts: Parts, target: Target, readings: Mapping[str, Readi
     found = describe.model_rows(parts) + describe.across_rows(config, parts)
     for name in steps:
         found += [(f"{name}, {_often(readings[name].runs_per_step)}", ""), *_program(readings[name], target)]
+    found += _predicted(config, parts, [readings[name] for name in steps])
     found += [("beside the step", "")]
     found += [(name, _memory(x)) for name, x in readings.items() if name not in steps]
     return found + describe.weight_rows(parts)
+
+
+def _predicted(config: Any, parts: Parts, steps: Sequence[Reading]) -> list[tuple[str, str]]:
+    """Of a step, on average over the programs that make them."""
+    wire: dict[str, float] = {}
+    for sent, runs in ((sent, x.runs_per_step) for x in steps for sent in x.wire):
+        wire[sent.axis] = wire.get(sent.axis, 0.0) + runs * sent.bytes
+    temporary, flops = max(x.temporary_bytes for x in steps), sum(x.runs_per_step * x.flops for x in steps)
+    return predicted.rows(config, parts, wire, temporary, flops)
 
 
 def _often(runs: float) -> str:

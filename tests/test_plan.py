@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from parallel.cost import flops, hardware, model, pace, targets
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.hardware import GiB
 from parallel.cost.link import Link
-from recipes import memory, methods, plan, planned
+from recipes import build, describe, memory, methods, plan, planned, predicted
 from runtime.config import UsageError, flatten
 
 CHIPS = hardware.catalogue()
@@ -97,6 +98,47 @@ def test_on_a_tpu_gradients_are_added_up_whole_over_more_than_32_chips(typed, gi
     config, machine, keys = typed
     found = only(config, machine, "full", **keys)
     assert (found.sent["fsdp"] + found.sent["tensor"]) / GiB == pytest.approx(gib, rel=off)
+
+
+# ── beside the programs of a run ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_start_tests_the_model_by_what_its_programs_send():
+    """XLA's program for CPUs adds gradients up whole; its attention holds scores, so temporaries are not compared."""
+    config = helpers.tiny(compute__remat="full")
+    parts = helpers.build(config, (1, 8, 1))
+    programs = {"step": helpers.compile_quickly(parts)}
+    rows, _, per_step = describe.read(config, parts, programs, {}, {})
+    (said,) = [value for name, value in rows if name == "planner, a step"]
+    found = predicted.of(config, parts)
+    assert found and list(found.wire) == ["fsdp"]
+    assert found.wire["fsdp"] == pytest.approx(per_step["fsdp"], rel=0.05)
+    off = round(100 * (found.wire["fsdp"] / per_step["fsdp"] - 1))
+    assert re.fullmatch(r"fsdp [0-9.]+ .iB", said.removesuffix(f" ({off:+d}%)"))
+
+
+def test_where_attention_is_fused_temporaries_and_products_are_compared_too():
+    config = llama3_8b.get_config()
+    config.update_from_flattened_dict({"compute.remat": "full", "compute.attention": "cudnn", "sync.codec": "int4"})
+    config.update_from_flattened_dict({"mesh.replica": 4, "data.batch_size": 32, "compute.loss_chunk_mib": 512})
+    same = only("8b", "h100:4x8", "full", **INT4, mesh__replica=4, data__batch_size=32)
+    parts = build.build(config, case("8b", "h100:4x8").mesh({"replica": 4, "fsdp": 8, "tensor": 1}))
+    found = predicted.of(config, parts)
+    assert found == predicted.Predicted({"fsdp": same.sent["fsdp"]}, same.temporary_bytes, same.step.flops)
+    compiled = {"fsdp": 0.5 * same.sent["fsdp"]}, same.temporary_bytes, same.step.flops / 1.1
+    (row,) = predicted.rows(config, parts, *compiled)
+    assert re.fullmatch(r"fsdp 35.95 GiB \(\+100%\), temporary .* GiB \(\+0%\), FLOPs 531.6 T \(\+10%\)", row[1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"compute.remat": "none"}, {"compute.unroll": True}, {"optimizer.name": "muon"}, {"sync.replicas": 2}],
+)
+def test_what_the_model_does_not_cover_is_not_compared(changes):
+    config = helpers.tiny(**{key.replace(".", "__"): value for key, value in changes.items()})
+    parts = helpers.build(config, (1, 8, 1))
+    assert predicted.of(config, parts) is None
+    assert not predicted.rows(config, parts, {"fsdp": 1e6}, 1e6)
 
 
 # ── identities ────────────────────────────────────────────────────────────────────────────────────────────────────────

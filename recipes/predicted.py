@@ -1,0 +1,82 @@
+"""What the planner's model (parallel/cost/model.py) says of a run, beside what its compiled programs say: so every
+start tests the model. Closed form: it takes a few milliseconds."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from parallel.cost import model
+from parallel.cost.bytes import in_flight_bytes
+from parallel.cost.model import Layout, Network
+from parallel.layout.axes import SLOW
+from parallel.layout.mesh import cut
+from recipes.build import Parts
+from recipes.language import Language
+from runtime.console import human_bytes, human_count
+
+REMAT = ("matmuls", "full")  # what is counted of compute.remat
+WHOLE = 32  # libtpu adds up gradients whole over more chips than this
+
+
+def network(parts: Parts) -> Network:
+    """Of a language model's run."""
+    task: Any = parts.task
+    return Network.of(parts.param_shapes, task.axes, task.model.config, task.units, task.model.compute.dtype.itemsize)
+
+
+def adds_whole(platform: str, shards: int) -> bool:
+    """Whether a compiler for this platform adds gradients up whole over so many shards, where others scatter them."""
+    return platform == "cpu" or (platform == "tpu" and shards > WHOLE)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Of one device and step. wire: bytes by axis. temporary, flops: NaN where attention holds its scores, which are
+    not counted."""
+
+    wire: dict[str, float]
+    temporary: float
+    flops: float
+
+
+def of(config: Any, parts: Parts) -> Predicted | None:
+    """None: the model does not cover this run."""
+    task, sizes = parts.task, dict(parts.mesh.shape)
+    if not isinstance(task, Language) or task.model.compute.remat not in REMAT or task.model.compute.unroll:
+        return None
+    if parts.replicas != sizes[SLOW] or config.optimizer.name == "muon":  # several on a device; products of its own
+        return None
+    net, compute, platform = network(parts), task.model.compute, parts.mesh.devices.flat[0].platform
+    accumulate, shards = config.optimizer.accumulate, cut("batch", sizes)[1]
+    rows = config.data.batch_size // (sizes[SLOW] * shards * accumulate)
+    layout = Layout(sizes, rows, accumulate, compute.remat, compute.loss_chunk_mib << 20)
+    wire: dict[str, float] = {}
+    for sent in model.sent(net, layout, adds_whole(platform, cut("embed", sizes)[1])):
+        if platform != "cpu" or sent.axis != "tensor":  # whose sums XLA's program for CPUs sends otherwise
+            wire[sent.axis] = wire.get(sent.axis, 0.0) + sent.bytes
+    if compute.attention == "reference":
+        return Predicted(wire, math.nan, math.nan)
+    exchanges = parts.strategy.exchanges().values() if parts.replicas > 1 else ()
+    messages = max((sum(map(in_flight_bytes, found)) for found in exchanges), default=0.0)
+    held = model.held(net, layout, messages, parts.strategy.hidden_steps > 0)
+    temporary = max(sum(arrays.values()) for arrays in held.values())
+    return Predicted(wire, temporary, sum(model.flops(net, layout).values()))
+
+
+def rows(
+    config: Any, parts: Parts, wire: Mapping[str, float], temporary: float, flops: float = math.nan
+) -> list[tuple[str, str]]:
+    """A row of a table: what is predicted, and by how much it is more or less than what the compiled programs say, of
+    a device and step; no row where nothing is. wire: bytes by axis."""
+    found = of(config, parts)
+    if found is None:
+        return []
+    sides = [(axis, human_bytes, size, wire.get(axis, math.nan)) for axis, size in found.wire.items()]
+    sides += [("temporary", human_bytes, found.temporary, temporary), ("FLOPs", human_count, found.flops, flops)]
+    said = [
+        f"{name} {say(ours)} ({round(100 * (ours / theirs - 1)):+d}%)"
+        for name, say, ours, theirs in sides
+        if math.isfinite(ours) and math.isfinite(theirs) and theirs > 0
+    ]
+    return [("planner, a step", ", ".join(said))] if said else []
