@@ -47,6 +47,8 @@ def of(config: Any, parts: Parts) -> Predicted | None:
         return None
     if parts.replicas != sizes[SLOW] or config.optimizer.name == "muon":  # several on a device; products of its own
         return None
+    if config.sync.exchange != "after":  # one message in flight after another
+        return None
     net, compute, platform = network(parts), task.model.compute, parts.mesh.devices.flat[0].platform
     accumulate, shards = config.optimizer.accumulate, cut("batch", sizes)[1]
     rows = config.data.batch_size // (sizes[SLOW] * shards * accumulate)
