@@ -19,6 +19,7 @@ import numpy as np
 import recipes.build
 from data import corpus as corpora
 from data.loader import Loader
+from parallel.cost import wire
 from parallel.layout import mesh as meshes
 from parallel.layout import placement
 from recipes import methods
@@ -53,6 +54,19 @@ def build(config, mesh: tuple[int, int, int]) -> Parts:
 def replaced(parts: Parts, **fields: Any) -> Parts:
     """With other fields of their last phase, and without those before."""
     return dataclasses.replace(parts, phases=(dataclasses.replace(parts.phases[-1], first=0, **fields),))
+
+
+def messages(text: str, mesh: Any) -> list[wire.Collective]:
+    """Of a compiled program, over `replica`, without the named scalars, which a TPU widens to its 128 lanes."""
+    return [c for c in wire.collectives(text, mesh) if c.axis == "replica" and "/scalars_" not in c.scope]
+
+
+def exchanged(text: str, mesh: Any) -> dict[str, float]:
+    """Their bytes by dtype."""
+    found: dict[str, float] = {}
+    for c in messages(text, mesh):
+        found[c.dtype] = found.get(c.dtype, 0) + c.sent
+    return found
 
 
 @cache

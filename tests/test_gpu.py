@@ -10,7 +10,7 @@ from jax import lax
 
 import recipes.build
 from bench import aot
-from parallel.cost import compilers, hardware, schedule, targets, wire
+from parallel.cost import compilers, hardware, schedule, targets
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.hlo import Program
 from parallel.layout import mesh as meshes
@@ -52,13 +52,9 @@ def compiled(parts, name: str) -> str:
     return programs.steps(parts)[name]().compile(compiler_options=parts.xla_options).as_text()
 
 
-def exchanged(text: str, mesh) -> list[wire.Collective]:
-    return [c for c in wire.collectives(text, mesh) if c.axis == "replica" and "/scalars_" not in c.scope]
-
-
 def exposed(text: str, mesh) -> tuple[list[str], int]:
     """(messages over `replica` with no matrix product between their start and their end; all of them)."""
-    found, hidden = exchanged(text, mesh), schedule.hidden(Program.read(text))
+    found, hidden = helpers.messages(text, mesh), schedule.hidden(Program.read(text))
     return [c.name for c in found if c.name not in hidden], len(found)
 
 
@@ -69,10 +65,7 @@ def test_every_message_of_each_hop_stands_around_matrix_products(cards, strategy
     text = compiled(parts, name)
     found, messages = exposed(text, parts.mesh)
     assert messages >= 2 and not found
-    sent: dict[str, float] = {}
-    for c in exchanged(text, parts.mesh):
-        sent[c.dtype] = sent.get(c.dtype, 0) + c.sent
-    assert sent == exchange_bytes(parts.strategy.exchange)
+    assert helpers.exchanged(text, parts.mesh) == exchange_bytes(parts.strategy.exchange)
     # Without the option no loop over sharded layers may stand between; without the barriers nothing has to.
     default = recipes.build.dataclasses.replace(parts, xla_options={})
     assert len(exposed(compiled(default, name), parts.mesh)[0]) >= messages // 2, "is the option needed?"

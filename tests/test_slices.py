@@ -5,20 +5,12 @@ import re
 
 import helpers
 import jax
-import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import recipes.build
-from parallel.cost import wire
 from parallel.cost.bytes import exchange_bytes
-from parallel.exchange import exchange as exchanges
-from parallel.exchange import residuals, units
-from parallel.exchange.codecs import CODECS, rounds
-from parallel.exchange.codecs.base import is_round
-from parallel.exchange.exchange import Feedback
+from parallel.exchange.codecs import rounds
 from parallel.layout import mesh as meshes
 from parallel.strategies import local, overlap, stale
 from recipes import programs
@@ -61,36 +53,6 @@ def compiled(parts, name: str) -> str:
     return step.lower(parts.state, parts.batch).compile().as_text()
 
 
-def sent(text: str, mesh) -> dict[str, float]:
-    """Bytes over `replica` by dtype, without the named scalars, which a TPU widens to its 128 lanes."""
-    found: dict[str, float] = {}
-    for c in wire.collectives(text, mesh):
-        if c.axis == "replica" and "/scalars_" not in c.scope:
-            found[c.dtype] = found.get(c.dtype, 0) + c.sent
-    return found
-
-
-FORMS = [
-    (name, form)
-    for name, kind in CODECS.items()
-    for form in (("gather",) if not is_round(kind) and kind.sparse else ("gather", "two_stage"))
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("codec", "form"), FORMS)
-def test_every_codec_sends_the_bytes_of_its_closed_form_between_slices(chips, codec, form):
-    parts = build(chips)
-    leaves = units.leaves(parts.param_shapes, parts.task.axes)
-    exchange = exchanges.build(CODECS[codec](), form, parts.mesh, 2, leaves, Feedback())
-    shaped = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(parts.mesh, spec))
-    tree = jax.tree.map(lambda leaf: shaped((2, *leaf.shape), np.float32, P("replica", *leaf.spec)), leaves)
-    state = jax.eval_shape(lambda: residuals.init(exchange))
-    state = jax.tree.map(lambda x, spec: shaped(x.shape, x.dtype, spec), state, exchange.state_specs)
-    program = jax.jit(exchange.mean).lower(tree, state, shaped((), np.int32, P())).compile()
-    assert sent(program.as_text(), exchange.mesh) == exchange_bytes(exchange)
-
-
 OVERLAPPING: dict = {
     "stale": ("step", {"sync__strategy": "stale", "optimizer__accumulate": 4}),
     "stale, one micro-step": ("step", {"sync__strategy": "stale"}),
@@ -130,7 +92,7 @@ def test_every_transfer_of_each_hop_runs_while_something_is_computed(chips, stra
     text = compiled(parts, name)
     found, transfers = exposed(text)
     assert transfers >= 2 and not found  # all small messages in one transfer a hop
-    assert sent(text, parts.mesh) == exchange_bytes(parts.strategy.exchange)
+    assert helpers.exchanged(text, parts.mesh) == exchange_bytes(parts.strategy.exchange)
     # Without the barriers the compiler is free to wait for the first hop before it computes anything.
     for module in (stale, local, overlap):
         free = type("free", (), {**vars(lax), "optimization_barrier": staticmethod(lambda x: x)})
@@ -142,5 +104,5 @@ def test_every_transfer_of_each_hop_runs_while_something_is_computed(chips, stra
 @pytest.mark.slow
 def test_diloco_sends_nothing_between_slices_but_at_its_exchange(chips):
     parts = build(chips, sync__strategy="diloco", sync__codec="int4", sync__interval=10)
-    assert sent(compiled(parts, "inner"), parts.mesh) == {}
-    assert sent(compiled(parts, "inner+exchange"), parts.mesh) == exchange_bytes(parts.strategy.exchange)
+    assert helpers.exchanged(compiled(parts, "inner"), parts.mesh) == {}
+    assert helpers.exchanged(compiled(parts, "inner+exchange"), parts.mesh) == exchange_bytes(parts.strategy.exchange)

@@ -1,0 +1,104 @@
+"""What crosses `replica` in programs for real chips is the closed form, to the byte: every codec in each of its forms,
+and every program of every strategy."""
+
+from typing import Any
+
+import helpers
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import recipes.build
+from parallel.cost import compilers, hardware, targets
+from parallel.cost.bytes import exchange_bytes
+from parallel.exchange import exchange as exchanges
+from parallel.exchange import residuals, units
+from parallel.exchange.codecs import CODECS, rounds
+from parallel.exchange.codecs.base import is_round
+from parallel.exchange.exchange import Feedback
+from parallel.layout import mesh as meshes
+from recipes import aot, methods, programs
+
+EVERY = [pytest.mark.slow, pytest.mark.prove]
+SIZES = {"replica": 2, "fsdp": 2, "tensor": 2}
+FORMS = [
+    (name, form)
+    for name, kind in CODECS.items()
+    for form in (("gather",) if not is_round(kind) and kind.sparse else ("gather", "two_stage"))
+]
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "sync": {},
+    "stale": {},
+    "diloco": {"interval": 10},
+    "eager": {"interval": 4},
+    "streaming": {"interval": 8, "overlap": 4},
+}
+SAMPLE = [
+    ("int8", "two_stage"),
+    ("powersgd", "gather"),
+    ("topk", "gather"),
+]  # in the default run, where a compiler is installed
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """So that arrays are coded in several, as those of large models are."""
+    monkeypatch.setattr(rounds, "PIECE", 2**15)
+
+
+@pytest.fixture(scope="module", params=["2xv5p-8", "h100:2x4"])
+def chips(request) -> list[Any]:
+    target = targets.parse(request.param, hardware.by_name(hardware.CHIPS))
+    try:
+        compilers.check_compiler(target.chip)
+    except ImportError as error:
+        pytest.skip(str(error))
+    compilers.prepare(target.chip)
+    return compilers.devices(target)
+
+
+def build(chips: list[Any], **overrides: Any):
+    """A million parameters and more: large enough that TPUs do not widen what is sent of an array. The plain attention,
+    which compiles in a quarter of the kernel's time."""
+    config = helpers.tiny(
+        model__model_dim=256, model__head_dim=128, model__num_heads=4, model__num_kv_heads=2, model__mlp_dim=512,
+        data__seq_len=256, data__batch_size=32, compute__attention="reference", **overrides,
+    )  # fmt: skip
+    return recipes.build.build(config, meshes.build(SIZES, chips))
+
+
+@pytest.mark.parametrize(("codec", "form"), [x if x in SAMPLE else pytest.param(*x, marks=EVERY) for x in FORMS])
+def test_every_codec_sends_the_bytes_of_its_closed_form(chips, codec, form):
+    parts = build(chips)
+    leaves = units.leaves(parts.param_shapes, parts.task.axes)
+    exchange = exchanges.build(CODECS[codec](), form, parts.mesh, 2, leaves, Feedback())
+    shaped = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(parts.mesh, spec))
+    tree = jax.tree.map(lambda leaf: shaped((2, *leaf.shape), np.float32, P("replica", *leaf.spec)), leaves)
+    state = jax.eval_shape(lambda: residuals.init(exchange))
+    state = jax.tree.map(lambda x, spec: shaped(x.shape, x.dtype, spec), state, exchange.state_specs)
+    program = jax.jit(exchange.mean).lower(tree, state, shaped((), np.int32, P())).compile()
+    assert helpers.exchanged(program.as_text(), exchange.mesh) == exchange_bytes(exchange)
+
+
+def options(strategy: str, codec: str) -> dict[str, Any]:
+    return {"sync__strategy": strategy, "sync__codec": codec} | {
+        f"sync__{k}": v for k, v in STRATEGIES[strategy].items()
+    }
+
+
+def test_every_strategy_is_here():
+    assert STRATEGIES.keys() == methods.STRATEGIES.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.prove
+@pytest.mark.parametrize("codec", ["none", "int4"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_program_of_a_strategy_sends_the_bytes_of_its_closed_form(chips, strategy, codec):
+    parts = build(chips, **options(strategy, codec))
+    for name, lower in programs.steps(parts).items():
+        program = lower().compile(compiler_options=parts.xla_options)
+        expected = aot.predicted(name, parts).get("replica", {})
+        assert helpers.exchanged(program.as_text(), parts.mesh) == expected, name
