@@ -4,17 +4,20 @@ python bench/startup.py
 python bench/startup.py --pairs=1 --parts=start
 
 train.py on bench/gpt12m.py, with an empty compilation cache (cold) and a filled one (warm), in turn; the tokens are
-cached already. Beside it the hand-written script of the same model, which reads no data and saves nothing.
+cached already. Beside it the hand-written script of the same model, which reads no data and saves nothing. What a
+newcomer waits for: configs/quickstart.py on a terminal with nothing cached, its first line and its longest silence.
 """
 
 import json
 import math
 import os
+import pty
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,46 @@ def measure_start(report: common.Report, pairs: int) -> None:
     report.details["start"] = found | {"start of python": python}
 
 
+def listen(command: list[str], cache: Path) -> tuple[float, float]:
+    """Runs it on a terminal. Seconds (until its first line is whole, of the longest silence, the end included)."""
+    ours, terminal = pty.openpty()
+    environment = os.environ | {"SLACKLINE_CACHE": str(cache), "COLUMNS": "120"}
+    start = last = time.perf_counter()
+    child = subprocess.Popen(
+        command, cwd=common.ROOT, env=environment, stdin=terminal, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    first, longest, said = math.nan, 0.0, b""
+    while True:
+        try:
+            said += (heard := os.read(ours, 65_536))
+        except OSError:  # how Linux says that nobody is left to write
+            heard = b""
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+        first = now - start if math.isnan(first) and b"\n" in said else first
+        if not heard:
+            break
+    os.close(ours)
+    if child.wait():
+        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode()}")
+    return first, longest
+
+
+def measure_said(report: common.Report, runs: int) -> None:
+    found = []
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory() as folder:
+            cache, workdir = Path(folder) / "cache", Path(folder) / "run"
+            cache.mkdir(mode=0o700)
+            command = [sys.executable, "train.py", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+            found.append(listen([*command, "--config.steps=200"], cache))
+    firsts, silences = zip(*found, strict=True)
+    report.row("quickstart, nothing cached: the first line", statistics.median(firsts), "s")
+    report.row("quickstart, nothing cached: the longest silence", statistics.median(silences), "s", at_most=3)
+    report.details["said"] = [{"first line": first, "silence": silence} for first, silence in found]
+
+
 def compile_seconds(layers: int) -> float:
     """Tracing, lowering and compiling the step of bench/gpt12m.py with so many layers, without any cache."""
     from parallel.layout import mesh as meshes
@@ -117,11 +160,13 @@ def import_times() -> list[tuple[str, float]]:
 def main() -> None:
     parser = usage.parser(__doc__, "python bench/startup.py")
     parser.add_argument("--pairs", type=int, default=5, help="of starts, each in turn")
-    parser.add_argument("--parts", default="start,compilation,imports", help="of start, compilation, imports")
+    parser.add_argument("--parts", default="start,said,compilation,imports", help="which of these")
     args = parser.parse_args()
     report, parts = common.Report("startup"), args.parts.split(",")
     if "start" in parts:
         measure_start(report, args.pairs)
+    if "said" in parts:
+        measure_said(report, args.pairs)
     if "compilation" in parts:
         measure_compilation(report, args.pairs)
     if "imports" in parts:

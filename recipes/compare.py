@@ -143,7 +143,7 @@ def run(
 
 
 def _trained(runner: Runner, jobs: list[list[Job]], processes: int, simulate: int) -> Iterator[None]:
-    """Comes back after each row. The baseline is first: others may begin with its state."""
+    """Comes back after each row. Rows with warm steps are last: they begin with the baseline's state."""
     if processes == 1:
         for row in jobs:
             runner.train(row)
@@ -151,7 +151,8 @@ def _trained(runner: Runner, jobs: list[list[Job]], processes: int, simulate: in
         return
     spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not have
     with ProcessPoolExecutor(processes, spawn, one_core, (spawn.Value("i", 0), simulate)) as pool:
-        for rows in (jobs[:1], jobs[1:]):
+        for warm in (False, True):
+            rows = [row for row in jobs if bool(row[0].config.sync.warm_steps) == warm]
             for done in as_completed([pool.submit(runner.train, row) for row in rows]):
                 done.result()
                 yield
