@@ -35,7 +35,7 @@ $(VENV)/.ready: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt requirements-data.txt requirements-notebooks.txt
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt requirements-data.txt requirements-deploy.txt requirements-notebooks.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

@@ -42,7 +42,7 @@ def get_config() -> Any:
     c.model.rope_scaling.high_freq_factor = 4.0
     c.model.rope_scaling.original_max_len = 8192
     c.model.qk_norm = False  # RMSNorm on queries and keys
-    c.model.bias = False  # GPT-2's, on the linear maps of attention and of the gelu MLP
+    c.model.bias = "none"  # none; qkv: of queries, keys and values (Qwen 2); all: of every linear map but swiglu's
     c.model.tie_embeddings = True  # the head is the transposed embedding
     c.model.sliding_window = 0  # positions that a query sees, itself included; 0: all before it
     c.model.init_std = 0.02

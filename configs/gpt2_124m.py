@@ -19,7 +19,7 @@ def get_config():
     c.model.norm = "layer"
     c.model.mlp = "gelu"
     c.model.position = "learned"
-    c.model.bias = True
+    c.model.bias = "all"
     c.data.vocab_size = 50_304  # 50,257 rounded up to a multiple of 128
     c.data.tokenizer = "bpe"
     c.data.seq_len = 1024

@@ -26,10 +26,11 @@ class Attention(nnx.Module):
         self.k = weight("k", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(std))
         self.v = weight("v", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(std))
         self.out = weight("out", (H, K, D), ("heads", "head_dim", "embed"), normal(out_std))
-        if c.bias:
+        if c.bias != "none":
             self.q_bias = weight("q_bias", (H, K), ("heads", "head_dim"), zeros)
             self.k_bias = weight("k_bias", (G, K), ("kv_heads", "head_dim"), zeros)
             self.v_bias = weight("v_bias", (G, K), ("kv_heads", "head_dim"), zeros)
+        if c.bias == "all":
             self.out_bias = weight("out_bias", (D,), ("embed",), zeros)
         if c.qk_norm:
             self.q_norm = RMSNorm(c, weight.sub("q_norm"), K, "norm")
@@ -39,7 +40,7 @@ class Attention(nnx.Module):
         q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.q[...])
         k_BSGK = jnp.einsum("bsd,dgk->bsgk", x_BTD, self.k[...])
         v_BSGK = jnp.einsum("bsd,dgk->bsgk", x_BTD, self.v[...])
-        if self.c.bias:
+        if self.c.bias != "none":
             q_BTHK = q_BTHK + self.q_bias[None, None]
             k_BSGK = k_BSGK + self.k_bias[None, None]
             v_BSGK = v_BSGK + self.v_bias[None, None]
@@ -54,7 +55,7 @@ class Attention(nnx.Module):
         y_BTHK = KERNELS[ctx.attention](q_BTHK, k_BSGK, v_BSGK, ctx.segments_BT, window, ctx.constrain)
         y_BTHK = checkpoint_name(ctx.constrain(y_BTHK, HEADS), "context")
         y_BTD = jnp.einsum("bthk,hkd->btd", y_BTHK, self.out[...])
-        return y_BTD + self.out_bias[None, None] if self.c.bias else y_BTD
+        return y_BTD + self.out_bias[None, None] if self.c.bias == "all" else y_BTD
 
 
 # ── position ─────────────────────────────────────────────────────────────────────────────────────────────────────

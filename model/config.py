@@ -34,7 +34,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     qk_norm: bool
-    bias: bool
+    bias: str
     tie_embeddings: bool
     sliding_window: int
     init_std: float

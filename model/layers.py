@@ -93,9 +93,9 @@ class GELU(nnx.Module):
     def __init__(self, c, key: jax.Array):
         D, F, weight = c.model_dim, c.mlp_dim, Weights(key)
         self.up = weight("up", (D, F), ("embed", "mlp"), normal(c.init_std))
-        self.up_bias = weight("up_bias", (F,), ("mlp",), zeros) if c.bias else None
+        self.up_bias = weight("up_bias", (F,), ("mlp",), zeros) if c.bias == "all" else None
         self.down = weight("down", (F, D), ("mlp", "embed"), normal(c.init_std / math.sqrt(2 * c.num_layers)))
-        self.down_bias = weight("down_bias", (D,), ("embed",), zeros) if c.bias else None
+        self.down_bias = weight("down_bias", (D,), ("embed",), zeros) if c.bias == "all" else None
 
     def __call__(self, x_BTD: jax.Array, ctx) -> jax.Array:
         h_BTF = x_BTD @ self.up[...]

@@ -23,6 +23,8 @@ from runtime.digest import fingerprint, named_arrays
 from runtime.steps import PARAMS, read_record
 from runtime.stored import NO_RECORD, Record, damage, differing, make_record, nested, read_arrays
 
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what is raised here with a better message
+
 
 class CheckpointError(RunError):
     """A run cannot go on from its checkpoints. The message says why and what to do."""
@@ -46,7 +48,6 @@ class Checkpoints:
         warn: Callable[[str], None] = lambda _: None,
         kinds: Mapping[str, str] | None = None,
     ):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what is raised here with a better message
         self.directory, self._keep, self._keep_every, self._warn = directory, keep, keep_every, warn
         self._kinds = kinds or {}
         self._background = ThreadPoolExecutor(1, "checkpoint")

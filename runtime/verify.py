@@ -39,6 +39,12 @@ def _all_problems(folder: Path, device: Any) -> list[str]:
     return problems
 
 
+def sources(workdir: Path, step: int) -> dict[str, str]:
+    """{file: SHA-256} of the files that a step was imported from."""
+    record = read_record(steps.committed(workdir / "checkpoints")[step]) or {}
+    return record.get("facts", {}).get("sha256", {})
+
+
 def main(argv: list[str]) -> int:
     parser = usage.parser(__doc__, "python -m runtime.checkpoint")
     parser.add_argument("verify", choices=["verify"], metavar="verify", help="what is to be done")
@@ -48,10 +54,12 @@ def main(argv: list[str]) -> int:
         print(f"error: {workdir} has no checkpoints/ folder: is it the workdir of a run?", file=sys.stderr)
         return 2
     jax.config.update("jax_platforms", "cpu")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what is said here in a sentence
     rows = verify(workdir)
     for step, problems in rows:
         print(f"step {step}: intact" if not problems else damage(step, problems))
+        for name, digest in sources(workdir, step).items():
+            print(f"  from {name}, SHA-256 {digest}")
     if not rows:
         print(f"{workdir} has no committed checkpoint")
     return 1 if any(problems for _, problems in rows) or not rows else 0

@@ -67,9 +67,9 @@ def mlp(x_TD: np.ndarray, w: dict[str, np.ndarray], c) -> np.ndarray:
     if c.mlp == "swiglu":  # Shazeer 2020, eq. 6, with swish_1(g) = g · sigmoid(g)
         gate_TF = x_TD @ w["gate"]
         return (gate_TF / (1 + np.exp(-gate_TF)) * (x_TD @ w["up"])) @ w["down"]
-    h_TF = x_TD @ w["up"] + (w["up_bias"] if c.bias else 0)
+    h_TF = x_TD @ w["up"] + (w["up_bias"] if c.bias == "all" else 0)
     h_TF = 0.5 * h_TF * (1 + np.tanh(np.sqrt(2 / np.pi) * (h_TF + 0.044715 * h_TF**3)))  # Hendrycks & Gimpel 2016
-    return h_TF @ w["down"] + (w["down_bias"] if c.bias else 0)
+    return h_TF @ w["down"] + (w["down_bias"] if c.bias == "all" else 0)
 
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -84,9 +84,9 @@ def attention(x_TD: np.ndarray, w: dict[str, Any], c) -> np.ndarray:
     y_TD = np.zeros_like(x_TD)
     for head in range(c.num_heads):
         group = head // (c.num_heads // c.num_kv_heads)
-        q_TK = x_TD @ w["q"][:, head] + (w["q_bias"][head] if c.bias else 0)
-        k_TK = x_TD @ w["k"][:, group] + (w["k_bias"][group] if c.bias else 0)
-        v_TK = x_TD @ w["v"][:, group] + (w["v_bias"][group] if c.bias else 0)
+        q_TK = x_TD @ w["q"][:, head] + (w["q_bias"][head] if c.bias != "none" else 0)
+        k_TK = x_TD @ w["k"][:, group] + (w["k_bias"][group] if c.bias != "none" else 0)
+        v_TK = x_TD @ w["v"][:, group] + (w["v_bias"][group] if c.bias != "none" else 0)
         if c.qk_norm:
             q_TK = rms_norm(q_TK, w["q_norm"]["scale"], c.norm_eps)
             k_TK = rms_norm(k_TK, w["k_norm"]["scale"], c.norm_eps)
@@ -96,7 +96,7 @@ def attention(x_TD: np.ndarray, w: dict[str, Any], c) -> np.ndarray:
         e_TT = np.exp(q_TK @ k_TK.T / np.sqrt(c.head_dim)) * visible_TT
         weights_TT = e_TT / e_TT.sum(axis=1, keepdims=True)
         y_TD += weights_TT @ v_TK @ w["out"][head]
-    return y_TD + (w["out_bias"] if c.bias else 0)
+    return y_TD + (w["out_bias"] if c.bias == "all" else 0)
 
 
 def rope(x_TK: np.ndarray, positions_T: np.ndarray, frequencies: np.ndarray) -> np.ndarray:

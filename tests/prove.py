@@ -33,7 +33,7 @@ RESULTS = ROOT / "runs" / "prove"
 REPORT = ROOT / "docs" / "proofs.md"
 CORES = 2
 TAKEN_OUT = "taken out, "
-TORCH = "torch==2.13.0"  # its hook is the oracle of PowerSGD
+TORCH = ("torch==2.13.0", "transformers==5.24.0")  # oracles of PowerSGD, and of models and their weights
 
 
 class Piece(NamedTuple):
@@ -236,15 +236,16 @@ def tell(result: dict[str, Any]) -> str:
 
 
 def find_torch() -> None:
-    """PyTorch in an environment of its own, for the test that asks for it by SLACKLINE_TORCH_PYTHON."""
+    """PyTorch in an environment of its own, for tests that ask for it by SLACKLINE_TORCH_PYTHON."""
     if os.environ.get("SLACKLINE_TORCH_PYTHON"):
         return
     python = ROOT / ".venv-torch" / "bin" / "python"
-    if not python.exists() or subprocess.run([python, "-c", "import torch, numpy"], capture_output=True).returncode:
-        print(f"installing {TORCH} into .venv-torch", flush=True)
+    there = [python, "-c", "import torch, transformers"]
+    if not python.exists() or subprocess.run(there, capture_output=True).returncode:
+        print(f"installing {' and '.join(TORCH)} into .venv-torch", flush=True)
         subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
-        if subprocess.run([python, "-m", "pip", "install", "--quiet", TORCH, "numpy"]).returncode:
-            print("PyTorch cannot be installed here: the comparison with its PowerSGD hook is skipped", flush=True)
+        if subprocess.run([python, "-m", "pip", "install", "--quiet", *TORCH, "numpy"]).returncode:
+            print("PyTorch cannot be installed here: what is compared with it is skipped", flush=True)
             return
     os.environ["SLACKLINE_TORCH_PYTHON"] = str(python)
 

@@ -102,7 +102,7 @@ OPTIONS = {
     "--config.steps=2.5": ["--config.steps=2.5: expected an integer"],
     "--config.steps": ["--config.steps needs an integer after it"],
     "--config.optimizer.lr=fast": ["--config.optimizer.lr=fast: expected a number"],
-    "--config.model.bias=7": ["--config.model.bias=7: expected true or false"],
+    "--config.model.qk_norm=7": ["--config.model.qk_norm=7: expected true or false"],
     "--dry_run=perhaps": ["--dry_run=perhaps: expected true or false"],
     "--noresume=9": ["--noresume=9: expected true or false"],
     "--simulate=0": ["--simulate=0: expected a positive integer"],
@@ -252,9 +252,10 @@ def test_a_config_file_may_set_what_nothing_reads(tmp_path):
 
 
 def test_the_order_of_options_does_not_matter_and_the_last_one_counts():
-    argv = ["train.py", "--config.steps=3", "--noresume", "--config.steps=4", TINY, "--config.model.bias", "--dry_run"]
+    typed = ["--config.steps=3", "--noresume", "--config.steps=4", TINY, "--config.model.qk_norm", "--dry_run"]
+    argv = ["train.py", *typed]
     config, flags = methods.parse(argv, "")
-    assert (config.steps, config.model.bias, flags.resume, flags.dry_run) == (4, True, False, True)
+    assert (config.steps, config.model.qk_norm, flags.resume, flags.dry_run) == (4, True, False, True)
 
 
 def test_an_option_is_followed_by_its_value_after_an_equals_sign_or_a_blank(tmp_path):
@@ -503,9 +504,10 @@ def test_noresume_refuses_a_run(fails, run):
 
 
 def test_run_of_another_model(fails, run):
-    message = fails(TINY, f"--workdir={run}", "--config.model.mlp_dim=256", "--config.model.bias", "--config.steps=5")
+    changes = ["--config.model.mlp_dim=256", "--config.model.qk_norm", "--config.steps=5"]
+    message = fails(TINY, f"--workdir={run}", *changes)
     assert "  model.mlp_dim: 128 in config.json, 256 now" in message
-    assert "  model.bias: False in config.json, True now" in message
+    assert "  model.qk_norm: False in config.json, True now" in message
     assert "steps" not in message and "another --workdir" in message
     message = fails(f"--workdir={run}", "--config.data.vocab_size=512")
     assert "  data.vocab_size: 256 in config.json, 512 now" in message

@@ -44,13 +44,13 @@ GPT2 = ModelConfig(
     rope_theta=10_000.0,
     rope_scaling=None,
     qk_norm=False,
-    bias=True,
+    bias="all",
     tie_embeddings=True,
     sliding_window=0,
     init_std=0.02,
 )
 LLAMA = dataclasses.replace(
-    GPT2, norm="rms", mlp="swiglu", position="rope", bias=False, tie_embeddings=False, head_dim=16, num_kv_heads=2
+    GPT2, norm="rms", mlp="swiglu", position="rope", bias="none", tie_embeddings=False, head_dim=16, num_kv_heads=2
 )
 # Four periods of 64 positions: wavelengths under 16 are kept, above 64 divided by 8; K = 16 has some of each.
 STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=64)
@@ -60,7 +60,7 @@ F32 = Compute(dtype=jnp.dtype("float32"), attention="reference", remat="none", u
 VARIANTS = {
     "gpt2": (GPT2, {}, 0.0, ()),
     "gpt2-untied": (GPT2, {"tie_embeddings": False}, 0.0, ()),
-    "gpt2-no-bias": (GPT2, {"bias": False}, 0.0, ()),
+    "gpt2-no-bias": (GPT2, {"bias": "none"}, 0.0, ()),
     "gpt2-window": (GPT2, {"sliding_window": 5}, 0.0, ()),
     "gpt2-mask": (GPT2, {}, 0.0, ("mask",)),
     "gpt2-all": (GPT2, {"sliding_window": 5}, 1e-2, ("segments", "mask")),
@@ -69,7 +69,8 @@ VARIANTS = {
     "llama-rope-scaling": (LLAMA, {"rope_scaling": STRETCHED}, 0.0, ()),
     "llama-theta": (LLAMA, {"rope_theta": 500_000.0}, 0.0, ()),
     "llama-qk-norm": (LLAMA, {"qk_norm": True}, 0.0, ()),
-    "llama-bias": (LLAMA, {"bias": True}, 0.0, ()),
+    "llama-bias": (LLAMA, {"bias": "all"}, 0.0, ()),
+    "qwen2": (LLAMA, {"bias": "qkv"}, 0.0, ()),
     "llama-eps": (LLAMA, {"norm_eps": 1e-1}, 0.0, ()),
     "llama-window": (LLAMA, {"sliding_window": 5}, 0.0, ()),
     "llama-segments": (LLAMA, {}, 0.0, ("segments",)),
@@ -155,7 +156,7 @@ def test_every_variant_matters(name):
     """The guard of the test above: each feature, switched off alone in the oracle, gives another loss."""
     config, z_loss, _, batch = variant(name)
     base, changes, _, extra = VARIANTS[name]
-    every_weight = float64(random_params(dataclasses.replace(config, bias=True, qk_norm=True, tie_embeddings=False)))
+    every_weight = float64(random_params(dataclasses.replace(config, bias="all", qk_norm=True, tie_embeddings=False)))
     expected = oracle.loss(every_weight, batch, config, z_loss)
     configs = [dataclasses.replace(config, **{key: getattr(base, key)}) for key in changes]
     others = [oracle.loss(every_weight, batch, without, z_loss) for without in configs]
@@ -433,7 +434,7 @@ def test_a_weight_depends_on_its_name_alone():
     assert not np.array_equal(first[0], Weights(jax.random.key(1))("a", (4,), axes, init)[...])
 
 
-@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"bias": True}, {"tie_embeddings": True}], ids=str)
+@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"bias": "all"}, {"tie_embeddings": True}], ids=str)
 def test_a_new_weight_leaves_the_others_as_they_were(changes):
     before = dict(jax.tree_util.tree_leaves_with_path(initial(LLAMA)))
     after = dict(jax.tree_util.tree_leaves_with_path(initial(dataclasses.replace(LLAMA, **changes))))

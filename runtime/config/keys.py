@@ -20,6 +20,7 @@ BASE = str(Path(__file__).parents[2] / "configs" / "base.py")  # every key that 
 
 CHOICES = {
     "model.norm": ("rms", "layer"),
+    "model.bias": ("none", "qkv", "all"),
     "model.mlp": ("swiglu", "gelu"),
     "model.position": ("rope", "learned"),
     "compute.dtype": ("auto", "float32", "bfloat16"),

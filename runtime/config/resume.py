@@ -45,6 +45,8 @@ def change_of(key: str) -> Change:
     return rows[0]
 
 
+# Values of earlier releases, by what they are called now.
+RENAMED = {"model.bias": {False: "none", True: "all"}}
 OBJECTS = "objects"  # in config.json beside the groups: of a run from Python, the objects that its config names
 
 
@@ -52,7 +54,8 @@ def read_json(workdir: Path) -> Any:
     """The config of the run in `workdir`. A key that came later than the run has its default."""
     config, path = _read(workdir), workdir / "config.json"
     config.pop(OBJECTS, None)
-    return nested(base_values() | converted(dict(flatten(config)), f"{path} has"))
+    flat = {key: RENAMED.get(key, {}).get(value, value) for key, value in flatten(config)}
+    return nested(base_values() | converted(flat, f"{path} has"))
 
 
 def objects_of(workdir: Path) -> dict[str, Any]:

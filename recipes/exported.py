@@ -1,0 +1,124 @@
+"""The parameters of a run as a folder of Hugging Face's, one array after another."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from model import families, safetensors
+from model.families import Family, Row
+from recipes import build
+from recipes.imported import ABOUT, KEPT, SMALL, mesh_of_all
+from runtime import config as configuration
+from runtime.config import UsageError, bad_input
+from runtime.digest import named_arrays
+from runtime.metrics import write_json
+
+SHARD = 5 * 10**9  # bytes of a file
+
+
+def export_folder(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) -> None:
+    """The newest parameters of a run, as a folder of theirs. dtype: of the weights; "": of each as it was imported,
+    float32 where it was not. Raises UsageError."""
+    from runtime.checkpoint import load_params  # slow to import
+
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty: name a folder that there is not")
+    if not (workdir / "config.json").is_file():
+        raise UsageError(f"{workdir} has no config.json: is it the workdir of a run?")
+    config = configuration.read_json(workdir)
+    with bad_input():
+        family = families.of(config.model)
+    mesh = mesh_of_all()
+    parts = build.build(_laid_over(config, mesh.size), mesh)
+    given = load_params(workdir / "checkpoints", parts.state.params, say)
+    kept = _kept_of(workdir)
+    before = _read_json(kept / ABOUT) if kept else {}
+    was = before.get("dtypes", {})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made:
+        at = Path(made) / "out"
+        at.mkdir()
+        named = lambda name: np.dtype(safetensors.DTYPES[safetensors.NAMES[dtype or was.get(name, "float32")]])
+        _write_weights(at, family, config, named_arrays(given.params), named)
+        _write_small(at, family, config, kept, workdir, dtype or _most(was.values()))
+        if folder.exists():
+            folder.rmdir()
+        at.rename(folder)
+    say(f"{folder}: {family.architecture}, the parameters of step {given.step} of {workdir}")
+
+
+def _laid_over(config: Any, devices: int) -> Any:
+    """Whatever mesh and exchange the run had: only its parameters are wanted."""
+    flat, base = dict(configuration.flatten(config)), configuration.base_values()
+    flat |= {key: x for key, x in base.items() if key.startswith(("sync.", "mesh.")) or key == "optimizer.accumulate"}
+    return configuration.nested(flat | {"data.batch_size": devices})
+
+
+def _kept_of(workdir: Path) -> Path | None:
+    """Their small files: of this run, or of the one that it began with."""
+    while not (workdir / KEPT / ABOUT).is_file():
+        began = configuration.read_json(workdir).init.workdir if (workdir / "config.json").is_file() else ""
+        if not began:
+            return None
+        workdir = Path(began)
+    return workdir / KEPT
+
+
+def _most(dtypes: Any) -> str:
+    """The dtype of most weights."""
+    found = list(dtypes)
+    return max(set(found), key=found.count) if found else "float32"
+
+
+def _write_weights(folder: Path, family: Family, config: Any, params: Mapping[str, jax.Array], dtype_of: Any) -> None:
+    sizes = families.sizes(config.model, config.data.vocab_size, config.data.seq_len)
+    of_name: dict[str, list[Row]] = {}  # several where theirs is one array of several of ours
+    layer_of = {}
+    for row in family.table(config.model.tie_embeddings):
+        for layer, name in enumerate(row.names(config.model.num_layers)):
+            of_name.setdefault(name, []).append(row)
+            layer_of[name] = layer
+    shapes = {name: (dtype_of(name), rows[0].their_shape(sizes)) for name, rows in of_name.items()}
+
+    def arrays(names: Sequence[str]) -> Iterator[np.ndarray]:
+        for name in names:
+            ours = [_layer(params[row.ours], layer_of[name] if row.is_stacked else None) for row in of_name[name]]
+            x = np.stack(ours) if len(ours) > 1 else ours[0]
+            yield of_name[name][0].to_theirs(x, sizes).astype(shapes[name][0])
+
+    bytes_of = {name: int(np.prod(shape)) * dtype.itemsize for name, (dtype, shape) in shapes.items()}
+    files = list(safetensors.split(bytes_of, SHARD))
+    title = lambda i: f"model-{i + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else safetensors.SINGLE
+    for i, names in enumerate(files):
+        safetensors.write(folder / title(i), {name: shapes[name] for name in names}, arrays(names))
+    if len(files) > 1:
+        where = {name: title(i) for i, names in enumerate(files) for name in names}
+        index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": where}
+        write_json(folder / safetensors.INDEX, index)
+
+
+def _layer(x: jax.Array, layer: int | None) -> np.ndarray:
+    return np.asarray(x if layer is None else x[layer])
+
+
+def _write_small(folder: Path, family: Family, config: Any, kept: Path | None, workdir: Path, dtype: str) -> None:
+    """config.json in both spellings, and their other files; where they gave none, what loads on every version."""
+    for name in SMALL:
+        if kept and (kept / name).is_file():
+            shutil.copyfile(kept / name, folder / name)
+    before = _read_json(folder / "config.json") if kept else {}
+    longest = {key: before[key] for key in ("max_position_embeddings", "n_positions") if key in before}
+    write_json(folder / "config.json", before | families.write_config(family, config, dtype) | longest)
+    if not kept and (workdir / "tokenizer.json").is_file():
+        shutil.copyfile(workdir / "tokenizer.json", folder / "tokenizer.json")
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

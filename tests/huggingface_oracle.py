@@ -1,0 +1,83 @@
+"""Hugging Face's own models, for tests/test_weights.py, in a Python that has transformers and torch (CPU):
+
+python tests/huggingface_oracle.py make FOLDER     a tiny random model of each family, its logits and all its gradients
+python tests/huggingface_oracle.py read FOLDER     what transformers makes of a folder: logits and greedy tokens
+"""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+V, T, GREEDY = 320, 24, 200
+SHARED = {
+    "vocab_size": V, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 0, "bos_token_id": 0,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SHARED, rope_parameters=LLAMA3),
+    "llama-tied": lambda: transformers.LlamaConfig(**SHARED, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**SHARED, sliding_window=7),
+    "qwen2": lambda: transformers.Qwen2Config(**SHARED, sliding_window=9, use_sliding_window=False),
+    "qwen3": lambda: transformers.Qwen3Config(**SHARED, head_dim=16),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=V, n_embd=48, n_layer=3, n_head=6, n_positions=256, eos_token_id=0, bos_token_id=0,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    ),
+}  # fmt: skip
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, V, (2, T + 1))
+
+
+def make(folder: Path) -> None:
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config(), attn_implementation="eager").float().eval()
+        with torch.no_grad():  # as drawn, biases are 0 and norms 1: nothing would show that they are read
+            for weight in model.parameters():
+                weight.add_(0.1 * torch.randn_like(weight))
+        model.save_pretrained(folder / name)
+        words = {"<eos>": 0} | {chr(0x100 + i): i for i in range(1, V)}
+        tokenizer = Tokenizer(models.BPE(words, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>")
+        fast.save_pretrained(folder / name)
+        ids = torch.from_numpy(tokens())
+        logits = model(ids[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        grads = {f"grad/{key}": weight.grad.numpy() for key, weight in model.named_parameters()}
+        np.savez(folder / f"{name}.npz", logits=logits.detach().numpy(), **grads)
+
+
+def read(folder: Path) -> None:
+    """Ends with 1 where transformers warns."""
+    heard: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        transformers.AutoTokenizer.from_pretrained(folder)
+    heard += [str(w.message) for w in caught]
+    ids = torch.from_numpy(tokens())
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits.numpy()
+        greedy = model.generate(ids[:1, :8], max_new_tokens=GREEDY, min_new_tokens=GREEDY, do_sample=False).numpy()
+    np.savez(folder.with_suffix(".read.npz"), logits=logits, greedy=greedy)
+    sys.exit("\n".join(heard) or 0)
+
+
+if __name__ == "__main__":
+    {"make": make, "read": read}[sys.argv[1]](Path(sys.argv[2]))
