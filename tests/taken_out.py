@@ -1621,6 +1621,50 @@ CASES = [
         "found.pick",
         "tests/test_plan.py::test_predicted_stands_beside_compiled_and_what_does_not_fit_is_not_picked",
     ),
+    # ── weights of others ────────────────────────────────────────────────────────────────────────────────────────
+    TakenOut(
+        "weights: what is not finite is refused",
+        "recipes/imported.py",
+        "if not np.isfinite(x).all():",
+        "if False:",
+        "tests/test_weights.py::test_bad_folders_are_refused_in_a_sentence_and_nothing_is_left[nan]",
+    ),
+    TakenOut(
+        "weights: heads of a .gguf are put back in their order",
+        "model/gguf.py",
+        "if not self.heads:",
+        "if True:",
+        "tests/test_weights.py::test_a_gguf_file_holds_what_a_folder_does",
+    ),
+    TakenOut(
+        "weights: an export has the dtype of the import",
+        "recipes/exported.py",
+        'dtype or was.get(name, "float32")',
+        'dtype or "float32"',
+        "tests/test_weights.py::test_what_is_imported_is_what_lies_in_the_file_and_an_export_gives_it_back[bfloat16]",
+    ),
+    TakenOut(
+        "weights: offsets of a header are checked before anything is read",
+        "model/safetensors.py",
+        "or offsets[0] != end",
+        "",
+        "tests/test_weights.py::test_a_header_that_lies_is_refused_before_anything_is_read",
+    ),
+    TakenOut(
+        "weights: buffers of old files are no weights",
+        "recipes/imported.py",
+        "if not re.search(source.family.buffers, name)",
+        "",
+        "tests/test_weights.py::test_old_files_of_gpt2_have_shorter_names_and_buffers",
+    ),
+    # ── the exchange in the backward pass ────────────────────────────────────────────────────────────────────────
+    TakenOut(
+        "backward: the last layer's message is received, too",
+        "parallel/strategies/backward.py",
+        "jnp.concatenate([x[None], x_L[:-1]])",
+        "x_L",
+        "tests/test_backward.py -k step_is_that",
+    ),
 ]
 
 

@@ -264,6 +264,10 @@ def test_a_task_that_does_not_fit_together_is_one_sentence(call, parts):
             {"mesh": {"replica": 2}, "sync": {"strategy": "streaming", "fragments": 3, "interval": 6}, "steps": 6},
             ["sync.fragments=3", "model.num_layers=4"],
         ),
+        (
+            {"mesh": {"replica": 2}, "sync": {"exchange": "backward"}},
+            ["sync.exchange=backward", "a task of your own", "sync.exchange=after"],
+        ),
     ],
 )
 def test_a_call_with_a_task_that_does_not_fit_is_one_sentence(task, changes, parts):
