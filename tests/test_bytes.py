@@ -1,4 +1,4 @@
-"""Bytes of large models' programs, as real chips' compilers make them: the counter and another one, written apart from
+"""Bytes of large models' programs, as the compiler for H100s makes them: the counter and another, written apart from
 it (tests/byte_oracle.py), agree to the byte on every axis."""
 
 from typing import Any
@@ -15,9 +15,6 @@ from recipes import target as recipe
 ROWS = [
     aot.Row("h100:8x8", aot.B8, aot.F64),
     aot.Row("h100:8x8", aot.B8, aot.T4),
-    aot.Row("v5p-128", aot.B8, aot.F64),
-    aot.Row("v5p-128", aot.B8, aot.T4),
-    aot.Row("2xv5p-64", aot.B8, aot.TWO | aot.INT4),
 ]
 
 
