@@ -1,5 +1,6 @@
 """Programs compiled for a machine that is not here, and what they say of themselves."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from parallel.cost import compilers, hlo, schedule, wire
+from parallel.cost import compilers, hlo, play, schedule, wire
 from parallel.cost.bytes import exchange_bytes
+from parallel.cost.link import Link
 from parallel.cost.schedule import Buffer
 from parallel.cost.stray import Traffic
 from parallel.cost.targets import Target
@@ -35,7 +37,8 @@ class Sent(NamedTuple):
 @dataclass(frozen=True)
 class Reading:
     """Of one program and device, in a call. peak: of the whole device while it runs, the state that it does not touch
-    included. seconds: at the chip's nominal rates. NaN: not known."""
+    included. seconds: each part alone, at the chip's nominal rates. played: the schedule, at the shares of them that
+    programs reach. NaN: not known."""
 
     runs_per_step: float
     state_bytes: float
@@ -46,6 +49,7 @@ class Reading:
     wire: list[Sent] = field(default_factory=list)
     predicted_wire: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, Any] = field(default_factory=dict)
+    played: dict[str, Any] = field(default_factory=dict)
     not_counted: str = ""  # why its collectives could not be
     read_from: str = ""  # a larger machine, whose program this was read from: its own was refused
     stray: Traffic | None = None  # what of it crosses `replica` and is not ours
@@ -98,9 +102,16 @@ def peak(program: Any, parts: Parts, name: str) -> tuple[float, float]:
 
 
 def read(
-    name: str, program: Any, parts: Parts, target: Target, config: Any, other: tuple[str, Any] | None = None
+    name: str,
+    program: Any,
+    parts: Parts,
+    target: Target,
+    config: Any,
+    other: tuple[str, Any] | None = None,
+    link: Link | None = None,
 ) -> Reading:
-    """other: (machine, program) of a larger machine, for a program that was refused."""
+    """other: (machine, program) of a larger machine, for a program that was refused. link: what `replica` crosses, if
+    it is not the catalogue's."""
     temporaries, most = peak(program, parts, name)
     about: dict[str, Any] = {
         "runs_per_step": runs_per_step(name, config, parts), "state_bytes": memory.state_bytes(parts, parts.mesh.shape),
@@ -121,7 +132,15 @@ def read(
         "memory": moved / target.chip.bandwidth,
         "wire": {axis: total(axis) / rate for axis, rate in rates.items()},
     }
-    return Reading(**about, flops=flops, largest=schedule.largest(read), wire=sent, seconds=seconds, not_counted=why)
+    about |= {"seconds": seconds, "played": _played(read, parts, target, link)}
+    return Reading(**about, flops=flops, largest=schedule.largest(read), wire=sent, not_counted=why)
+
+
+def _played(read: hlo.Program, parts: Parts, target: Target, link: Link | None) -> dict[str, Any]:
+    try:
+        return dataclasses.asdict(play.play(read, parts.mesh, target, link))
+    except ValueError:  # a loop or a collective of an unknown form
+        return {"seconds": math.nan}
 
 
 def _or_nan(count: Callable[[hlo.Program], float], read: hlo.Program) -> float:

@@ -12,15 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from parallel.cost import model, pace, targets
-from parallel.cost.bytes import bytes_per_step, in_flight_bytes
 from parallel.cost.link import Link
-from parallel.cost.model import Layout, Network
+from parallel.cost.model import Flight, Layout, Network
 from parallel.cost.pace import Exchange, Step
 from parallel.cost.targets import Target
 from parallel.exchange.codecs import CODECS
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW, USED
-from recipes import build, memory, over_link, predicted
+from recipes import build, exchanged, memory, over_link, predicted
 from recipes.predicted import REMAT
 from runtime.config import UsageError, changed
 from runtime.console import human_bytes
@@ -250,8 +249,8 @@ def without_exchange(case: Case, sizes: dict[str, int]) -> Iterator[Candidate]:
         if rows % accumulate:
             continue
         chunk = memory.chunk_mib(case.base) << 20
-        layout = Layout(sizes, rows // accumulate, accumulate, remat, chunk)
-        yield _counted(case, layout, "sync", "none", Exchange(), state, 0.0)
+        layout = Layout(sizes, rows // accumulate, accumulate, remat, chunk, case.target.chip.is_tpu)
+        yield _counted(case, layout, "sync", "none", Exchange(), state, Flight())
 
 
 def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], list[str]]:
@@ -282,30 +281,23 @@ def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], l
             except UsageError as error:
                 refused[strategy] = f"{strategy} is left out: {str(error).splitlines()[0]}"
                 continue
-            state, exchange = memory.state_bytes(parts, sizes), exchange_of(parts)
-            messages = max(sum(map(in_flight_bytes, found)) for found in parts.strategy.exchanges().values())
-            found += [_counted(case, c.layout, strategy, codec, exchange, state, messages) for c in same]
+            state, exchange = memory.state_bytes(parts, sizes), exchanged.sent(parts)
+            flight = exchanged.held(parts)
+            found += [_counted(case, c.layout, strategy, codec, exchange, state, flight) for c in same]
     return found, notes + list(refused.values())
 
 
-def exchange_of(parts: build.Parts) -> Exchange:
-    strategy = parts.strategy
-    sent = bytes_per_step(strategy, strategy.interval) * strategy.interval
-    return Exchange(sent, strategy.interval, strategy.fragments, strategy.hidden_steps)
-
-
 def _counted(
-    case: Case, layout: Layout, strategy: str, codec: str, exchange: Exchange, state: float, messages: float
+    case: Case, layout: Layout, strategy: str, codec: str, exchange: Exchange, state: float, flight: Flight
 ) -> Candidate:
     net, target, sizes = case.network, case.target, layout.sizes
-    platform, shards = "tpu" if target.chip.is_tpu else "gpu", meshes.cut("embed", sizes)[1]
-    rows = model.sent(net, layout, predicted.adds_whole(platform, shards))
+    rows = model.sent(net, layout, pace.habits(net, layout, target))
     step = pace.step(net, layout, target, rows, exchange, case.link, model.updated(net, layout))
     changes: dict[str, Any] = {f"mesh.{axis}": sizes[axis] for axis in USED}
     changes |= {"optimizer.accumulate": layout.accumulate, "compute.remat": layout.remat}
     changes |= {"data.batch_size": case.config.data.batch_size} | method(case, strategy, codec)
     tokens = case.config.data.batch_size * net.seq_len
-    held = model.held(net, layout, messages, exchange.hidden > 0)
+    held = model.held(net, layout, flight)
     sent = {axis: sum(row.bytes for row in rows if row.axis == axis) for axis in USED} | {SLOW: exchange.bytes}
     return Candidate(changes, layout, strategy, codec, step, state, held, sent, tokens, target.memory)
 

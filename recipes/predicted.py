@@ -7,27 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.cost import model
-from parallel.cost.bytes import in_flight_bytes
-from parallel.cost.model import Layout, Network
+from parallel.cost.model import Flight, Layout, Network
 from parallel.layout.axes import SLOW
 from parallel.layout.mesh import cut
+from recipes import exchanged
 from recipes.build import Parts
 from recipes.language import Language
 from runtime.console import human_bytes, human_count
 
 REMAT = ("matmuls", "full")  # what is counted of compute.remat
-WHOLE = 32  # libtpu adds up gradients whole over more chips than this
 
 
 def network(parts: Parts) -> Network:
     """Of a language model's run."""
     task: Any = parts.task
     return Network.of(parts.param_shapes, task.axes, task.model.config, task.units, task.model.compute.dtype.itemsize)
-
-
-def adds_whole(platform: str, shards: int) -> bool:
-    """Whether a compiler for this platform adds gradients up whole over so many shards, where others scatter them."""
-    return platform == "cpu" or (platform == "tpu" and shards > WHOLE)
 
 
 @dataclass(frozen=True)
@@ -52,16 +46,14 @@ def of(config: Any, parts: Parts) -> Predicted | None:
     net, compute, platform = network(parts), task.model.compute, parts.mesh.devices.flat[0].platform
     accumulate, shards = config.optimizer.accumulate, cut("batch", sizes)[1]
     rows = config.data.batch_size // (sizes[SLOW] * shards * accumulate)
-    layout = Layout(sizes, rows, accumulate, compute.remat, compute.loss_chunk_mib << 20)
+    layout = Layout(sizes, rows, accumulate, compute.remat, compute.loss_chunk_mib << 20, platform == "tpu")
     wire: dict[str, float] = {}
-    for sent in model.sent(net, layout, adds_whole(platform, cut("embed", sizes)[1])):
+    for sent in model.sent(net, layout, model.habits(platform, cut("embed", sizes)[1])):
         if platform != "cpu" or sent.axis != "tensor":  # whose sums XLA's program for CPUs sends otherwise
             wire[sent.axis] = wire.get(sent.axis, 0.0) + sent.bytes
     if compute.attention == "reference":
         return Predicted(wire, math.nan, math.nan)
-    exchanges = parts.strategy.exchanges().values() if parts.replicas > 1 else ()
-    messages = max((sum(map(in_flight_bytes, found)) for found in exchanges), default=0.0)
-    held = model.held(net, layout, messages, parts.strategy.hidden_steps > 0)
+    held = model.held(net, layout, exchanged.held(parts) if parts.replicas > 1 else Flight())
     temporary = max(sum(arrays.values()) for arrays in held.values())
     return Predicted(wire, temporary, sum(model.flops(net, layout).values()))
 

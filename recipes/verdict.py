@@ -73,6 +73,8 @@ def _program(x: Reading, target: Target) -> Iterator[tuple[str, str]]:
     if x.not_counted:
         yield "wire", f"not counted: {x.not_counted}"
     yield "at nominal rates", _seconds(x.seconds)
+    if x.played:
+        yield "played", _played(x.played)
     for number, buffer in enumerate(x.largest):
         shape = f"{buffer.dtype}{list(buffer.shape)}".replace(" ", "")
         yield "" if number else "largest", f"{human_bytes(buffer.bytes)} {shape} {buffer.where}"
@@ -109,6 +111,15 @@ def _seconds(seconds: Mapping[str, Any]) -> str:
     if any(map(math.isnan, all_of_it.values())):
         return said
     return f"{said}: {max(all_of_it, key=lambda name: all_of_it[name])} binds"
+
+
+def _played(played: Mapping[str, Any]) -> str:
+    """Of the schedule at the rates that programs reach."""
+    if math.isnan(played["seconds"]):
+        return "not known"
+    waits = [f"waiting for {axis} {human_seconds(x)}" for axis, x in played["exposed"].items() if x]
+    spent = ", ".join([f"computing {human_seconds(played['compute'])}", *waits])
+    return f"{human_seconds(played['seconds'])} at the shares of these rates that programs reach: {spent}"
 
 
 def over_slow(readings: Mapping[str, Reading]) -> float | None:

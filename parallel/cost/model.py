@@ -16,8 +16,16 @@ import jax
 from parallel.layout import rules
 
 FORWARD, BACKWARD, ENDS = "forward", "backward", "ends"  # parts of a step; ends: the embedding, the head and its loss
+# What is sent over fsdp.
+WEIGHTS, AGAIN, GRADIENTS = "weights", "weights again", "gradients"
+HEAD, HEADS_GRADIENT, EMBEDDINGS = "head", "head's gradient", "embeddings and their gradients"
+IN_PARTS = "activations in parts"  # over tensor
 FLOAT32 = 4
-SCORES_BACKWARD = 2.5  # of a fused attention's backward pass: five products where the forward pass has two
+LANES = 128  # of a TPU
+WHOLE = 32  # chips over which libtpu makes scatters of gradients in parts; over more it adds them up whole
+# Of a fused attention's backward pass, beside the forward pass's two products: cuDNN's kernel has five; the two of
+# splash attention have seven, for each makes the scores anew.
+SCORES_BACKWARD, SPLASH_BACKWARD = 2.5, 3.5
 # Gathers and scatters over `tensor` of a layer: two halves, each gathers its input and scatters its output. The
 # recomputation leaves out the last scatter; the backward pass gathers and scatters the cotangents of both.
 CROSSINGS = {"forward": 4, "recomputed": 3, "backward": 4}
@@ -27,9 +35,13 @@ SUMS = 3  # float32 of a token that the loss adds up over the vocabulary: maximu
 PASSES = (10, 2, 3)
 LOGIT_PASSES = 5  # over a chunk of float32 logits
 LOGIT_COPIES = 1.5  # a chunk in float32, and its gradient in the compute dtype
-UPDATE_BYTES = 28  # of a float32 parameter with two moments: read four, write three
+COPIED = 6  # passes in which XLA lays out anew what `tensor` has gathered, or will scatter, of cotangents
+STACKED = 3  # passes over what the backward pass finds in stacks of all layers: cleared, and copied there
+# Of a float32 parameter with two moments. Four arrays are read and three written; before that its gradient is read and
+# written in float32, and read for its norm; and the weight is read and written in the compute dtype.
+UPDATE_BYTES = 28 + 6 + 4 + 6
+ADDED_BYTES = 10  # of a gradient that is added to those of earlier micro-steps
 GATHERED_LAYERS = 3  # a layer's weights, the next one's, and the gradient of one
-OVERLAPPED = 4  # float32 copies of the weights that wait for the end of an exchange that is hidden
 # Arrays of a layer's backward pass at a time: of D, of F, of queries and keys.
 LIVE_WIDE, LIVE_HIDDEN, LIVE_HEADS = 5, 6, 2
 
@@ -87,17 +99,22 @@ class Network:
 @dataclass(frozen=True)
 class Layout:
     """How a network is trained. sizes: of the mesh's axes. rows: windows of a device in a micro-step. remat, chunk:
-    compute.remat (matmuls or full), and bytes of float32 logits at a time."""
+    compute.remat (matmuls or full), and bytes of float32 logits at a time. is_splash: attention is the TPU's kernel."""
 
     sizes: Mapping[str, int]
     rows: int
     accumulate: int
     remat: str
     chunk: int
+    is_splash: bool = False
 
     def cut(self, axis: str) -> int:
         """Into how many parts a logical axis is cut."""
         return rules.shards(rules.entry(axis), self.sizes)
+
+    def chunks(self, tokens: int, vocab: int) -> int:
+        """Into how many parts logits are cut, one after another."""
+        return max(1, math.ceil(tokens * vocab * FLOAT32 / self.cut("mlp") / self.chunk))
 
 
 class Sent(NamedTuple):
@@ -123,14 +140,20 @@ def flops(net: Network, lay: Layout) -> dict[str, float]:
     matrices = {w.name: math.prod(w.shape) for w in net.layer if _is_matrix(w)}
     # The output of the last product nothing asks for a second time.
     again = {"full": sum(matrices.values()) - matrices["mlp/down"], "matmuls": matrices["attention/out"]}[lay.remat]
-    scores = 4 * net.queries * net.visible
+    scores, backward = 4 * net.queries * net.visible, SPLASH_BACKWARD if lay.is_splash else SCORES_BACKWARD
     token = {
         FORWARD: net.layers * (2 * sum(matrices.values()) + scores),
-        BACKWARD: net.layers * (4 * sum(matrices.values()) + 2 * again + scores * (1 + SCORES_BACKWARD)),
+        BACKWARD: net.layers * (4 * sum(matrices.values()) + 2 * again + scores * (1 + backward)),
         ENDS: 6 * net.dim * net.vocab,
     }
     share = lay.accumulate * tokens(net, lay) / lay.cut("mlp")
     return {part: share * size for part, size in token.items()}
+
+
+def gradient_flops(net: Network, lay: Layout) -> float:
+    """Of the products that make the gradients of layers' weights."""
+    matrices = sum(math.prod(w.shape) for w in net.layer if _is_matrix(w))
+    return 2 * net.layers * matrices * lay.accumulate * tokens(net, lay) / lay.cut("mlp")
 
 
 def passed(net: Network, lay: Layout) -> dict[str, float]:
@@ -138,13 +161,28 @@ def passed(net: Network, lay: Layout) -> dict[str, float]:
     wide, heads, hidden = PASSES
     once = wide * net.dim + heads * (net.queries + net.keys) + hidden * net.mlp_dim
     layer = net.layers * net.itemsize * once
+    cut, gathered = lay.cut("mlp"), COPIED * net.dim * (lay.cut("sequence") > 1)
     token = {
-        FORWARD: layer,
-        BACKWARD: 3 * layer,  # worked out again, and the cotangents, which are read beside it
-        ENDS: LOGIT_PASSES * FLOAT32 * net.vocab,
+        FORWARD: layer / cut + net.layers * net.itemsize * STACKED * (_kept(net, lay) + net.dim / lay.cut("sequence")),
+        # Worked out again; and the cotangents, which are read beside it.
+        BACKWARD: 3 * layer / cut + net.layers * net.itemsize * gathered,
+        ENDS: LOGIT_PASSES * FLOAT32 * net.vocab / cut,
     }
-    share = lay.accumulate * tokens(net, lay) / lay.cut("mlp")
-    return {part: share * size for part, size in token.items()}
+    return {part: lay.accumulate * tokens(net, lay) * size for part, size in token.items()}
+
+
+def loss_products(net: Network, lay: Layout) -> list[tuple[float, float]]:
+    """(FLOPs, bytes of memory) of each product of the loss: logits, the features' gradient, the head's. All of the head
+    is read for every chunk of logits, and its gradient is read and written in float32."""
+    n, t = tokens(net, lay), lay.cut("mlp")
+    head, logits, chunks = math.prod(net.head.shape) / t, n * net.vocab / t, lay.chunks(n, net.vocab)
+    features = n * net.dim * net.itemsize
+    moved = (
+        chunks * head * net.itemsize + features + logits * FLOAT32,
+        chunks * head * net.itemsize + features + logits * net.itemsize,
+        chunks * head * FLOAT32 * 2 + features + logits * net.itemsize,
+    )
+    return [(lay.accumulate * 2 * logits * net.dim, lay.accumulate * size) for size in moved]
 
 
 def _is_matrix(w: Weight) -> bool:
@@ -154,42 +192,77 @@ def _is_matrix(w: Weight) -> bool:
 # ── what is sent ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def sent(net: Network, lay: Layout, whole_gradients: bool) -> list[Sent]:
-    """Over the fast axes. whole_gradients: the compiler adds gradients up whole, twice the bytes of scattering them."""
-    return [row for row in [*_over_fsdp(net, lay, whole_gradients), *_over_tensor(net, lay)] if row.bytes]
+class Habits(NamedTuple):
+    """Of a compiler, where it sends more than is asked. whole, head_whole: gradients of layers, or the head's, are
+    added up whole, which is twice the bytes of scattering them. lanes: where a last dimension is cut into parts of so
+    many columns, they are scattered all the same; 0: never. in_parts: scatters over `tensor` in a layer's forward pass,
+    and in what is worked out again, that are made part by part while their product is: n + 1 parts for n − 1."""
+
+    whole: bool = False
+    head_whole: bool = False
+    lanes: int = 0
+    in_parts: tuple[int, int] = (0, 0)
 
 
-def _over_fsdp(net: Network, lay: Layout, whole_gradients: bool) -> list[Sent]:
+def habits(platform: str, shards: int) -> Habits:
+    """Of a platform's compiler, where weights are cut into so many shards. What it makes in parts is not told here."""
+    if platform == "tpu":
+        return Habits(shards > WHOLE, shards >= WHOLE, LANES)
+    return Habits(platform == "cpu", platform == "cpu")
+
+
+def sent(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
+    """Over the fast axes."""
+    return [row for row in [*_over_fsdp(net, lay, habits), *_over_tensor(net, lay, habits)] if row.bytes]
+
+
+def _over_fsdp(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
     (axis,), n, A = rules.RULES["embed"], lay.cut("embed"), lay.accumulate
     gathered = lambda weights: sum((n - 1) / n * _own(w, lay, without=axis) * net.itemsize for w in weights)
-    layer = net.layers * A * gathered([w for w in net.layer if axis in _mesh_axes(w)])
+    weights = [w for w in net.layer if axis in _mesh_axes(w)]
+    layer = net.layers * A * gathered(weights)
+    whole = net.layers * A * gathered([w for w in weights if habits.whole and not _fills_lanes(w, n, habits.lanes)])
     head = A * gathered([net.head])
     positions = A * tokens(net, lay)
     moved = (n - 1) / n * positions * net.dim * net.itemsize / lay.cut("sequence")
-    each, sums = A * net.layers, 1 + whole_gradients
+    each = A * net.layers
     return [
-        Sent(axis, FORWARD, "weights", layer, each),
-        Sent(axis, BACKWARD, "weights again", layer, each),
-        Sent(axis, BACKWARD, "gradients", layer * sums, each),
-        Sent(axis, ENDS, "head", head, A),
-        Sent(axis, ENDS, "head's gradient", head * sums, A),
-        Sent(axis, ENDS, "embeddings and their gradients", 2 * moved, 2 * A),
+        Sent(axis, FORWARD, WEIGHTS, layer, each),
+        Sent(axis, BACKWARD, AGAIN, layer, each),
+        Sent(axis, BACKWARD, GRADIENTS, layer + whole, each),
+        Sent(axis, ENDS, HEAD, head, A),
+        Sent(axis, ENDS, HEADS_GRADIENT, head * (1 + habits.head_whole), A),
+        Sent(axis, ENDS, EMBEDDINGS, 2 * moved, 2 * A),
         Sent(axis, ENDS, "token ids", (n - 1) * positions * 4, A),
     ]
 
 
-def _over_tensor(net: Network, lay: Layout) -> list[Sent]:
+def _fills_lanes(w: Weight, n: int, lanes: int) -> bool:
+    return lanes > 0 and w.axes[-1] == "embed" and w.shape[-1] // n >= lanes
+
+
+def _over_tensor(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
     (axis,), n, A = rules.RULES["sequence"], lay.cut("sequence"), lay.accumulate
     once = (n - 1) / n * A * tokens(net, lay) * net.dim * net.itemsize
-    forward = net.layers * CROSSINGS["forward"]
-    backward = net.layers * (CROSSINGS["recomputed"] + CROSSINGS["backward"])
+    parts = [net.layers * count for count in habits.in_parts]
+    forward = net.layers * CROSSINGS["forward"] - parts[0]
+    backward = net.layers * (CROSSINGS["recomputed"] + CROSSINGS["backward"]) - parts[1]
+    longer = once * (n + 1) / max(1, n - 1)
     sums = 2 * (n - 1) / n * A * tokens(net, lay) * SUMS * FLOAT32
     return [
         Sent(axis, FORWARD, "activations", once * forward, A * forward),
+        Sent(axis, FORWARD, IN_PARTS, longer * parts[0], A * parts[0]),
         Sent(axis, BACKWARD, "activations", once * backward, A * backward),
+        Sent(axis, BACKWARD, IN_PARTS, longer * parts[1], A * parts[1]),
         Sent(axis, ENDS, "activations", once * ENDS_CROSSINGS, A * ENDS_CROSSINGS),
         Sent(axis, ENDS, "sums of the loss", sums, SUMS * A),
     ]
+
+
+def first(net: Network, lay: Layout) -> float:
+    """Of the bytes of a layer's weights, the share of those that it multiplies with first: queries, keys and values."""
+    own = {w.name: _own(w, lay) for w in net.layer}
+    return sum(own.get(f"attention/{name}", 0.0) for name in "qkv") / sum(own.values())
 
 
 def _mesh_axes(w: Weight) -> tuple[str, ...]:
@@ -205,24 +278,33 @@ def _own(w: Weight, lay: Layout, without: str = "") -> float:
 # ── what is held ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def held(net: Network, lay: Layout, messages: float, overlapped: bool) -> dict[str, dict[str, float]]:
+class Flight(NamedTuple):
+    """What an exchange holds, in bytes. messages: as they travel. is_coded: in blocks, from a float32 gradient beside
+    them; else the gradient itself is the message. meanwhile: all the time while something else hides it."""
+
+    messages: float = 0.0
+    is_coded: bool = False
+    meanwhile: float = 0.0
+
+
+def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float]]:
     """Temporary bytes by the moments at which a step may hold most: {moment: {array: bytes}}. The state lies beside
-    them. messages: of an exchange, as they travel (0: there is none). overlapped: while other things are computed."""
+    them."""
     (fsdp,), t, n = rules.RULES["embed"], lay.cut("mlp"), tokens(net, lay)
     layer = sum(_own(w, lay) for w in net.layer)
     whole = sum(_own(w, lay, without=fsdp) for w in net.layer)
     weights = net.layers * layer + sum(_own(w, lay) for w in net.ends)
     always = {
-        "weights in the compute dtype": weights * net.itemsize * (net.itemsize < FLOAT32),
         "gradients of micro-steps": weights * FLOAT32 * (lay.accumulate > 1),
-        "of the exchange meanwhile": OVERLAPPED * weights * FLOAT32 * overlapped,
+        "of the exchange meanwhile": flight.meanwhile,
     }
     inputs = {
+        "weights in the compute dtype": weights * net.itemsize * (net.itemsize < FLOAT32),
         "layer inputs": net.layers * n * net.dim * net.itemsize / lay.cut("sequence"),
         "kept for the backward pass": net.layers * n * net.itemsize * _kept(net, lay),
     }
     head, logits = math.prod(net.head.shape) / t, n * net.vocab * FLOAT32 / t
-    chunk = logits / max(1, math.ceil(logits / lay.chunk))
+    chunk = logits / lay.chunks(n, net.vocab)
     wide = n * net.dim * net.itemsize
     loss = {
         "head, gathered": head * net.itemsize,
@@ -236,9 +318,9 @@ def held(net: Network, lay: Layout, messages: float, overlapped: bool) -> dict[s
         "a layer's activations": LIVE_WIDE * wide
         + n / t * net.itemsize * (LIVE_HIDDEN * net.mlp_dim + LIVE_HEADS * (net.queries + 2 * net.keys)),
     }
-    update = {"gradients in float32": weights * FLOAT32}
-    if messages:
-        update |= {"messages": messages}
+    update = {"gradients in float32": weights * FLOAT32, "messages": flight.messages}
+    if not flight.is_coded:
+        update["gradients in float32"] = max(0.0, weights * FLOAT32 - flight.messages)
     return {
         "the loss": always | inputs | loss,
         "the backward pass": always | inputs | backward,
@@ -253,5 +335,6 @@ def _kept(net: Network, lay: Layout) -> float:
 
 
 def updated(net: Network, lay: Layout) -> float:
-    """Bytes of memory that the optimizer reads and writes."""
-    return UPDATE_BYTES * (net.layers * sum(_own(w, lay) for w in net.layer) + sum(_own(w, lay) for w in net.ends))
+    """Bytes of memory that the optimizer reads and writes, and what adds up micro-steps."""
+    each = UPDATE_BYTES + ADDED_BYTES * lay.accumulate * (lay.accumulate > 1)
+    return each * (net.layers * sum(_own(w, lay) for w in net.layer) + sum(_own(w, lay) for w in net.ends))

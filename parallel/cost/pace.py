@@ -11,7 +11,7 @@ from typing import NamedTuple
 from parallel.cost import model
 from parallel.cost.hardware import Chip
 from parallel.cost.link import Link
-from parallel.cost.model import BACKWARD, ENDS, FORWARD, Layout, Network, Sent
+from parallel.cost.model import BACKWARD, ENDS, FORWARD, Habits, Layout, Network, Sent
 from parallel.cost.targets import Target
 from parallel.layout.axes import SLOW, USED
 
@@ -54,9 +54,21 @@ def rate(target: Target, sizes: Mapping[str, int], axis: str) -> float:
     return min(target.chip.inside, members * target.chip.outside)
 
 
+def habits(net: Network, lay: Layout, target: Target) -> Habits:
+    """Of libtpu: a scatter over `tensor` is made in parts where its product takes longer at nominal rates."""
+    n, (t, fsdp) = model.tokens(net, lay), (lay.sizes["tensor"], lay.sizes["fsdp"])
+    if not target.chip.is_tpu:
+        return model.habits("gpu", fsdp)
+    scatter = n * net.dim * net.itemsize * (t - 1) / t / rate(target, lay.sizes, "tensor")
+    longer = lambda width: t > 2 and 2 * n * net.dim * width / t / target.chip.bf16 > scatter
+    down, out = longer(net.mlp_dim), longer(net.queries)
+    return model.habits("tpu", fsdp)._replace(in_parts=(down + out, int(out)))
+
+
 def is_shared(target: Target, sizes: Mapping[str, int]) -> bool:
-    """Whether fsdp and tensor send over the same links: those inside a host."""
-    return not target.chip.is_tpu and sizes["tensor"] < target.sides[1]
+    """Whether fsdp and tensor send over the same links: those inside a host. A ring of fsdp that leaves hosts is held
+    up by their adapters, and leaves the links inside to others."""
+    return not target.chip.is_tpu and sizes["fsdp"] * sizes["tensor"] <= target.sides[1]
 
 
 def _links(target: Target, stride: int, size: int) -> int:
@@ -74,23 +86,33 @@ def _links(target: Target, stride: int, size: int) -> int:
 @dataclass(frozen=True)
 class Exchange:
     """What crosses `replica`. bytes: that a device sends each `interval` steps. hidden: whole steps behind which each
-    of the `fragments` may hide. hops: messages that wait for each other."""
+    of the `fragments` may hide. hops: messages that wait for each other. moved: bytes of memory that coding reads and
+    writes."""
 
     bytes: float = 0.0
     interval: int = 1
     fragments: int = 1
     hidden: int = 0
     hops: int = 2
+    moved: float = 0.0
 
 
 def exchange_seconds(exchange: Exchange, target: Target, sizes: Mapping[str, int], link: Link | None) -> float:
     """Of all fragments, on the wire."""
     if not exchange.bytes:
         return 0.0
-    if link:
-        return link.seconds(exchange.bytes * senders(target, sizes), exchange.hops * exchange.fragments)
-    nominal = target.chip.outside if target.slices > 1 else rate(target, sizes, SLOW)
-    return exchange.bytes / (nominal * share(target.chip).links) + exchange.hops * exchange.fragments * HOP
+    return seconds(target, sizes, SLOW, exchange.bytes, exchange.hops * exchange.fragments, link)
+
+
+def seconds(
+    target: Target, sizes: Mapping[str, int], axis: str, size: float, hops: int, link: Link | None = None
+) -> float:
+    """That bytes of each chip take over an axis, in so many hops from one chip to the next. link: what `replica`
+    crosses, if it is not the catalogue's."""
+    if axis == SLOW and link:
+        return link.seconds(size * senders(target, sizes), hops)
+    nominal = target.chip.outside if axis == SLOW and target.slices > 1 else rate(target, sizes, axis)
+    return size / (nominal * share(target.chip).links) + hops * HOP
 
 
 def senders(target: Target, sizes: Mapping[str, int]) -> int:
@@ -131,34 +153,59 @@ def step(
     link: Link | None,
     update_bytes: float,
 ) -> Step:
-    """rows: model.sent. update_bytes: of memory that the optimizer reads and writes on a device.
-
-    FSDP's gathers and scatters travel while a neighbouring layer computes: of each pass it takes the longer of both.
-    What `tensor` sends is waited for. The ends hide nothing. An exchange waits for the gradient, unless its strategy
-    has steps to hide it behind; then the wire itself may still be the slowest.
-    """
+    """rows: model.sent. update_bytes: of memory that the optimizer reads and writes on a device. An exchange is waited
+    for, unless its strategy has steps to hide it behind; then the wire itself may still be the slowest."""
     part_of = share(target.chip)
+    multiplied = lambda products: products / (part_of.products * target.chip.bf16)
+    moved = lambda size: size / (part_of.memory * target.chip.bandwidth)
     products, passed = model.flops(net, lay), model.passed(net, lay)
-    compute = {
-        part: products[part] / (part_of.products * target.chip.bf16)
-        + passed[part] / (part_of.memory * target.chip.bandwidth)
-        for part in (FORWARD, BACKWARD, ENDS)
-    }
-    update = update_bytes / (part_of.memory * target.chip.bandwidth)
-    wire = {(axis, part): 0.0 for axis in USED for part in compute}
+    compute = {part: multiplied(products[part]) + moved(passed[part]) for part in (FORWARD, BACKWARD)}
+    loss = sum(max(multiplied(flops), moved(size)) for flops, size in model.loss_products(net, lay))
+    compute[ENDS] = loss + moved(passed[ENDS])
+    wire: dict[tuple[str, str, str], float] = {}
     for row in rows:
-        wire[row.axis, row.part] += row.bytes / (part_of.links * rate(target, lay.sizes, row.axis))
-        wire[row.axis, row.part] += HOP * row.times * (lay.sizes[row.axis] - 1)
-    exposed = {"fsdp": wire["fsdp", ENDS], "tensor": wire["tensor", ENDS]}
-    for part in (FORWARD, BACKWARD):
-        waited, hideable = wire["tensor", part], wire["fsdp", part]
-        cover = compute[part] + (0 if is_shared(target, lay.sizes) else waited)
-        exposed["tensor"] += waited
-        exposed["fsdp"] += max(0.0, hideable - cover)
-    total = sum(compute.values()) + update
+        hops = row.times * (lay.sizes[row.axis] - 1)
+        key = (row.axis, row.part, row.what)
+        wire[key] = wire.get(key, 0.0) + seconds(target, lay.sizes, row.axis, row.bytes, hops)
+    exposed = (_on_tpu if target.chip.is_tpu else _on_gpu)(net, lay, target, wire, compute)
+    total = sum(compute.values()) + moved(update_bytes) + moved(exchange.moved / exchange.interval)
     on_wire = exchange_seconds(exchange, target, lay.sizes, link)
     bare = total + sum(exposed.values())
     late = exchange.fragments * max(0.0, on_wire / exchange.fragments - exchange.hidden * bare)
     exposed[SLOW] = max(late, on_wire - exchange.interval * bare) / exchange.interval
-    all_of_it = {axis: sum(wire[axis, part] for part in compute) for axis in USED}
+    all_of_it = {axis: sum(time for key, time in wire.items() if key[0] == axis) for axis in USED}
     return Step(total, exposed, all_of_it | {SLOW: on_wire / exchange.interval}, sum(products.values()))
+
+
+# What XLA's schedules wait for, {axis: seconds}. wire: by (axis, part, what). compute: by part.
+Wire = Mapping[tuple[str, str, str], float]
+
+
+def _on_gpu(net: Network, lay: Layout, target: Target, wire: Wire, compute: Mapping[str, float]) -> dict[str, float]:
+    """Nothing travels from one turn of the loop over layers to the next. So a layer's first weights are waited for,
+    and its gradients, which XLA sends together at the turn's end; other weights travel while it computes, or waits for
+    `tensor` on other links. What `tensor` sends of cotangents travels while gradients of weights are multiplied; the
+    rest is waited for. The head travels while layers are computed."""
+    part = lambda axis, name: sum(time for key, time in wire.items() if key[:2] == (axis, name))
+    forward, backward = part("tensor", FORWARD), part("tensor", BACKWARD)
+    cotangents = model.CROSSINGS["backward"] / (model.CROSSINGS["recomputed"] + model.CROSSINGS["backward"])
+    multiplied = model.gradient_flops(net, lay) / (share(target.chip).products * target.chip.bf16)
+    waited = {FORWARD: forward, BACKWARD: backward - min(cotangents * backward, multiplied)}
+    first, covers = model.first(net, lay), not is_shared(target, lay.sizes)
+    fsdp = wire.get(("fsdp", BACKWARD, model.GRADIENTS), 0.0) + wire.get(("fsdp", ENDS, model.EMBEDDINGS), 0.0)
+    for name, what in ((FORWARD, model.WEIGHTS), (BACKWARD, model.AGAIN)):
+        gathered = wire.get(("fsdp", name, what), 0.0)
+        fsdp += first * gathered + max(0.0, (1 - first) * gathered - compute[name] - covers * waited[name])
+    return {"fsdp": fsdp, "tensor": sum(waited.values()) + part("tensor", ENDS)}
+
+
+def _on_tpu(net: Network, lay: Layout, target: Target, wire: Wire, compute: Mapping[str, float]) -> dict[str, float]:
+    """Collectives are synchronous, but gradients that libtpu scatters in parts, while it multiplies them, and what it
+    sends in parts over `tensor`: of that the last two parts are waited for."""
+    exposed = {axis: sum(time for key, time in wire.items() if key[0] == axis) for axis in ("fsdp", "tensor")}
+    in_parts = sum(time for key, time in wire.items() if key[2] == model.IN_PARTS)
+    exposed["tensor"] -= in_parts * (1 - 2 / (lay.sizes["tensor"] + 1))
+    if lay.sizes["fsdp"] <= model.WHOLE:
+        gradients = wire.get(("fsdp", BACKWARD, model.GRADIENTS), 0.0)
+        exposed["fsdp"] -= min(gradients, compute[BACKWARD])
+    return exposed

@@ -7,7 +7,7 @@ B batch, H heads, T query and S key positions, K head size.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from parallel.cost import loops
@@ -38,7 +38,7 @@ class Buffer:
 
 def flops(program: Program) -> float:
     """Of one call, on one device. Raises ValueError where a loop with products runs nobody knows how often."""
-    return _Flops(program).of_computation(program.entry)
+    return Flops(program).of_computation(program.entry)
 
 
 def executed(program: Program, name: str = "") -> Iterator[tuple[str, Instruction]]:
@@ -58,7 +58,7 @@ def bytes_moved(program: Program) -> float:
     def of(computation: str) -> float:
         total = 0.0
         for x in program.computations[computation]:
-            total += _moved(program, computation, x)
+            total += moved(program, computation, x)
             if x.op == "while":
                 total += turns.trips(computation, x) * of(loops.body(x))
             elif x.op in RUN:
@@ -68,12 +68,15 @@ def bytes_moved(program: Program) -> float:
     return of(program.entry)
 
 
-def _moved(program: Program, computation: str, x: Instruction) -> float:
+def moved(program: Program, computation: str, x: Instruction) -> float:
+    """What one instruction reads and writes, but not the computations that it runs."""
     if x.op in SAME or x.op.endswith("-done"):
         return 0.0
-    if x.op in ("fusion-start", "async-start"):
-        return sum(_moved(program, called, y) for called in x.called for y in program.computations[called])
-    written = sum(a.bytes for a in x.arrays)
+    if x.op in RUN:
+        return 0.0
+    if x.op == "fusion-start":
+        return sum(moved(program, called, y) for called in x.called for y in program.computations[called])
+    written = in_memory(x.arrays)
     if x.op.endswith("-start"):  # its type has operands and results
         return written
     if x.op in PARTS:
@@ -88,22 +91,32 @@ def _moved(program: Program, computation: str, x: Instruction) -> float:
 
 
 def _bytes(x: Instruction | None) -> float:
-    return sum(a.bytes for a in x.arrays) if x and not x.type.startswith("(") else 0.0
+    return in_memory(x.arrays) if x and not x.type.startswith("(") else 0.0
+
+
+def in_memory(arrays: Iterable[Array]) -> float:
+    """Bytes of those that lie in the chip's large memory."""
+    return sum(a.bytes for a in arrays if not a.is_fast)
 
 
 class _Inside:
-    """Of a fusion, what it reads of its operands and writes of its result."""
+    """Of a fusion, what it reads of its operands and writes of its result; it may have fusions inside."""
 
     def __init__(self, program: Program, computation: str):
-        self._body = program.computations[computation]
+        self._program, self._body = program, program.computations[computation]
         self._named = {x.name: x for x in self._body}
 
     def read(self, number: int, size: float) -> float:
         parameter = next((x for x in self._body if x.op == "parameter" and x.rest.startswith(f"{number})")), None)
-        users = self._users(parameter) if parameter else []
-        if any(place or user.op not in (*PARTS, "dynamic-update-slice") for user, place in users):
-            return size
-        return min(size, sum(_bytes(user) for user, _ in users if user.op in PARTS))
+        needed = 0.0
+        for user, place in self._users(parameter) if parameter else ():
+            if user.op == "fusion":
+                needed += _Inside(self._program, user.called[0]).read(place, size)
+            elif user.op in PARTS and not place:
+                needed += _bytes(user)
+            elif user.op != "dynamic-update-slice" or place:
+                return size
+        return min(size, needed)
 
     def _users(self, x: Instruction) -> list[tuple[Instruction, int]]:
         """(instruction, which of its operands), beyond other names."""
@@ -119,6 +132,8 @@ class _Inside:
     def _part(self, x: Instruction | None) -> float:
         while x and x.op == "bitcast" and x.operands:
             x = self._named.get(x.operands[0])
+        if x and x.op == "fusion" and not x.type.startswith("("):
+            return _Inside(self._program, x.called[0]).written()
         return _bytes(self._named.get(x.operands[1])) if x and x.op == "dynamic-update-slice" else _bytes(x)
 
 
@@ -151,7 +166,7 @@ def _fills(x: Instruction) -> bool:
 def hidden(program: Program) -> set[str]:
     """Names of the collectives and transfers that are under way while matrix products are computed: between a start and
     its done, or inside of one fusion with them."""
-    counted, names = _Flops(program), set()
+    counted, names = Flops(program), set()
     for computation, body in program.computations.items():
         under_way: dict[str, str] = {}  # {what its done asks for: name}
         for x in body:
@@ -174,7 +189,9 @@ def _inside(program: Program, computation: str) -> Iterator[Instruction]:
             yield from _inside(program, called)
 
 
-class _Flops:
+class Flops:
+    """FLOPs of computations and instructions of one program, run once."""
+
     def __init__(self, program: Program):
         self._program, self._loops = program, loops.Loops(program)
         self._known: dict[str, float] = {}

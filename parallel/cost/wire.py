@@ -22,6 +22,7 @@ _TRANSFERS = {
     "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
     "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
 }  # fmt: skip
+MEETING = r'_xla_host_transfer_rendezvous="([^"]*)"'  # of a send and its recv
 SLICE = 100_000  # device j of slice s, which megascale counts from 1, has the id s · SLICE + j
 
 
@@ -40,7 +41,7 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     """Where the devices that a program names stand in the mesh: `of_partition` in replica_groups, `of_id` between
     slices. A program of several TPU slices is the program of one of them: its partitions are that slice's devices, in
     the mesh's order, and what leaves the slice is written as send and recv."""
@@ -57,12 +58,12 @@ class _Places:
         return [name for name, d in zip(self.names, differs, strict=True) if d]
 
 
-def _places(mesh: Mesh) -> _Places:
+def places_of(mesh: Mesh) -> Places:
     devices = list(mesh.devices.flat)
     # A GPU's slice_index is its host: the program is one over all hosts.
     slices = [getattr(d, "slice_index", None) if d.platform == "tpu" else None for d in devices]
     first = [i for i, s in enumerate(slices) if s == slices[0]]
-    return _Places(mesh.axis_names, mesh.devices.shape, np.array(first), {d.id: i for i, d in enumerate(devices)})
+    return Places(mesh.axis_names, mesh.devices.shape, np.array(first), {d.id: i for i, d in enumerate(devices)})
 
 
 def collectives(hlo: str | Program, mesh: Mesh) -> list[Collective]:
@@ -73,7 +74,7 @@ def collectives(hlo: str | Program, mesh: Mesh) -> list[Collective]:
     Raises ValueError on a replica_groups syntax, transfer or loop that it does not know: better than counting nothing.
     """
     program = Program.read(hlo) if isinstance(hlo, str) else hlo
-    return list(_walk(program, Frame(program.entry), 1, _places(mesh)))
+    return list(_walk(program, Frame(program.entry), places_of(mesh)))
 
 
 def count(hlo: str | Program, mesh: Mesh) -> dict[str, dict[str, float]]:
@@ -91,34 +92,38 @@ def per_axis(hlo: str | Program, mesh: Mesh) -> dict[str, int]:
     return {axis: round(totals.get(axis, 0)) for axis in mesh.axis_names}
 
 
-def _walk(program: Program, frame: Frame, times: int, places: _Places) -> Iterator[Collective]:
+def sent_by(program: Program, computation: str, x: Instruction, places: Places) -> list[Collective]:
+    """What an instruction itself sends when it runs once, not what it calls."""
+    kind = x.op.removesuffix("-start")
+    if kind in KINDS:
+        scattered = kind == "all-reduce" and computation.startswith("all-reduce-scatter")
+        return list(_collective(x, kind, places, scattered))
+    transfer = _across_slices(program, computation, x, places) if x.op in ("send", "recv") else None
+    return [transfer] if transfer else []
+
+
+def _walk(program: Program, frame: Frame, places: Places) -> Iterator[Collective]:
     channels: set[str] = set()  # of asynchronous collectives that are already counted
     for x in program.computations[frame.name]:
-        kind = x.op.removesuffix("-start")
-        if kind in KINDS:
-            scattered = kind == "all-reduce" and frame.name.startswith("all-reduce-scatter")
-            yield from _collective(x, kind, times, places, scattered)
-        elif x.op in ("send", "recv"):
-            if transfer := _across_slices(program, frame.name, x, times, places):
-                yield transfer
-        elif x.op == "conditional":
-            branches = [list(_walk(program, Frame(name), times, places)) for name in x.called]
+        yield from sent_by(program, frame.name, x, places)
+        if x.op == "conditional":
+            branches = [list(_walk(program, Frame(name), places)) for name in x.called]
             yield from max(branches, key=lambda found: sum(c.sent for c in found))
         elif x.op == "while":
-            found = list(_walk(program, Frame(loops.body(x), x, frame), 1, places))
+            found = list(_walk(program, Frame(loops.body(x), x, frame), places))
             turns = loops.trips(program, x, frame) if found else 0
             for c in found:
-                yield replace(c, sent=c.sent * times * turns, channel="")
-        else:
+                yield replace(c, sent=c.sent * turns, channel="")
+        elif x.op.removesuffix("-start") not in KINDS:
             for called in x.called:
-                found = list(_walk(program, Frame(called), times, places))
-                if x.op == "fusion" and _is_part_of_async(called, program):
+                found = list(_walk(program, Frame(called), places))
+                if x.op == "fusion" and is_part_of_async(called, program):
                     found = [c for c in found if c.channel not in channels]
                     channels |= {c.channel for c in found}
                 yield from found
 
 
-def _is_part_of_async(name: str, program: Program) -> bool:
+def is_part_of_async(name: str, program: Program) -> bool:
     """On TPU an asynchronous collective stands in several fusions, under one channel: the one that starts it, those
     that compute while it runs, and the one that waits for it."""
     parts = program.computations[name]
@@ -127,7 +132,7 @@ def _is_part_of_async(name: str, program: Program) -> bool:
     )
 
 
-def _collective(x: Instruction, kind: str, times: int, places: _Places, scattered: bool) -> Iterator[Collective]:
+def _collective(x: Instruction, kind: str, places: Places, scattered: bool) -> Iterator[Collective]:
     """scattered: a reduce-scatter as TPUs write it, a fusion of an all-reduce and the choice of one's own part."""
     arrays = x.arrays
     if x.op.endswith("-start") and (kind != "all-reduce" or x.type.startswith("((")):
@@ -140,7 +145,7 @@ def _collective(x: Instruction, kind: str, times: int, places: _Places, scattere
     marks = [re.search(mark, x.rest) for mark in (r'op_name="([^"]*)"', r"channel_id=(\d+)", r"stack_frame_id=(\d+)")]
     axis, kind = places.axes(groups)[0], "reduce-scatter" if scattered else kind
     for a in arrays:
-        yield Collective(kind, axis, a.dtype, share * a.bytes * times, *(m[1] if m else "" for m in marks), name=x.name)
+        yield Collective(kind, axis, a.dtype, share * a.bytes, *(m[1] if m else "" for m in marks), name=x.name)
 
 
 def _share(kind: str, n: int) -> float:
@@ -155,13 +160,11 @@ def _share(kind: str, n: int) -> float:
     }[kind]
 
 
-def _across_slices(
-    program: Program, computation: str, x: Instruction, times: int, places: _Places
-) -> Collective | None:
+def _across_slices(program: Program, computation: str, x: Instruction, places: Places) -> Collective | None:
     """A transfer between TPU slices, which the compiler writes as a send and a recv of one rendezvous. It is counted
     at its recv: in an all-to-all both hold n slots, but an all-gather sends one and receives n."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.rest)
-    meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', x.rest)
+    meeting = re.search(MEETING, x.rest)
     target = re.search(r'_xla_megascale_target=(?:"([^"]*)"|(\{\{.*?\}\}))', x.rest)
     if not (kind and kind[1] in _TRANSFERS and meeting and target and "xla_megascale_runtime" in x.rest):
         raise ValueError(
@@ -176,7 +179,7 @@ def _across_slices(
     n = 2 if kind[1] == "ONE_TO_ONE" else groups.shape[1]
     first = x.arrays[0]  # the tuple has a context and a token behind it
     sender = next(y for y in both if y.op == "send")
-    sent = _share(_TRANSFERS[kind[1]], n) * first.bytes * times
+    sent = _share(_TRANSFERS[kind[1]], n) * first.bytes
     scope = _origin(program, computation, sender)
     return Collective(_TRANSFERS[kind[1]], places.axes(groups)[0], first.dtype, sent, scope, name=x.name)
 
@@ -192,7 +195,7 @@ def _origin(program: Program, computation: str, x: Instruction | None, depth: in
     return ""
 
 
-def _groups_of_slices(target: str, places: _Places) -> np.ndarray:
+def _groups_of_slices(target: str, places: Places) -> np.ndarray:
     """[group, member] in the mesh, of {{100000,200000},…}, {{100000->200000},…} or {1,2}x{0:3}: slices × devices of
     each, which exchange with those of the same number."""
     if match := re.match(r"^\{([0-9,:]+)\}x\{([0-9,:]+)\}$", target):
@@ -217,7 +220,7 @@ def _results_of_start(arrays: list[Array]) -> list[Array]:
     return payload[len(payload) // 2 :]
 
 
-def _groups(kind: str, rest: str, places: _Places) -> np.ndarray:
+def _groups(kind: str, rest: str, places: Places) -> np.ndarray:
     """[group, member]: the places in the mesh of the devices that a collective joins."""
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{((?:\{[0-9,]+\},?)*)\}", rest)
