@@ -89,6 +89,22 @@ ROWS = (
     Row("v5p-128", B8, mesh(1, 16, 4, 64)),
     Row("2xv5p-64", B8, mesh(2, 32, 1, 64, **INT4)),
     Row("v5p-512", B70, mesh(1, 64, 4, 256)),
+    # First compiled after the model was frozen.
+    Row("h100:4x8", B8, mesh(1, 32, 1, 64), True),
+    Row("h100:4x8", B8, mesh(1, 8, 4, 32, **LIGHT), True),
+    Row("h100:8x8", B8, mesh(1, 32, 2, 64), True),
+    Row("h100:8x8", B8, mesh(2, 32, 1, 64, sync__codec="bf16"), True),
+    Row("h100:8x8", B1, mesh(1, 16, 4, 128, optimizer__accumulate=2), True),
+    Row("h100:32x8", B70, mesh(1, 64, 4, 128), True),
+    Row("h200:8", B8, mesh(1, 8, 1, 16, **LIGHT), True),
+    Row("b200:2x8", B8, mesh(2, 8, 1, 32, **INT4), True),
+    Row("a100:4x8", B1, mesh(1, 32, 1, 64), True),
+    Row("h100:2x8", "qwen3_600m", mesh(1, 8, 2, 64), True),
+    Row("v5p-32", B8, mesh(1, 16, 1, 32), True),
+    Row("v6e-16", B1, mesh(1, 8, 2, 16), True),
+    Row("v5p-64", B1, mesh(1, 32, 1, 64), True),
+    Row("v5p-64", B8, mesh(1, 8, 4, 32), True),
+    Row("v5e-64", B1, mesh(1, 64, 1, 64), True),
 )  # fmt: skip
 
 

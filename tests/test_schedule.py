@@ -164,6 +164,33 @@ def test_of_a_stack_of_layers_one_is_read_and_one_written():
     assert schedule.bytes_moved(hlo.Program.read(STACKS)) == read + written
 
 
+def test_a_fusion_inside_of_a_fusion_reads_and_writes_what_it_needs():
+    """As TPUs have them: the same, one computation deeper."""
+    call = "fusion(%p.0, %p.1, %p.2, %p.3), kind=kLoop, calls="
+    stacks = "(stack: f32[5,8,16], weights: f32[5,16], turn: s32[], x: f32[8,16])"
+    given = "".join(
+        f"  %p.{n} = {kind} parameter({n})\n"
+        for n, kind in enumerate(["f32[5,8,16]", "f32[5,16]", "s32[]", "f32[8,16]"])
+    )
+    one = STACKS.replace(
+        "ROOT %both = (f32[8,16]{1,0}, f32[5,16]{1,0}) tuple(%sum, %filled)",
+        "ROOT %out = f32[5,16]{1,0} bitcast(%filled)",
+    )
+    one = one.replace("-> (f32[8,16], f32[5,16])", "-> f32[5,16]").replace(
+        "(f32[8,16]{1,0}, f32[5,16]{1,0}) fusion", "f32[5,16]{1,0} fusion"
+    )
+    outer = f"%outer {stacks} -> f32[5,16] {{\n{given}  ROOT %f = f32[5,16]{{1,0}} {call}%one_layer\n}}\n\nENTRY"
+    two = one.replace("calls=%one_layer", "calls=%outer").replace("ENTRY", outer)
+    moved = [schedule.bytes_moved(hlo.Program.read(text)) for text in (one, two)]
+    assert moved == [4 * 8 * 16 + 4 + 4 * 8 * 16 + 4 * 16] * 2
+
+
+def test_what_lies_in_a_tpus_fast_memory_is_not_read_from_its_large_one():
+    fast = STACKS.replace("%p.3 = f32[8,16]{1,0} ", "%p.3 = f32[8,16]{1,0:T(8,128)S(1)} ")
+    less = schedule.bytes_moved(hlo.Program.read(STACKS)) - schedule.bytes_moved(hlo.Program.read(fast))
+    assert less == 4 * 8 * 16
+
+
 def test_older_texts_have_the_line_beside_the_instruction():
     text = TEXT.replace("stack_frame_id=2", f'source_file="{hlo.ROOT}model/loss.py" source_line=63')
     found = {buffer.shape: buffer.where for buffer in schedule.largest(hlo.Program.read(text), 9)}

@@ -317,14 +317,18 @@ def test_a_row_says_what_is_sent_by_dtype_and_what_nothing_hides_by_kind():
         aot.Sent("replica", "u8", "all-to-all", 1.0 * GiB, 1.0 * GiB),
     ]
     seconds = {"compute": 2.0, "memory": 1.0, "wire": {"fsdp": 3.0, "replica": 0.5}}
-    rows = verdict.rows(helpers.tiny(), parts(), target("v5p-8"), {"step": reading(20, wire=sent, seconds=seconds)})
-    found = dict(rows)
+    played = {"seconds": 2.5, "compute": 2.0, "exposed": {"fsdp": 0.5, "replica": 0.0}}
+    read = reading(20, wire=sent, seconds=seconds, played=played)
+    found = dict(verdict.rows(helpers.tiny(), parts(), target("v5p-8"), {"step": read}))
     assert found["wire, fsdp"] == (
         "12.00 GiB (bf16 11.00 GiB, f32 1.00 GiB); 6.00 GiB behind matrix products; exposed: all-reduce 4.00 GiB, "
         "all-gather 2.00 GiB"
     )
     assert found["wire, replica"] == "1.00 GiB (u8 1.00 GiB); 1.00 GiB behind matrix products; exposed: none"
     assert found["at nominal rates"] == "compute 2.0 s, memory 1.0 s, fsdp 3.0 s, replica 500 ms: fsdp binds"
+    assert found["played"] == (
+        "2.5 s at the shares of these rates that programs reach: computing 2.0 s, waiting for fsdp 500 ms"
+    )
     assert found["largest"] == "2.00 GiB f32[4096,128256] model/loss.py:63"
     assert verdict.over_slow({"step": reading(20, wire=sent, seconds=seconds)}) == GiB
 
