@@ -134,7 +134,7 @@ def measured(row: Row) -> dict[str, Any]:
         readings[name] = aot.read(name, program, parts, target, config)
     return {
         "predicted": said,
-        "compiled": together(readings),
+        "compiled": together(readings) | {"fits": max(x.peak_bytes for x in readings.values()) <= target.memory},
         "largest": {name: [(b.bytes / GIB, b.where) for b in x.largest] for name, x in readings.items()},
         "wire": {name: [s._asdict() for s in x.wire] for name, x in readings.items()},
         "played": {name: x.played for name, x in readings.items()},
@@ -218,7 +218,12 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     for name, what, error in rows:
         if abs(error) > NEAR:
             lines.append(f"MISS {name}: {what} {error:+.1%}: {because(found[name], what)}")
+    lines += [f"FITS NOT, as predicted it would: {n}" for n, x in found.items() if claims_too_much(x)]
     return [*lines, *order(found)]
+
+
+def claims_too_much(x: dict[str, Any]) -> bool:
+    return x["predicted"]["fits"] and not x["compiled"].get("fits", True)
 
 
 def because(x: dict[str, Any], what: str) -> str:
@@ -275,11 +280,11 @@ def judge(config: str, machine: str, workers: Any) -> dict[str, Any]:
     rows, left_out = workers.isolated(rivals, config, machine)
     print(f"{config} on {machine}: the pick and {len(rows) - 1} rivals; {left_out} more were left out", flush=True)
     found = {row.name: workers.row(row) for row in rows}
-    usable = {name: x["compiled"]["seconds"] for name, x in found.items() if math.isfinite(x["compiled"]["seconds"])}
-    best = min(usable, key=lambda name: usable[name])
-    pick = rows[0].name
-    slower = usable[pick] / usable[best] - 1
-    print(f"  pick {pick}: {slower:+.1%} beside the best, {best}; {'met' if slower <= CLOSE - 1 else 'MISSED'}")
+    seconds = {name: x["compiled"]["seconds"] for name, x in found.items() if x["compiled"]["fits"]}
+    pick, best = rows[0].name, min(seconds, key=lambda name: seconds[name], default="")
+    slower = seconds[pick] / seconds[best] - 1 if pick in seconds else math.inf
+    said = f"{slower:+.1%} beside the best, {best}" if pick in seconds else "does not fit"
+    print(f"  pick {pick}: {said}; {'met' if slower <= CLOSE - 1 else 'MISSED'}; {len(rows) - len(seconds)} do not fit")
     return {"pick": pick, "best": best, "slower": slower, "left_out": left_out, "rows": found}
 
 
