@@ -103,8 +103,13 @@ def _write_weights(folder: Path, family: Family, config: Any, params: Mapping[st
         write_json(folder / safetensors.INDEX, index)
 
 
+@jax.jit
+def _one(x: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+
 def _layer(x: jax.Array, layer: int | None) -> np.ndarray:
-    return np.asarray(x if layer is None else x[layer])
+    return np.asarray(x if layer is None else _one(x, layer))
 
 
 def _write_small(folder: Path, family: Family, config: Any, kept: Path | None, workdir: Path, dtype: str) -> None:

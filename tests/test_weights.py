@@ -83,7 +83,11 @@ def command(*arguments: Any) -> None:
     assert huggingface.main([str(a) for a in arguments]) == 0
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda t: np.dtype(t).name)
+@pytest.mark.parametrize(
+    "dtype",
+    [ml_dtypes.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (np.float32, np.float16))],
+    ids=lambda t: np.dtype(t).name,
+)
 def test_what_is_imported_is_what_lies_in_the_file_and_an_export_gives_it_back(dtype, tmp_path):
     theirs = write(tmp_path / "in", dtype=dtype)
     command("import", tmp_path / "in", tmp_path / "run")
@@ -232,6 +236,7 @@ def test_an_import_is_what_another_run_begins_with(tmp_path):
     assert np.array_equal(back["lm_head.weight"], theirs["lm_head.weight"].astype(ml_dtypes.bfloat16))
 
 
+@pytest.mark.slow
 def test_several_files_go_both_ways(tmp_path, monkeypatch):
     theirs = write(tmp_path / "in")
     command("import", tmp_path / "in", tmp_path / "run")
