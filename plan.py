@@ -3,6 +3,7 @@
 python plan.py --config=configs/llama3_70b.py --hardware=h100:128x8 --link=100gbit
 python plan.py --config=configs/llama3_8b.py --hardware=2xv5p-64 --json=plan.json
 python plan.py --config=configs/llama3_8b.py --hardware=h100:8x8 --compile --write=runs/planned.py
+python plan.py --config=configs/llama3_1b.py --hardware=h100:8+l4:4 --link=1gbit   (two unequal sites, a plan alone)
 
 Nothing is allocated and no chip is needed: all that is legal is counted in closed form. What is given as --config.KEY
 stays as it is. With --compile the best are compiled for the machine, and what was predicted stands beside it.
@@ -17,6 +18,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import jax
 from parallel.cost import compilers, hardware, targets
 from parallel.cost.link import Link
 from parallel.cost.targets import Target
-from recipes import methods, plan, planned
+from recipes import methods, plan, planned, planned_sites, sites
 from recipes.build import num_parameters
 from runtime import config as configuration
 from runtime import exits, library_log, metrics, usage
@@ -39,6 +41,8 @@ def main(argv: list[str]) -> int:
     args, changes = parse(argv)
     config, flags = methods.parse(["plan.py", f"--config={args.config}", *changes], "")
     methods.validate(config)
+    if "+" in args.hardware:
+        return unequal(args, config, flags)
     with bad_input():
         target = read_hardware(args.hardware)
         link = read_link(args.link, target)
@@ -81,6 +85,32 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def unequal(args: argparse.Namespace, config: Any, flags: Any) -> int:
+    """The plan of sites that are not alike. Nothing trains on them together yet."""
+    for name in ("compile", "write"):
+        if getattr(args, name):
+            raise UsageError(f"--{name}: one program runs on equal sites, and {args.hardware} are not: leave it out")
+    with bad_input():
+        targets = [read_hardware(text.strip()) for text in args.hardware.split("+")]
+        link = Link.parse(args.link) if args.link else None
+        named = [target for target in targets for target in [replace(target, slices=1)] * target.slices]
+    jax.config.update("jax_platforms", "cpu")
+    case = plan.Case(config, named[0], link, tuple(flags.typed))
+    print("\n".join(target.said() for target in targets))
+    print(f"{len(named)} replicas, one a site, joined by {link.text if link else 'the adapters of the catalogue'}")
+    found = sites.search(sites.cases(case, named))
+    print("\n".join(found.notes), end="\n" * bool(found.notes))
+    print(f"{flags.config_name}: {found.considered} candidates\n\n{planned_sites.table(found)}\n", flush=True)
+    print("\n".join(planned_sites.explained(found, sites.rates_alone(case, named))))
+    print("this is a plan alone: one program runs on equal sites, and no command trains unequal ones together yet")
+    if looks := planned_sites.commands(found, args.config):
+        print("\n".join(["what a site would hold and compute by itself:", *looks]))
+    if args.json:
+        with bad_input():
+            metrics.write_json(args.json, planned_sites.as_json(found))
+    return 0
+
+
 def best_few(found: plan.Found) -> list[plan.Candidate]:
     """The pick, and what would be picked on the other meshes that are fastest."""
     return [found.pick, *(c for c in planned.by_mesh(found) if c is not found.pick)][:BEST]
@@ -88,8 +118,6 @@ def best_few(found: plan.Found) -> list[plan.Candidate]:
 
 def read_hardware(text: str) -> Target:
     """Raises ValueError."""
-    if "+" in text:
-        raise ValueError(f"hardware={text}: + joins unequal sites, which cannot be planned for: plan for each alone")
     try:
         target = targets.parse(text, hardware.catalogue())
     except ValueError as error:
@@ -117,7 +145,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = usage.parser(__doc__, "python plan.py")
     parser.add_argument("--config", required=True, metavar="FILE", help="one like configs/llama3_8b.py")
     parser.add_argument("--config.KEY", metavar="VALUE", help="in place of what that has; it is not chosen then")
-    parser.add_argument("--hardware", required=True, metavar="MACHINE", help="as h100:4x8, v5p-128 or 2xv5p-64")
+    parser.add_argument(
+        "--hardware", required=True, metavar="MACHINE", help="as h100:4x8, v5p-128, 2xv5p-64 or h100:8+l4:4"
+    )
     parser.add_argument(
         "--link", metavar="RATE[,LATENCY]", help="between replicas, out of one host or slice: 10gbit,20ms"
     )

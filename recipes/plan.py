@@ -187,12 +187,12 @@ def picked(fitting: Sequence[Candidate]) -> Candidate:
 
 def legal(case: Case) -> Iterator[dict[str, int]]:
     """Meshes that multiply to the machine's chips, and that the weights, the sequence and the batch can be cut for."""
-    for sizes in _divisible(case):
+    for sizes in divisible(case):
         if not case.config.data.batch_size % (sizes[SLOW] * meshes.cut("batch", sizes)[1]):
             yield sizes
 
 
-def _divisible(case: Case) -> Iterator[dict[str, int]]:
+def divisible(case: Case) -> Iterator[dict[str, int]]:
     target, parts = case.target, case.base
     host = target.sides[1] if not target.chip.is_tpu else target.chips
     for shape in meshes.factorings(target.chips):
@@ -222,7 +222,7 @@ def with_batch(case: Case) -> tuple[Case, list[str]]:
     if next(legal(case), None):
         return case, []
     batch = case.config.data.batch_size
-    units = [sizes[SLOW] * meshes.cut("batch", sizes)[1] for sizes in _divisible(case)]
+    units = [sizes[SLOW] * meshes.cut("batch", sizes)[1] for sizes in divisible(case)]
     if not units:
         wanted = ", ".join(f"{key}={_value(case.config, key)}" for key in case.typed if key.startswith("mesh."))
         raise UsageError(
@@ -250,7 +250,7 @@ def without_exchange(case: Case, sizes: dict[str, int]) -> Iterator[Candidate]:
             continue
         chunk = memory.chunk_mib(case.base) << 20
         layout = Layout(sizes, rows // accumulate, accumulate, remat, chunk, case.target.chip.is_tpu)
-        yield _counted(case, layout, "sync", "none", Exchange(), state, Flight())
+        yield counted(case, layout, "sync", "none", Exchange(), state, Flight())
 
 
 def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], list[str]]:
@@ -272,22 +272,33 @@ def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], l
         for strategy, codec in itertools.product(strategies, codecs):
             if strategy in refused:
                 continue
-            keys = method(case, strategy, codec) | {f"mesh.{axis}": size for axis, size in sizes.items()}
-            own = changed(
-                case.config, keys | {"optimizer.accumulate": 1, "sync.replicas": 0, "compute.xla_options": ""}
-            )
             try:
-                parts = build.build(own, case.mesh(sizes))
+                x = exchanging(case, sizes, strategy, codec)
             except UsageError as error:
                 refused[strategy] = f"{strategy} is left out: {str(error).splitlines()[0]}"
                 continue
-            state, exchange = memory.state_bytes(parts, sizes), exchanged.sent(parts)
-            flight = exchanged.held(parts)
-            found += [_counted(case, c.layout, strategy, codec, exchange, state, flight) for c in same]
+            found += [counted(case, c.layout, strategy, codec, x.exchange, x.state, x.flight) for c in same]
     return found, notes + list(refused.values())
 
 
-def _counted(
+class Exchanging(NamedTuple):
+    """A mesh with an exchange. state: bytes of a device."""
+
+    state: float
+    exchange: Exchange
+    flight: Flight
+
+
+def exchanging(case: Case, sizes: Mapping[str, int], strategy: str, codec: str) -> Exchanging:
+    """Raises UsageError."""
+    keys = method(case, strategy, codec) | {f"mesh.{axis}": size for axis, size in sizes.items()}
+    keys |= {"optimizer.accumulate": 1, "sync.replicas": 0, "compute.xla_options": ""}
+    keys |= {"data.batch_size": math.prod(sizes.values())}  # which any mesh cuts; it has no part in this
+    parts = build.build(changed(case.config, keys), case.mesh(sizes))
+    return Exchanging(memory.state_bytes(parts, sizes), exchanged.sent(parts), exchanged.held(parts))
+
+
+def counted(
     case: Case, layout: Layout, strategy: str, codec: str, exchange: Exchange, state: float, flight: Flight
 ) -> Candidate:
     net, target, sizes = case.network, case.target, layout.sizes

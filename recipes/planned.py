@@ -39,7 +39,10 @@ def table(found: Found) -> str:
     best = by_mesh(found)
     if found.pick not in best[:ROWS]:
         best = [found.pick, *best]
-    rows = [COLUMNS, *(_row(c, found.pick) for c in best[:ROWS])]
+    return aligned([COLUMNS, *(_row(c, found.pick) for c in best[:ROWS])])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

@@ -17,7 +17,7 @@ from parallel.cost import flops, hardware, model, pace, targets
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.hardware import GiB
 from parallel.cost.link import Link
-from recipes import build, describe, memory, methods, plan, planned, predicted
+from recipes import build, describe, memory, methods, plan, planned, predicted, sites
 from runtime.config import UsageError, flatten
 
 CHIPS = hardware.catalogue()
@@ -311,6 +311,73 @@ def test_what_fits_leaves_a_margin_and_one_slice_is_one_replica():
     assert {c.layout.sizes["replica"] for c in plan.search(case("tiny", "2xv5p-8", sync__codec="int4")).fitting} == {2}
 
 
+# ── unequal sites ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def joined(config: str, machine: str, link: str | None, **typed) -> sites.Found:
+    named = [targets.parse(text, CHIPS) for text in machine.split("+")]
+    return sites.search(sites.cases(case(config, named[0].text, link, **typed), named))
+
+
+def test_rows_and_steps_are_shared_so_that_the_slowest_is_fastest():
+    timed: Any = lambda each: {
+        n: SimpleNamespace(step=SimpleNamespace(compute=each * n, exposed={"replica": 99.0})) for n in range(4, 61, 4)
+    }
+    assert sites.by_rows([timed(1.0), timed(3.0)], 64) == [48, 16]
+    assert sites.by_rows([timed(1.0), timed(1.0), timed(2.0)], 60) == [24, 24, 12]
+    assert sites.by_rows([timed(1.0), timed(3.0)], 63) is None  # which is not cut into fours
+    assert sites.by_steps([1.0, 3.0], 30, False) == [30, 10]
+    assert sites.by_steps([0.6, 11.7], 30, False) == [39, 2] and sites.by_steps([0.6, 11.7], 30, True) == [30, 1]
+
+
+def test_unequal_sites_share_the_work_by_their_speed_and_each_by_its_memory():
+    found = joined("8b", "h100:8+a100:8", "10gbit", mesh__tensor=1)
+    assert {x.strategy for x in found.rounds} == {"sync", "stale", "diloco", "streaming", "eager"}
+    for x in found.rounds:
+        fast, slow = x.shares
+        assert fast.steps * fast.rows > slow.steps * slow.rows
+        if x.strategy in ("sync", "stale"):
+            assert fast.rows + slow.rows == 64 and fast.steps == slow.steps == 1
+        assert x.seconds == max(fast.busy, slow.busy) + x.waits
+        assert all(0 <= x.idle(share) < 1 and share.candidate.fits for share in x.shares)
+        assert fast.candidate.memory != slow.candidate.memory
+    most = found.rounds[0].tokens_per_second
+    assert found.pick.tokens_per_second * plan.CLOSE >= most
+    assert found.pick.mildness == min(x.mildness for x in found.rounds if x.tokens_per_second * plan.CLOSE >= most)
+    slower = joined("8b", "h100:8+a100:8", "1gbit", mesh__tensor=1)
+    speeds = [{(x.strategy, x.codec): x.tokens_per_second for x in f.rounds} for f in (found, slower)]
+    assert all(speeds[0][name] >= speeds[1][name] for name in speeds[1])
+
+
+def test_equal_sites_are_planned_as_what_they_are():
+    """By either way the same step of the same exchange."""
+    typed = {"sync__strategy": "sync", "sync__codec": "int8"}
+    (x,) = joined("tiny", "h100:4+h100:4", "10gbit", **typed).rounds
+    assert [share.rows for share in x.shares] == [16, 16]
+    same = plan.search(case("tiny", "2xh100:4", "10gbit", **typed))
+    assert x.seconds == pytest.approx(same.fitting[0].seconds)
+
+
+def test_a_plan_of_unequal_sites_says_who_is_idle_and_promises_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(helpers.ROOT)
+    kept = tmp_path / "plan.json"
+    given = ["--config=configs/tiny.py", "--hardware=h100:4+l4:4", "--link=1gbit", "--config.sync.strategy=diloco"]
+    assert command.main([*given, f"--json={kept}"]) == 0
+    said = capsys.readouterr().out
+    for line in ("h100:4 = one host of 4", "l4:4 = one host of 4 L4", "2 replicas, one a site", "; idle: h100:4 "):
+        assert line in said, line
+    assert "no command trains unequal ones together yet" in said
+    looks = [line for line in said.splitlines() if line.startswith("python train.py")]
+    assert len(looks) == 1 and " --target=h100:4 --dry_run " in looks[0]  # an L4 is planned for, not compiled for
+    own, _ = methods.parse(looks[0].split()[1:], "")
+    methods.validate(own)
+    found = json.loads(kept.read_text())
+    assert found.keys() == {"candidates", "pick", "considered"}
+    pick = next(c for c in found["candidates"] if c["flags"] == found["pick"])
+    assert [part["site"] for part in pick["sites"]] == ["h100:4", "l4:4"]
+    assert pick["sites"][0]["steps"] > pick["sites"][1]["steps"] and 0 <= pick["sites"][0]["idle"] < 1
+
+
 # ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -319,7 +386,12 @@ def test_what_fits_leaves_a_margin_and_one_slice_is_one_replica():
     [
         (["--hardware=h1000:8"], "hardware=h1000:8: 'h1000' is no chip that is known: did you mean h100:8?"),
         (["--hardware=v5e-1024"], "hardware=v5e-1024: 1024 chips are no slice that can be rented"),
-        (["--hardware=h100:8+l4:4"], "joins unequal sites"),
+        (["--hardware=h100:8+h1000:4"], "hardware=h1000:4: 'h1000' is no chip that is known: did you mean h100:8?"),
+        (["--hardware=h100:8+"], "hardware=: '' is no chip that is known"),
+        (["--hardware=h100:8+l4:4", "--compile"], "--compile: one program runs on equal sites"),
+        (["--hardware=h100:8+l4:4", "--write=a.py"], "--write: one program runs on equal sites"),
+        (["--hardware=h100:8+l4:4", "--link=0gbit"], "link=0gbit: expected a rate above 0"),
+        (["--hardware=h100:8+l4:4", "--config.mesh.replica=3"], "mesh.replica=3: 2 sites are named"),
         (["--hardware=h100:4x2", "--link=0gbit"], "link=0gbit: expected a rate above 0"),
         (["--hardware=h100:8", "--link=1gbit"], "h100:8 is one host: name several, as 2xh100:8"),
         (["--hardware=v5p-8", "--link=1gbit"], "v5p-8 is one slice: name several, as 2xv5p-8"),

@@ -115,6 +115,12 @@ def seconds(
     return size / (nominal * share(target.chip).links) + hops * HOP
 
 
+def late_seconds(exchange: Exchange, on_wire: float, bare: float) -> float:
+    """Seconds of a step, of which all else takes `bare`, in which an exchange of so many on the wire is waited for."""
+    late = exchange.fragments * max(0.0, on_wire / exchange.fragments - exchange.hidden * bare)
+    return max(late, on_wire - exchange.interval * bare) / exchange.interval
+
+
 def senders(target: Target, sizes: Mapping[str, int]) -> int:
     """Chips that share the link out of one host (GPUs) or slice (TPUs)."""
     together = target.sides[1] if not target.chip.is_tpu else math.prod(target.sides)
@@ -171,8 +177,7 @@ def step(
     total = sum(compute.values()) + moved(update_bytes) + moved(exchange.moved / exchange.interval)
     on_wire = exchange_seconds(exchange, target, lay.sizes, link)
     bare = total + sum(exposed.values())
-    late = exchange.fragments * max(0.0, on_wire / exchange.fragments - exchange.hidden * bare)
-    exposed[SLOW] = max(late, on_wire - exchange.interval * bare) / exchange.interval
+    exposed[SLOW] = late_seconds(exchange, on_wire, bare)
     all_of_it = {axis: sum(time for key, time in wire.items() if key[0] == axis) for axis in USED}
     return Step(total, exposed, all_of_it | {SLOW: on_wire / exchange.interval}, sum(products.values()))
 
