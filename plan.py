@@ -27,7 +27,7 @@ import jax
 from parallel.cost import compilers, hardware, targets
 from parallel.cost.link import Link
 from parallel.cost.targets import Target
-from recipes import methods, plan, planned, planned_sites, sites
+from recipes import gaps, methods, plan, planned, planned_sites, sites
 from recipes.build import num_parameters
 from runtime import config as configuration
 from runtime import exits, library_log, metrics, usage
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     if args.compile:
         compilers.prepare(target.chip)
         library_log.begin()  # compilers print by themselves
-    case = plan.Case(config, target, link, tuple(flags.typed))
+    case = plan.Case(config, target, link, tuple(flags.typed), gaps.read(args.gaps) if args.gaps else None)
     print("\n".join(planned.said(target, case)), flush=True)
 
     found = plan.search(case)
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
 
 def unequal(args: argparse.Namespace, config: Any, flags: Any) -> int:
     """The plan of sites that are not alike. Nothing trains on them together yet."""
-    for name in ("compile", "write"):
+    for name in ("compile", "write", "gaps"):
         if getattr(args, name):
             raise UsageError(f"--{name}: one program runs on equal sites, and {args.hardware} are not: leave it out")
     with bad_input():
@@ -150,6 +150,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--link", metavar="RATE[,LATENCY]", help="between replicas, out of one host or slice: 10gbit,20ms"
+    )
+    parser.add_argument(
+        "--gaps", type=Path, metavar="RESULT", help="a comparison's folder: by time to a loss, not tokens per second"
     )
     parser.add_argument("--compile", action="store_true", help="compile the best few for the machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all candidates, as JSON")

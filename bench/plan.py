@@ -4,8 +4,7 @@ take when their schedule is played at the same rates (parallel/cost/play.py).
 python bench/plan.py                          all rows (needs requirements-targets.txt), in bench/results/plan.json
 python bench/plan.py --only=h100              rows whose name contains this
 python bench/plan.py --held-out               those alone that were first compiled after the model was frozen
-python bench/plan.py --pick=llama3_8b --hardware=h100:8x8
-                                              the judge of a pick: what is predicted to be nearly as fast, compiled
+python bench/plan.py --pick=llama3_8b --hardware=h100:8x8     judges a pick: what is predicted to be nearly as fast
 
 Each program is kept in runs/compiled/ under the digest of what was compiled, so that a run that was stopped goes on,
 and a second one reads what is there. A row's figures are of one device and step.

@@ -14,6 +14,8 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from runtime import usage  # noqa: E402
+
 MFU = 0.49  # of bf16 products, attention's causal half
 WHOLE = {"compute.loss_chunk_mib": 1 << 20}
 LLAMA2_7B = WHOLE | {
@@ -40,6 +42,7 @@ ROWS = (
 
 
 def main() -> None:
+    usage.parser(__doc__, "python bench/published.py").parse_args()
     import jax
 
     from bench import plan

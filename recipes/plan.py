@@ -14,17 +14,17 @@ from jax.sharding import Mesh
 from parallel.cost import model, pace, targets
 from parallel.cost.link import Link
 from parallel.cost.model import Flight, Layout, Network
-from parallel.cost.pace import Exchange, Step
+from parallel.cost.pace import Exchange
 from parallel.cost.targets import Target
-from parallel.exchange.codecs import CODECS
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW, USED
 from recipes import build, exchanged, memory, over_link, predicted
+from recipes.candidate import Candidate
+from recipes.gaps import Gaps
 from recipes.predicted import REMAT
 from runtime.config import UsageError, changed
 from runtime.console import human_bytes
 
-MARGIN = 1.2  # by which temporaries may be more than predicted, for what is called fitting
 CLOSE = 1.02  # of the shortest time: who is as near, and changes less of what is trained, is picked
 TRIED_CODECS = ("none", "bf16", "int8", "int4")  # what is tried of them, mildest first
 MESHES = 6  # for which exchanges are tried: the fastest without any
@@ -43,12 +43,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned for. typed: keys that are not for choosing."""
+    """What is planned for. typed: keys that are not for choosing. gaps: by which time to a loss is ranked by; None:
+    tokens per second are."""
 
     config: Any
     target: Target
     link: Link | None
     typed: tuple[str, ...] = ()
+    gaps: Gaps | None = None
 
     @cached_property
     def base(self) -> build.Parts:
@@ -76,51 +78,6 @@ class Case:
         return (_value(self.config, key),) if key in self.typed else tried
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """changes: of the config. moments: temporary bytes by moment and array (model.held)."""
-
-    changes: dict[str, Any]
-    layout: Layout
-    strategy: str
-    codec: str
-    step: Step
-    state_bytes: float
-    moments: dict[str, dict[str, float]]
-    sent: dict[str, float]  # bytes by axis; over `replica` those of an exchange's dearest program
-    tokens: int  # of a step, of all devices
-    memory: int  # bytes that a program may have
-
-    @property
-    def temporary_bytes(self) -> float:
-        return max(sum(found.values()) for found in self.moments.values())
-
-    @property
-    def peak_bytes(self) -> float:
-        return self.state_bytes + self.temporary_bytes
-
-    @property
-    def fits(self) -> bool:
-        return self.state_bytes + MARGIN * self.temporary_bytes <= self.memory
-
-    @property
-    def seconds(self) -> float:
-        return self.step.seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def flags(self) -> str:
-        return " ".join(f"--config.{key}={value}" for key, value in self.changes.items())
-
-    @property
-    def mildness(self) -> tuple[int, int]:
-        """How much of what is trained an exchange changes: less first."""
-        return list(over_link.TRIED).index(self.strategy), list(CODECS).index(self.codec)
-
-
 class Found(NamedTuple):
     """fitting: candidates that fit, fastest first. pick: of these. others: that do not fit. considered: how many were
     counted. notes: what was changed, or left out."""
@@ -130,6 +87,7 @@ class Found(NamedTuple):
     others: list[Candidate]
     considered: int
     notes: list[str]
+    by_loss: bool = False  # ranked by time to a loss
 
 
 def method(case: Case, strategy: str, codec: str) -> dict[str, Any]:
@@ -158,11 +116,13 @@ def search(case: Case) -> Found:
     several = [c for c in bare if c.layout.sizes[SLOW] > 1 and c.fits]
     tried, more = over_slow(case, several)
     found = [c for c in bare if c.layout.sizes[SLOW] == 1 and c.fits] + tried
-    fitting = sorted((c for c in found if c.fits), key=lambda c: c.seconds)
+    fitting = sorted((c for c in found if c.fits), key=lambda c: c.to_loss)
     others = sorted((c for c in [*bare, *tried] if not c.fits), key=lambda c: c.peak_bytes)
+    if not fitting and several:
+        raise UsageError(f"hardware={case.target.text}: no exchange can be planned for: {'; '.join(more)}")
     if not fitting:
         raise UsageError(too_small(case, min(bare, key=lambda c: c.peak_bytes)))
-    return Found(fitting, picked(fitting), others, len(bare) + len(tried), notes + more)
+    return Found(fitting, picked(fitting), others, len(bare) + len(tried), notes + more, case.gaps is not None)
 
 
 def check_typed(case: Case) -> None:
@@ -180,9 +140,9 @@ def check_typed(case: Case) -> None:
 
 def picked(fitting: Sequence[Candidate]) -> Candidate:
     """Of those that are as good as the fastest, the one that changes least of what is trained."""
-    shortest = min(c.seconds for c in fitting)
-    close = [c for c in fitting if c.seconds <= CLOSE * shortest]
-    return min(close, key=lambda c: (c.mildness, c.seconds))
+    shortest = min(c.to_loss for c in fitting)
+    close = [c for c in fitting if c.to_loss <= CLOSE * shortest]
+    return min(close, key=lambda c: (c.mildness, c.to_loss))
 
 
 def legal(case: Case) -> Iterator[dict[str, int]]:
@@ -270,7 +230,7 @@ def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], l
     for same in list(by_mesh.values())[:MESHES]:
         sizes = same[0].layout.sizes
         for strategy, codec in itertools.product(strategies, codecs):
-            if strategy in refused:
+            if strategy in refused or (case.gaps and not case.gaps.has(strategy, codec)):
                 continue
             try:
                 x = exchanging(case, sizes, strategy, codec)
@@ -278,7 +238,8 @@ def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], l
                 refused[strategy] = f"{strategy} is left out: {str(error).splitlines()[0]}"
                 continue
             found += [counted(case, c.layout, strategy, codec, x.exchange, x.state, x.flight) for c in same]
-    return found, notes + list(refused.values())
+    unknown = case.gaps.unknown(itertools.product(strategies, codecs)) if case.gaps else []
+    return found, notes + list(refused.values()) + unknown
 
 
 class Exchanging(NamedTuple):
@@ -310,7 +271,8 @@ def counted(
     tokens = case.config.data.batch_size * net.seq_len
     held = model.held(net, layout, flight)
     sent = {axis: sum(row.bytes for row in rows if row.axis == axis) for axis in USED} | {SLOW: exchange.bytes}
-    return Candidate(changes, layout, strategy, codec, step, state, held, sent, tokens, target.memory)
+    delay = case.gaps.of(strategy, codec).factor if case.gaps and sizes[SLOW] > 1 else 1.0
+    return Candidate(changes, layout, strategy, codec, step, state, held, sent, tokens, target.memory, delay)
 
 
 # ── a machine that is too small ───────────────────────────────────────────────────────────────────────────────────────

@@ -11,13 +11,15 @@ from parallel.cost.targets import Target
 from parallel.layout.axes import SLOW, USED
 from recipes import aot, programs
 from recipes import target as targeted
-from recipes.plan import CLOSE, MARGIN, Candidate, Case, Found, picked
+from recipes.candidate import MARGIN, Candidate
+from recipes.plan import CLOSE, Case, Found, picked
 from runtime import config as configuration
 from runtime.config import RunError, UsageError, changed
 from runtime.console import human_bytes, human_count
 
 ROWS = 8  # of the table: meshes
 COLUMNS = ("", "mesh", "micro-steps", "remat", "exchange", "a step", "tokens/s", "computing", "waiting for", "memory")
+LATE = "steps"  # a further column: of those that a synchronous run needs to the same loss
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,11 @@ def table(found: Found) -> str:
     best = by_mesh(found)
     if found.pick not in best[:ROWS]:
         best = [found.pick, *best]
-    return aligned([COLUMNS, *(_row(c, found.pick) for c in best[:ROWS])])
+    rows = [COLUMNS, *(_row(c, found.pick) for c in best[:ROWS])]
+    if found.by_loss:
+        late = [LATE, *(f"× {c.delay:.2f}" for c in best[:ROWS])]
+        rows = [(*row, more) for row, more in zip(rows, late, strict=True)]
+    return aligned(rows)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -51,7 +57,7 @@ def by_mesh(found: Found) -> list[Candidate]:
     meshes: dict[tuple[int, ...], list[Candidate]] = {}
     for c in found.fitting:
         meshes.setdefault(tuple(c.layout.sizes.values()), []).append(c)
-    return sorted(map(picked, meshes.values()), key=lambda c: c.seconds)
+    return sorted(map(picked, meshes.values()), key=lambda c: c.to_loss)
 
 
 def _row(c: Candidate, pick: Candidate) -> tuple[str, ...]:
@@ -96,6 +102,9 @@ def explained(found: Found, case: Case) -> list[str]:
     used = pick.tokens_per_second * (case.base.task.flops() or 0.0) / (target.chips * target.chip.bf16)
     fast = f"{seconds(pick.seconds)} a step, {human_count(pick.tokens_per_second)} tokens/s, MFU {used:.0%}"
     first = f"pick: {mesh(pick)}, {micro_steps(pick)}, remat {pick.layout.remat}, exchange {exchange(pick)}: {fast}"
+    if case.gaps and pick.layout.sizes[SLOW] > 1:
+        row = case.gaps.of(pick.strategy, pick.codec).row
+        first += f"; × {pick.delay:.2f} the steps to a loss, by the row {row!r}"
     return [first, _time(pick), _memory(found)]
 
 
@@ -207,6 +216,7 @@ def _candidate(c: Candidate, x: Compiled | None) -> dict[str, Any]:
         "peak_bytes": c.peak_bytes,
         "seconds": c.seconds,
         "tokens_per_second": c.tokens_per_second,
+        "steps_to_loss": c.delay,
         "binds": c.step.binds,
         "compiled": says,
     }

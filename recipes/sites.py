@@ -18,8 +18,9 @@ from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW, USED
 from recipes import memory, plan
+from recipes.candidate import Candidate
 from recipes.over_link import TRIED
-from recipes.plan import CLOSE, REMAT, TRIED_CODECS, Candidate, Case
+from recipes.plan import CLOSE, REMAT, TRIED_CODECS, Case
 from runtime.config import UsageError
 
 SLOW_KEY = f"mesh.{SLOW}"

@@ -345,6 +345,7 @@ ALONE = {
     "recipes/planned.py",
     "recipes/imported.py",
     "recipes/exported.py",
+    "recipes/gaps.py",
 }
 
 

@@ -17,7 +17,7 @@ from parallel.cost import flops, hardware, model, pace, targets
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.hardware import GiB
 from parallel.cost.link import Link
-from recipes import build, describe, memory, methods, plan, planned, predicted, sites
+from recipes import build, candidate, describe, gaps, memory, methods, plan, planned, predicted, sites
 from runtime.config import UsageError, flatten
 
 CHIPS = hardware.catalogue()
@@ -33,7 +33,7 @@ def case(config: str, machine: str, link: str | None = None, **typed) -> plan.Ca
     return plan.Case(found, targets.parse(machine, CHIPS), Link.parse(link) if link else None, tuple(keys))
 
 
-def only(config: str, machine: str, remat: str, **typed) -> plan.Candidate:
+def only(config: str, machine: str, remat: str, **typed) -> candidate.Candidate:
     """The one candidate where everything is typed."""
     keys = {key.replace(".", "__"): value for key, value in ALONE.items()}
     keys |= {"compute__remat": remat, "compute__loss_chunk_mib": 512}
@@ -307,8 +307,88 @@ def test_what_fits_leaves_a_margin_and_one_slice_is_one_replica():
     found = plan.search(case("70b", "v6e-256"))
     assert found.others and {c.layout.sizes["replica"] for c in found.fitting} == {1}
     for c in found.fitting:
-        assert c.state_bytes + plan.MARGIN * c.temporary_bytes <= targets.parse("v6e-256", CHIPS).memory
+        assert c.state_bytes + candidate.MARGIN * c.temporary_bytes <= targets.parse("v6e-256", CHIPS).memory
     assert {c.layout.sizes["replica"] for c in plan.search(case("tiny", "2xv5p-8", sync__codec="int4")).fitting} == {2}
+
+
+# ── time to a loss ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compared(folder, *rows):
+    """table.json. rows: (name, strategy, codec, losses at steps 100 … 400 of two seeds' mean, further values)."""
+    made = [
+        {
+            "name": name, "floor": False, "steps": [100, 200, 300, 400], "final_losses": [losses[-1]] * 2,
+            "eval_losses": [[x - 0.1 for x in losses], [x + 0.1 for x in losses]],
+            "config": {"sync.strategy": strategy, "sync.codec": codec, "sync.warm_steps": further.get("warm", 0)},
+        }
+        | further
+        for name, strategy, codec, losses, further in rows
+    ]  # fmt: skip
+    (folder / "table.json").write_text(json.dumps({"about": {}, "rows": made}).replace("NaN", "null"))
+    return folder
+
+
+EXACT = ("sync none", "sync", "none", [5.0, 4.0, 3.0, 2.0], {})
+
+
+def test_a_row_that_ends_worse_needs_so_many_times_the_steps(tmp_path):
+    found = gaps.read(
+        compared(
+            tmp_path,
+            EXACT,
+            ("no worse", "sync", "int8", [5.0, 4.0, 3.0, 1.9], {}),
+            ("late", "diloco", "int4", [6.0, 5.0, 4.0, 3.0], {}),
+            ("later", "diloco", "int4", [6.0, 5.0, 4.5, 3.5], {}),
+            ("warm", "diloco", "int4", [5.0, 4.0, 3.0, 2.1], {"warm": 200}),
+            ("again", "diloco", "int4", [5.0, 4.0, 3.0, 2.2], {"floor": True}),
+            ("never", "eager", "int4", [9.0, 8.0, 7.0, 6.0], {}),
+            ("ended", "stale", "none", [5.0, 4.0, 3.0, math.nan], {}),
+        )
+    )
+    assert found.of("sync", "none") == gaps.Delay(1.0, "sync none")
+    assert found.of("sync", "int8") == gaps.Delay(1.0, "no worse")  # no claim that it would be faster
+    assert found.of("diloco", "int4") == gaps.Delay(400 / 300, "late")
+    for method, why in (("eager", "int4"), "no better than"), (("stale", "none"), "did not end"):
+        assert not found.has(*method) and why in found.of(*method).row
+    said = found.unknown([("sync", "int8"), ("sync", "int4"), ("stale", "int8"), ("eager", "int4")])
+    assert said[0] == "left out, as no row of the comparison has it: sync int4, stale int8" and len(said) == 2
+
+
+def test_plans_are_ranked_by_the_time_to_a_loss_where_a_comparison_is_given(tmp_path):
+    """On a slow link rounds win by tokens, until they are said to need twice the steps that rare exchanges save."""
+    rows = ("late", "diloco", "int4", [9.0, 8.0, 6.0, 4.9], {}), ("int4", "sync", "int4", [5.0, 4.0, 3.0, 2.0], {})
+    of = case("8b", "2xh100:8", "100gbit", mesh__tensor=1)
+    free = plan.search(dataclasses.replace(of, gaps=None))
+    assert {c.delay for c in free.fitting} == {1.0} and not free.by_loss
+    found = plan.search(dataclasses.replace(of, gaps=gaps.read(compared(tmp_path, EXACT, *rows))))
+    late = 400 / 110
+    assert {(c.strategy, c.codec, round(c.delay, 6)) for c in found.fitting} == {
+        ("sync", "none", 1.0), ("sync", "int4", 1.0), ("diloco", "int4", round(late, 6)),
+    }  # fmt: skip
+    assert [c.to_loss for c in found.fitting] == sorted(c.seconds * c.delay for c in found.fitting)
+    fastest = min(found.fitting, key=lambda c: c.seconds)
+    assert fastest.strategy == "diloco" and (found.pick.strategy, found.pick.codec) == ("sync", "int4")
+    assert "× 3.64" in planned.table(found) or "× 1.00" in planned.table(found)
+    assert planned.as_json(found, {})["candidates"][0]["steps_to_loss"] == 1.0
+    assert any(note.startswith("left out, as no row of the comparison has it: ") for note in found.notes)
+    with pytest.raises(UsageError, match=r"no exchange can be planned for: left out, as no row .*: sync sign"):
+        typed = case("8b", "2xh100:8", mesh__tensor=1, sync__strategy="sync", sync__codec="sign")
+        plan.search(dataclasses.replace(typed, gaps=gaps.read(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(None, "FileNotFoundError"), ("{}", "KeyError: 'rows'"), ('{"rows": []}', "IndexError"), ("x", "JSONDecodeError")],
+)
+def test_what_is_no_comparison_is_refused(kept, said, tmp_path):
+    if kept:
+        (tmp_path / "table.json").write_text(kept)
+    with pytest.raises(UsageError, match=r"--gaps=.*: expected the folder of a comparison, or its table.json") as error:
+        gaps.read(tmp_path)
+    assert said in str(error.value)
+    with pytest.raises(UsageError, match="its first row is stale none, and delays are behind sync none"):
+        gaps.read(compared(tmp_path, ("stale", "stale", "none", [5.0, 4.0, 3.0, 2.0], {})))
 
 
 # ── unequal sites ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -445,7 +525,7 @@ def test_a_plan_is_printed_and_kept_and_the_config_it_writes_runs(tmp_path, monk
     assert found.keys() == {"candidates", "pick", "considered"} and found["considered"] >= len(found["candidates"])
     for c in found["candidates"]:
         assert c.keys() == {
-            "flags", "mesh", "fits", "peak_bytes", "seconds", "tokens_per_second", "binds", "compiled",
+            "flags", "mesh", "fits", "peak_bytes", "seconds", "tokens_per_second", "steps_to_loss", "binds", "compiled",
         }  # fmt: skip
         assert math.prod(c["mesh"].values()) == 8 and c["compiled"] is None
     (pick,) = [c for c in found["candidates"] if c["flags"] == found["pick"]]
