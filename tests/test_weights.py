@@ -214,6 +214,7 @@ def test_a_gguf_file_that_we_have_not_is_refused(spoil, said, tmp_path):
         huggingface.main(["import", str(tmp_path / "in.gguf"), str(tmp_path / "run")])
 
 
+@pytest.mark.slow
 def test_verify_shows_the_files_that_a_run_came_from(tmp_path, capsys):
     write(tmp_path / "in")
     command("import", tmp_path / "in", tmp_path / "run")
@@ -222,6 +223,7 @@ def test_verify_shows_the_files_that_a_run_came_from(tmp_path, capsys):
     assert f"step 0: intact\n  from {files.SINGLE}, SHA-256 {digest}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_import_is_what_another_run_begins_with(tmp_path):
     theirs = write(tmp_path / "in")
     command("import", tmp_path / "in", tmp_path / "base")
