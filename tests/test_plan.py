@@ -410,6 +410,7 @@ def test_rows_and_steps_are_shared_so_that_the_slowest_is_fastest():
     assert sites.by_steps([0.6, 11.7], 30, False) == [39, 2] and sites.by_steps([0.6, 11.7], 30, True) == [30, 1]
 
 
+@pytest.mark.slow
 def test_unequal_sites_share_the_work_by_their_speed_and_each_by_its_memory():
     found = joined("8b", "h100:8+a100:8", "10gbit", mesh__tensor=1)
     assert {x.strategy for x in found.rounds} == {"sync", "stale", "diloco", "streaming", "eager"}
