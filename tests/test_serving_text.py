@@ -123,7 +123,7 @@ def test_the_parts_are_joined_the_decoding_of_all_ids(kind):
 @pytest.mark.parametrize("kind", [*OURS, *STREAMS])
 def test_a_text_that_goes_on_is_what_follows_in_the_decoding(kind):
     tok = tokenizer_of(kind)
-    ids = tok.encode("the fox").tolist() if not isinstance(tok, RawTokens) else [7]
+    ids = tok.encode("a").tolist() if not isinstance(tok, RawTokens) else [7]
     for seed in range(100):
         more = some_ids(tok, seed)
         stream = Detokenizer(tok, goes_on=True)
