@@ -74,7 +74,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(service: Service, listener: socket.socket, tls: ssl.SSLContext | None, say: Callable[[str], None]) -> None:
     """Until it is told to stop. Raises RunError where the engine has failed."""
-    config = uvicorn.Config(
+    server = Server(service, tls, say)
+    server.run(sockets=[listener])
+    if server.failed:
+        raise RunError("the computation has failed, so that nothing can be answered any more: start the server again")
+
+
+def _config(service: Service, tls: ssl.SSLContext | None) -> uvicorn.Config:
+    return uvicorn.Config(
         service.app(),
         loop="asyncio",
         http=_Protocol,
@@ -90,15 +97,11 @@ def serve(service: Service, listener: socket.socket, tls: ssl.SSLContext | None,
         timeout_graceful_shutdown=CLOSE_SECONDS,
         ssl_context_factory=(lambda config, default: tls) if tls else None,
     )
-    server = _Server(config, service, say)
-    server.run(sockets=[listener])
-    if server.failed:
-        raise RunError("the computation has failed, so that nothing can be answered any more: start the server again")
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service, say: Callable[[str], None]):
-        super().__init__(config)
+class Server(uvicorn.Server):
+    def __init__(self, service: Service, tls: ssl.SSLContext | None, say: Callable[[str], None]):
+        super().__init__(_config(service, tls))
         self._service, self._say, self._told, self.failed = service, say, 0, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
