@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
     engine = loaded.open_engine(model, args.slots, args.context, not args.no_invariant, say, args.most_waiting)
     service = service_of(args, engine, model.tokenizer)
     engine.start()
+    listener.listen()  # whoever reads the next line may come at once
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     say(f"{service.name} at {'https' if tls else 'http'}://{shown}:{port}: Ctrl-C ends it")

@@ -9,6 +9,7 @@ import hashlib
 import math
 import re
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from serving.running import Engine, Gone, Running
 from serving.schema import Asked
 
 LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")  # a Host header of this machine
+HEADER_BYTES = 16 * 1024
 PAGE = Path(__file__).with_name("page.html")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
@@ -247,7 +249,7 @@ def _may_ask(key: Key | None, name: str) -> bool:
 
 
 class Door:
-    """Around all of it: counts replies, and turns away what is addressed to another machine."""
+    """Around all of it: counts replies, and turns away headers that are too long, or addressed to another machine."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: set[str]):
         self._app, self._service, self._paths = app, service, paths
@@ -263,11 +265,19 @@ class Door:
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
+        refused = self._refused(scope["headers"])
+        await (refused.reply() if refused else self._app)(scope, receive, counted)
+
+    def _refused(self, headers: list[tuple[bytes, bytes]]) -> ApiError | None:
+        if sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
+            return ApiError(431, f"The headers have more than {HEADER_BYTES:,} bytes.", close=True)
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:  # a proxy may believe the other
+            return ApiError(400, "The body has two lengths.", close=True)
+        host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "")
         if self._service.only_local and not LOCAL.fullmatch(host):
             message = "This server answers to localhost only. To be reached by another name it needs --keys."
-            return await ApiError(421, message, close=True).reply()(scope, receive, counted)
-        await self._app(scope, receive, counted)
+            return ApiError(421, message, close=True)
+        return None
 
 
 # ── replies ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -308,4 +318,5 @@ async def _no_page(request: HttpRequest, error: HTTPException) -> Response:
 
 
 async def _fault(request: HttpRequest, error: Exception) -> Response:
+    traceback.print_exception(error)  # whoever mends it needs to know where
     return ApiError(500, "The server has a fault, which its log describes.", "server_error").reply()
