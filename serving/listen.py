@@ -109,6 +109,7 @@ class Server(uvicorn.Server):
         if self._told == 1:
             threading.Thread(target=self._end, name="drain", daemon=True).start()
         else:
+            self.config.timeout_graceful_shutdown = 0
             self.force_exit = self.should_exit = True
 
     def _end(self) -> None:

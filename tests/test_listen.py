@@ -426,6 +426,7 @@ def test_the_official_client(server, tmp_path):
     for connection in full:
         connection.close()
     found.engine.gate.set()
+    assert found.engine.is_idle()
     with pytest.raises(openai.APIError, match="computation failed"):
         for _ in client.chat.completions.create(messages=messages, stream=True, **asked):
             found.engine.fails = True
