@@ -1,0 +1,49 @@
+"""What is asked of the engine, and what it answers: plain values."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MOST_TOP = 20  # logprobs of other tokens beside the chosen one's
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0: the likeliest token. top_k 0: of all. top_p: of the likeliest that together have this probability.
+    min_p: of those at least so many times as likely as the likeliest. repetition_penalty: what a token's logit is
+    divided by (multiplied, if negative) that stands in prompt or answer already (Keskar et al. 2019, section 4.1)."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """prompt: ids, at least one. stop_ids: the answer ends before one. top_logprobs: -1: no logprobs at all, 0: of the
+    chosen token, n: of the n likeliest besides. echo: the prompt's own tokens come first, with their logprobs."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    stop_ids: frozenset[int] = frozenset()
+    top_logprobs: int = -1
+    echo: bool = False
+
+
+class Token(NamedTuple):
+    """logprob: natural logarithm, of the model's own distribution, whatever it was sampled from; None for a prompt's
+    first token and where none was asked for. top: (id, logprob), likeliest first."""
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    is_prompt: bool
+
+
+class End(NamedTuple):
+    """reason: stop (a stop id, which is not handed out), length, cancelled, failed."""
+
+    reason: str
