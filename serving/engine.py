@@ -78,7 +78,7 @@ class Engine:
     def submit(self, request: Request, receive: Receive) -> Ticket:
         """receive is called in the engine's thread, with every token, and an End at last. Raises Full; ValueError for a
         request that cannot be answered."""
-        self._check(request)
+        self.check(request)
         ticket = Ticket(request, receive, self._wake)
         with self._changed:
             if not self.ready or len(self._waiting) >= self.most_waiting:
@@ -125,7 +125,8 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raises ValueError for one that cannot be answered."""
         prompt, most = request.prompt, self.context
         if not prompt:
             raise ValueError("the prompt is empty: it needs one token at least")

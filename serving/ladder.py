@@ -12,25 +12,30 @@ STEPS = 4
 
 
 def agreeing(programs: Programs, weights: Any) -> tuple[int, ...]:
-    """The rungs whose rows have the bits of the smallest rung's, whatever their slot and length of lane."""
-    first: dict[int, Any] = {}
-    return tuple(n for n in programs.rungs if all(_agrees(programs, weights, n, x, first) for x in programs.lengths))
+    """The rungs whose rows have the bits of the smallest rung's, whatever their slot. In which lane a request runs
+    follows from it alone, so these need not agree."""
+    first: dict[int, Any] = {length: {} for length in programs.lengths}
+    return tuple(
+        n for n in programs.rungs if all(_agrees(programs, weights, n, x, first[x]) for x in programs.lengths)
+    )
 
 
 def _agrees(programs: Programs, weights: Any, n: int, length: int, first: dict[int, Any]) -> bool:
     """first: {kind of request: what the first row of this kind gave}, which is filled in."""
-    lane, kinds = Lane(programs, length, [None] * n, programs["init", n, length]()), _requests(programs, length)
+    kinds = _requests(programs, length)
     prompts = [read(programs, weights, request, length) for request in kinds]
-    for slot in range(n):
-        kept, size, _ = prompts[slot % len(kinds)]
-        lane.admit(Running(kinds[slot % len(kinds)], None, STEPS), kept, size)
-    steps = [lane.step(weights)[0] for _ in range(STEPS)]
-    bits = [
-        np.concatenate([np.asarray(step[name]).reshape(n, -1).view(np.int32) for name in ANSWER], 1) for step in steps
-    ]
-    rows = np.concatenate(bits, axis=1)
-    expected = [first.setdefault(kind, rows[kind]) for kind in range(len(kinds))]
-    return all(np.array_equal(rows[slot], expected[slot % len(kinds)]) for slot in range(n))
+    agrees = True
+    for offset in range(0, len(kinds), n):
+        lane = Lane(programs, length, [None] * n, programs["init", n, length]())
+        of_slot = [(slot + offset) % len(kinds) for slot in range(n)]
+        for kind in of_slot:
+            kept, size, _ = prompts[kind]
+            lane.admit(Running(kinds[kind], None, STEPS), kept, size)
+        steps = [lane.step(weights)[0] for _ in range(STEPS)]
+        answers = [np.asarray(step[name]).reshape(n, -1).view(np.int32) for step in steps for name in ANSWER]
+        rows = np.concatenate(answers, axis=1)
+        agrees &= all(np.array_equal(row, first.setdefault(kind, row)) for kind, row in zip(of_slot, rows, strict=True))
+    return agrees
 
 
 def _requests(programs: Programs, length: int) -> list[Request]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from serving.programs import ANSWER, Programs, bucket
-from serving.requests import MOST_TOP, Request, Token
+from serving.requests import Request, Token
 
 
 @dataclass(eq=False)
@@ -80,13 +80,15 @@ class Lane:
         self.slots = [None if slot is running else slot for slot in self.slots]
 
 
-def row_of(request: Request, programs: Programs) -> dict[str, np.ndarray]:
+def row_of(request: Request, programs: Programs) -> dict[str, Any]:
     """What a slot's row is at first: the prompt's last token is yet to be read."""
-    found = {name: np.zeros(x.shape, x.dtype) for name, x in programs.row.items()}
-    found |= {name: found[name].dtype.type(x) for name, x in vars(request.sampling).items()}
-    found["seen"][list(request.prompt)] = True
-    found |= {"token": np.int32(request.prompt[-1]), "position": np.int32(len(request.prompt) - 1)}
-    return found | {"wants": np.bool_(request.top_logprobs >= 0)}
+    values = vars(request.sampling) | {
+        "token": request.prompt[-1],
+        "position": len(request.prompt) - 1,
+        "wants": request.top_logprobs >= 0,
+        "seen": np.isin(np.arange(programs.row["seen"].shape[0]), request.prompt),
+    }
+    return {name: np.asarray(values[name], x.dtype) for name, x in programs.row.items()}
 
 
 def read(programs: Programs, weights: Any, request: Request, length: int) -> tuple[list[Any], int, list[Token]]:
@@ -104,27 +106,24 @@ def read(programs: Programs, weights: Any, request: Request, length: int) -> tup
         kept.append(new)
     if not request.echo:
         return kept, size, []
-    about = programs["score", size](ends, x_TD, programs.put(np.roll(ids_T, -1)))
-    rows = [token_of(request, *(x[i] for x in (ids_T[1:], *map(np.asarray, about))), True) for i in range(count - 1)]
-    return kept, size, [Token(request.prompt[0], None, (), True), *rows]
+    scored = map(np.asarray, programs["score", size](ends, x_TD, programs.put(np.roll(ids_T, -1))))
+    rows = zip(request.prompt[1:], *scored, strict=False)
+    tokens = [_token(request, id, own, ids_J, top_J, True) for id, own, ids_J, top_J in rows]
+    return kept, size, [Token(request.prompt[0], None, (), True), *tokens]
 
 
-def token_of(request: Request, id: Any, logprob: Any, ids_J: np.ndarray, top_J: np.ndarray, is_prompt: bool) -> Token:
+def _token(request: Request, id: int, logprob: Any, ids_J: np.ndarray, top_J: np.ndarray, is_prompt: bool) -> Token:
     count = request.top_logprobs
     if count < 0:
-        return Token(int(id), None, (), is_prompt)
+        return Token(id, None, (), is_prompt)
     top = zip(ids_J[:count].tolist(), top_J[:count].tolist(), strict=True)
-    return Token(int(id), float(logprob), tuple(top), is_prompt)
+    return Token(id, float(logprob), tuple(top), is_prompt)
 
 
 def fetched(answer: dict[str, jax.Array], slots: list[Running | None]) -> list[tuple[Running, Token]]:
     """Waits for a step. Logprobs are fetched if any slot wants them."""
-    taken = [(i, slot) for i, slot in enumerate(slots) if slot is not None]
-    wants = any(slot.request.top_logprobs >= 0 for _, slot in taken)
-    names = ANSWER if wants else ANSWER[:1]
-    found = [np.asarray(answer[name]) for name in names]
-    nothing = (None, np.zeros(MOST_TOP, np.int32), np.zeros(MOST_TOP, np.float32))
-    return [
-        (slot, token_of(slot.request, *([x[i] for x in found] if wants else (found[0][i], *nothing)), False))
-        for i, slot in taken
-    ]
+    ids, taken = np.asarray(answer["token"]).tolist(), [(i, slot) for i, slot in enumerate(slots) if slot is not None]
+    if all(slot.request.top_logprobs < 0 for _, slot in taken):
+        return [(slot, Token(ids[i], None, (), False)) for i, slot in taken]
+    logprobs, top_ids, top = (np.asarray(answer[name]) for name in ANSWER[1:])
+    return [(slot, _token(slot.request, ids[i], logprobs[i], top_ids[i], top[i], False)) for i, slot in taken]

@@ -1,7 +1,6 @@
 """From a workdir to an engine: the newest intact parameters of a run, laid out for decoding; every program compiled.
 What generate.py, chat.py and serve.py have in common."""
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,29 +27,6 @@ SHORT = 512  # positions of the lane for most requests, beside that of the whole
 LEAST = 4  # slots of a device in the smallest rung: with fewer, XLA:CPU adds in another order
 
 Say = Callable[[str], None]
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, metavar="PATH", help="a run, or an import of model.huggingface")
-    parser.add_argument("--simulate", type=int, metavar="N", help="so many CPU devices, over which the mesh is laid")
-    parser.add_argument("--config.KEY", metavar="VALUE", help="as --config.mesh.tensor=2, in place of one device")
-    parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens of prompt and answer at most; default: data.seq_len"
-    )
-    parser.add_argument(
-        "--no_invariant", action="store_true",
-        help="faster for one request alone, whose last bits then depend on how many others run",
-    )  # fmt: skip
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """(options, changes of the config)."""
-    args, rest = parser.parse_known_args(argv)
-    for word in rest:
-        if not word.startswith("--config.") or "=" not in word:
-            raise UsageError(f"{word}: not an option of {parser.prog}: see --help")
-    pairs = (word.removeprefix("--config.").split("=", 1) for word in rest)
-    return args, dict(pairs)
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,8 @@ def kept(logits_NV: jax.Array, how: Rows) -> jax.Array:
     kept_NV = order_NV >= _threshold(order_NV, jnp.ones_like(order_NV), wanted_N)[:, None]
     weight_NV = jnp.where(kept_NV, jnp.exp(logits_NV - jnp.max(logits_NV, axis=-1, keepdims=True)), 0)
     counted_NV = (weight_NV / tree_sum(weight_NV)[:, None] * WHOLE).astype(jnp.int32)
-    wanted_N = jnp.ceil(how["top_p"] * jnp.sum(counted_NV, axis=-1)).astype(jnp.int32)
-    wanted_N = jnp.where(how["top_p"] < 1, wanted_N, 0)
-    enough_N = jnp.where(wanted_N > 0, _threshold(order_NV, counted_NV, wanted_N), jnp.iinfo(jnp.int32).min)
+    wanted_N = jnp.maximum(1, jnp.ceil(how["top_p"] * jnp.sum(counted_NV, axis=-1)).astype(jnp.int32))
+    enough_N = jnp.where(how["top_p"] < 1, _threshold(order_NV, counted_NV, wanted_N), jnp.iinfo(jnp.int32).min)
     return kept_NV & (order_NV >= enough_N[:, None]) & (weight_NV >= how["min_p"][:, None])
 
 
