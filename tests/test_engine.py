@@ -209,7 +209,6 @@ def test_so_it_is_over_several_lanes_and_on_every_mesh(mesh):
     found = Made(mesh)
     programs = found.programs([4 * mesh[1], 8 * mesh[1]], [32, 64])
     programs.rungs = ladder.agreeing(programs, found.weights)
-    assert len(programs.rungs) == 2
     check_crowds(found, programs, schedules=40, pool=48, longest=40)
 
 
