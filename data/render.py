@@ -1,5 +1,5 @@
-"""Chat templates are programs of strangers: they run in a process of their own, in Jinja's sandbox, with a limit of time
-and of memory. The process stays alive from one rendering to the next; this file is also what it runs.
+"""Chat templates are programs of strangers: they run in a process of their own, in Jinja's sandbox, with limits of
+time and memory. The process stays alive from one rendering to the next; this file is also what it runs.
 
 A line of JSON in, a line of JSON out.
 """

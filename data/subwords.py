@@ -152,11 +152,12 @@ class JsonTokenizer:
         if cuts:  # from a special token on, it does not matter where the section began
             meant = [m.start() for m in self.special_pattern.finditer(text) if m.start() + 1 not in cuts]
             edges |= dict.fromkeys((s for cut in cuts for s in meant[bisect.bisect(meant, cut) :][:1]), False)
-        found, begins = [], sorted(edges)
-        for begin, end in itertools.pairwise([*begins, len(text)]):
+        ids, ends = [], []
+        for begin, end in itertools.pairwise([*sorted(edges), len(text)]):
             section = self._spelled[edges[begin]].encode(text[begin:end], add_special_tokens=False)
-            found.append((section.ids, [begin + end for _, end in section.offsets]))
-        return tuple(np.concatenate([np.array(x, np.int64) for x in column]) for column in zip(*found, strict=True))
+            ids += section.ids
+            ends += [begin + stop for _, stop in section.offsets]
+        return np.array(ids, np.int64), np.array(ends, np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -1,7 +1,7 @@
 """From a conversation to ids, by the chat template of its model: the same for training, chat and serving.
 
-A template writes special tokens as text. Those that it writes itself become special ids; what a message spells out stays
-plain text. Both stand in one text, so what messages say is marked where it could be taken for such a token.
+A template writes special tokens as text. Those that it writes itself become special ids; what a message spells out
+stays plain text. Both stand in one text, so what messages say is marked where it could be taken for such a token.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -119,7 +119,7 @@ class Template:
         known = _with_special(tokenizer)
         answers = self._answers(_PROBE, known)
         (silent,) = self._marked([(_PROBE[:1], False)], known)
-        how = "an example for each answer, as earlier ones are written otherwise" if _rewrites(answers) else "only appends"
+        how = "writes earlier answers otherwise: each is an example" if _rewrites(answers) else "only appends"
         asks = "; does not ask for an answer" if silent == answers[0].asked else ""
         return f"{self.origin}: closes an answer with {answers[0].closing}; {how}{asks}"
 
@@ -140,9 +140,10 @@ class Template:
         firsts = re.compile(f"([{re.escape(''.join({token[0] for token in tokenizer.special}))}])")
         texts = self._render([(_with_marks(messages, spelled), ask) for messages, ask in conversations], day)
         safe = [(_with_marks(messages, firsts), ask) for messages, ask in conversations]
-        if any(MARK in message["content"] for messages, _ in safe for message in messages):
-            if [special.findall(text) for text in texts] != [special.findall(text) for text in self._render(safe, day)]:
-                raise ValueError(f"{self.origin}: the chat template makes a special token of what a message says.")
+        found = [special.findall(text) for text in texts]
+        may_join = any(MARK in message["content"] for messages, _ in safe for message in messages)
+        if may_join and found != [special.findall(text) for text in self._render(safe, day)]:
+            raise ValueError(f"{self.origin}: the chat template makes a special token of what a message says.")
         return texts
 
     def _answers(self, messages: Messages, tokenizer: JsonTokenizer, day: str | None = None) -> list[_Answer]:
@@ -157,27 +158,29 @@ class Template:
 
     def _answer(self, asked: str, answered: str, content: str, special: re.Pattern[str]) -> _Answer:
         """content: what is said there, before the template trims it or writes a thought in its own way."""
-        if not answered.startswith(asked):
+        # Mistral's puts the system message into the question that comes last: no more, once there is an answer.
+        tail = asked[max((token.start() for token in special.finditer(asked)), default=0) :]
+        place = len(asked) if answered.startswith(asked) else answered.rfind(tail) + len(tail)
+        if not answered[:place].endswith(tail):
             raise ValueError(f"{self.origin}: what the chat template asks for an answer with is not how one begins.")
-        added = answered[len(asked) :]
+        added = answered[place:]
         tokens = list(special.finditer(added))
         if not tokens:
             raise ValueError(f"{self.origin}: the chat template closes an answer with no special token.")
         said = ((token, _begin_of(content, _plain(added[: token.start()]))) for token in tokens)
         closing, begin = next(((token, n) for token, n in said if n is not None), (tokens[-1], 0))
         closed = asked + added[: closing.end()]
-        return _Answer(asked, answered, closed, len(_plain(asked)) + begin, closing[0])
+        return _Answer(asked, asked + added, closed, len(_plain(asked)) + begin, closing[0])
 
     # ── from text to ids ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _example(self, answers: Sequence[_Answer], tokenizer: JsonTokenizer) -> Example:
         """The last answer's text, in which the others stand."""
-        text, cuts = answers[-1].closed, set()
+        text = answers[-1].closed
         ids_N, ends_N = self._encode(text, tokenizer)
-        for answer in answers:  # a model is asked with these ids: no token may reach over their end
-            asked_N, _ = self._encode(answer.asked, tokenizer)
-            if not np.array_equal(asked_N, ids_N[: len(asked_N)]):
-                cuts.add(len(_plain(answer.asked)))
+        # A model is asked with the ids of `asked`: where the whole has others, a token of the answer reaches into it.
+        asked = [(len(_plain(answer.asked)), self._encode(answer.asked, tokenizer)[0]) for answer in answers]
+        cuts = frozenset(place for place, asked_N in asked if not np.array_equal(asked_N, ids_N[: len(asked_N)]))
         if cuts:
             ids_N, ends_N = self._encode(text, tokenizer, cuts)
         supervised_N = np.zeros(len(ids_N), bool)
@@ -187,13 +190,15 @@ class Template:
             supervised_N[first : last + 1] = True
         return Example(ids_N, supervised_N)
 
-    def _encode(self, text: str, tokenizer: JsonTokenizer, cuts: set[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, where each ends in the text without marks) of a marked text."""
-        marks = set(itertools.accumulate(len(part) for part in text.split(MARK)[:-1]))
-        ids_N, ends_N = tokenizer.encode_spelled(_plain(text), marks | (cuts or set()))
+    def _encode(
+        self, text: str, tokenizer: JsonTokenizer, cuts: frozenset[int] = frozenset()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, where each ends in the text without marks) of a marked text. cuts: places that no token crosses."""
+        marks = itertools.accumulate(len(part) for part in text.split(MARK)[:-1])
+        ids_N, ends_N = tokenizer.encode_spelled(_plain(text), cuts.union(marks))
         meant = [tokenizer.special[token] for token in tokenizer.special_pattern.findall(text)]
         if [i for i in meant if tokenizer.reserved_V[i]] != ids_N[tokenizer.reserved_V[ids_N]].tolist():
-            raise ValueError(f"{self.origin}: the tokenizer has other special tokens here than the chat template writes.")
+            raise ValueError(f"{self.origin}: the tokenizer has other special tokens than the chat template writes.")
         return ids_N, ends_N
 
 
