@@ -6,6 +6,10 @@ from typing import NamedTuple
 MOST_TOP = 20  # logprobs of other tokens beside the chosen one's
 
 
+class Full(Exception):
+    """As many requests wait as may."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0: the likeliest token. top_k 0: of all. top_p: of the likeliest that together have this probability.
