@@ -15,9 +15,7 @@ def agreeing(programs: Programs, weights: Any) -> tuple[int, ...]:
     """The rungs whose rows have the bits of the smallest rung's, whatever their slot. In which lane a request runs
     follows from it alone, so these need not agree."""
     first: dict[int, Any] = {length: {} for length in programs.lengths}
-    return tuple(
-        n for n in programs.rungs if all(_agrees(programs, weights, n, x, first[x]) for x in programs.lengths)
-    )
+    return tuple(n for n in programs.rungs if all(_agrees(programs, weights, n, x, first[x]) for x in programs.lengths))
 
 
 def _agrees(programs: Programs, weights: Any, n: int, length: int, first: dict[int, Any]) -> bool:

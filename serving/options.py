@@ -15,8 +15,10 @@ LIMITS = {
 KEYS = ("mesh.fsdp", "mesh.tensor", "compute.dtype", "compute.xla_options")
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, metavar="PATH", help="a run, or an import of model.huggingface")
+def add(parser: argparse.ArgumentParser, workdir: str = "") -> None:
+    """workdir: what stands for it where none is given, for --help; "": one must be given."""
+    about = workdir or "a run, or an import of model.huggingface"
+    parser.add_argument("--workdir", required=not workdir, metavar="PATH", help=about)
     parser.add_argument("--simulate", type=int, metavar="N", help="so many CPU devices, over which the mesh is laid")
     parser.add_argument("--config.KEY", metavar="VALUE", help=f"{', '.join(KEYS)}: by default one device")
     parser.add_argument(
