@@ -4,10 +4,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test sample notebooks prove check clean
+.PHONY: train chat test sample notebooks prove check clean
 
 train: $(VENV)/.ready  ## the quickstart, on a simulated mesh of 4 devices
 	$(RUN) train.py --config=configs/quickstart.py --simulate=4 --config.mesh.fsdp=2 --config.mesh.tensor=2
+
+chat: $(VENV)/.ready-deploy  ## talk with SmolLM2-135M-Instruct, sharded over 3 simulated devices
+	@$(RUN) chat.py --simulate=3 --config.mesh.tensor=3
 
 test: $(VENV)/.ready  ## the tests that fit into 6 minutes on 2 cores
 	$(RUN) -m pytest $(WORKERS) --durations=10
@@ -33,6 +36,10 @@ $(VENV)/.ready: requirements.txt
 	  { echo "error: this Python has no ensurepip, so it cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.ready-deploy: $(VENV)/.ready requirements-deploy.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-deploy.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt requirements-data.txt requirements-deploy.txt requirements-notebooks.txt

@@ -19,15 +19,17 @@ import ipaddress
 import os
 import ssl
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.template import KEPT, Template
 from runtime import config as configuration
 from runtime import exits, usage
 from runtime.config import UsageError, bad_input
-from serving import loaded
+from serving import loaded, options
 
-NEEDED = ("starlette", "uvicorn")
+NEEDED = ("starlette", "uvicorn", "h11")
 
 
 def main(argv: list[str]) -> int:
@@ -56,17 +58,15 @@ def main(argv: list[str]) -> int:
 
 
 def service_of(args: argparse.Namespace, engine: Any, tokenizer: Any) -> Any:
-    from data.chat import Template
-
     from serving.api import Service
     from serving.keys import Keys
-    from serving.keys import read as read_keys
 
     with bad_input():
-        keys = Keys(args.keys) if args.keys and read_keys(args.keys) is not None else None
-        template = Template.read(Path(args.workdir))
-    name = Path(args.workdir).resolve().name
-    return Service(engine, tokenizer, name, template, keys, only_local=is_local(args.host) and keys is None)
+        keys = Keys(args.keys) if args.keys else None
+        template = Template.read(Path(args.workdir) / KEPT)
+        template = template and replace(template, origin="this model")  # clients are not told where it lies
+        only_local = is_local(args.host) and keys is None
+        return Service(engine, tokenizer, Path(args.workdir).resolve().name, template, keys, only_local)
 
 
 # ── who can reach it ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -121,7 +121,7 @@ def positive(text: str) -> int:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(options, changes of the config)."""
     parser = usage.parser(__doc__, "python serve.py")
-    loaded.add_options(parser)
+    options.add(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address of this machine at which it listens")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: one that is free")
     parser.add_argument("--slots", type=positive, default=16, metavar="N", help="answers that are made at once")
@@ -134,7 +134,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--client_ca", type=Path, help="only clients with a certificate of this authority, in PEM")
     parser.add_argument("--insecure", action="store_true", help="let other machines in without keys and TLS")
     parser.add_argument("--version", action="version", version=configuration.version(), help="show versions")
-    args, changes = loaded.parse(parser, argv)
+    args, changes = options.parse(parser, argv)
     if not 0 <= args.port < 2**16:
         raise UsageError(f"--port={args.port}: expected a number from 0 to 65535")
     return args, changes

@@ -3,13 +3,14 @@
 Shapes: V vocabulary, N tokens.
 """
 
+import bisect
 import functools
 import hashlib
 import itertools
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -51,18 +52,32 @@ class JsonTokenizer:
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
         self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         special = {token["content"]: token["id"] for token in self._json.get("added_tokens") or () if token["special"]}
+        self.special = dict(special)
         special.pop(self._unknown(), None)  # what is not in the vocabulary becomes it: it says nothing of its own
         self.eos_name = _choose_end(special, end_of_document, origin)
         self.eos = special[self.eos_name]
         self.digest = hashlib.sha256(f"{serialized}\0{self.eos_name}".encode()).hexdigest()
-        self._reserved_V = np.zeros(self.vocab_size, bool)  # what a text may never become
-        self._reserved_V[list(special.values())] = True
+        self.reserved_V = np.zeros(self.vocab_size, bool)  # special tokens, which no text may become
+        self.reserved_V[list(special.values())] = True
 
     @functools.cached_property
     def _going_on(self) -> Any:
         """The same tokenizer for a text that goes on: it puts nothing before it."""
         changed = pieces.continuing(self._json)
         return self._tokenizer if changed == self._json else _open(json.dumps(changed), self._origin)
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches each special token, of several at a place the longest."""
+        return re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)")
+
+    @functools.cached_property
+    def _spelled(self) -> tuple[Any, Any]:
+        """For a text in which special tokens are spelled out and meant: one that begins, one that goes on."""
+        found = _open(self.serialized, self._origin), _open(json.dumps(pieces.continuing(self._json)), self._origin)
+        for tokenizer in found:
+            tokenizer.encode_special_tokens = False
+        return found
 
     def _unknown(self) -> str:
         model = self._json.get("model") or {}
@@ -106,7 +121,7 @@ class JsonTokenizer:
                 for n, found in zip(numbers, results, strict=True):
                     encoded[n] = np.array(found.ids, self._dtype)
         return [
-            self._without_reserved(text, goes_on) if self._reserved_V[ids].any() else ids
+            self._without_reserved(text, goes_on) if self.reserved_V[ids].any() else ids
             for (text, goes_on), ids in zip(batch, encoded, strict=True)
         ]
 
@@ -114,7 +129,7 @@ class JsonTokenizer:
         """Ids of a text in which special tokens are spelled out: each spelling is cut after its first character."""
         found = (self._going_on if goes_on else self._tokenizer).encode(text, add_special_tokens=False)
         ids = np.array(found.ids, self._dtype)
-        spans = [found.offsets[n] for n in np.flatnonzero(self._reserved_V[ids])]
+        spans = [found.offsets[n] for n in np.flatnonzero(self.reserved_V[ids])]
         for begin, end in spans:
             if end - begin < 2:
                 raise ValueError(
@@ -128,8 +143,28 @@ class JsonTokenizer:
             [self._without_reserved(text[a:b], goes_on or a > 0) for a, b in itertools.pairwise(edges)]
         )
 
+    def encode_spelled(self, text: str, cuts: Collection[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, where in the text each ends) of a text whose special tokens are meant.
+
+        cuts: places that no token crosses; a special token around one is plain text.
+        """
+        edges = {0: False} | dict.fromkeys(cuts, True)  # where a section begins, and whether it goes on
+        if cuts:  # from a special token on, it does not matter where the section began
+            meant = [m.start() for m in self.special_pattern.finditer(text) if m.start() + 1 not in cuts]
+            edges |= dict.fromkeys((s for cut in cuts for s in meant[bisect.bisect(meant, cut) :][:1]), False)
+        ids, ends = [], []
+        for begin, end in itertools.pairwise([*sorted(edges), len(text)]):
+            section = self._spelled[edges[begin]].encode(text[begin:end], add_special_tokens=False)
+            ids += section.ids
+            ends += [begin + stop for _, stop in section.offsets]
+        return np.array(ids, np.int64), np.array(ends, np.int64)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def spell(self, ids: Iterable[int]) -> str:
+        """As `decode`, with special tokens spelled out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
         """Exact for byte-level BPE; for others the bytes of the token's own text, its space marker counted as one."""

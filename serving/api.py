@@ -10,7 +10,7 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,11 +41,11 @@ Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
 class Template(Protocol):
-    """What a server needs of `data.chat.Template`. Both raise ValueError with a sentence."""
+    """What a server needs of `data.template.Template`. Both raise ValueError with a sentence."""
 
     def prompt(self, messages: Any, tokenizer: Any) -> list[int]: ...
 
-    def closing(self, tokenizer: Any) -> frozenset[int]: ...
+    def closing(self, tokenizer: Any) -> Iterable[int]: ...
 
 
 class Service:
@@ -53,6 +53,8 @@ class Service:
 
     name: of the model. keys: without them everybody may ask. only_local: requests must be addressed to this machine by
     a name of its own, so that no web page can ask by a name that it has made point here.
+
+    Raises ValueError for a template that closes no answer.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Service:
         self._policy = _policy(self._page)
         self._longest = max(1, int(tokenizer.token_bytes().max())) * engine.context  # bytes of a prompt
         self._stop_ids = frozenset({tokenizer.eos} - {-1})
+        self._closing = self._stop_ids.union(template.closing(tokenizer) if template else ())
 
     def app(self) -> ASGIApp:
         routes: list[tuple[str, str, Handler]] = [
@@ -153,11 +156,10 @@ class Service:
         self._check_length(sum(len(message["content"]) for message in asked.messages), 1)
         try:
             prompt = await asyncio.to_thread(self.template.prompt, list(asked.messages), self.tokenizer)
-            stop_ids = self._stop_ids | self.template.closing(self.tokenizer)
         except ValueError as error:
             raise ApiError(400, str(error), "chat_template", "messages") from None
         form = Chat(self.name, self.tokenizer, asked.top_logprobs >= 0)
-        return await self._answer(request, asked, [tuple(prompt)], form, stop_ids, goes_on=False)
+        return await self._answer(request, asked, [tuple(prompt)], form, self._closing, goes_on=False)
 
     async def _answer(
         self,

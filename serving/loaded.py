@@ -1,40 +1,138 @@
-"""Stands in for the file of this name that is written beside this branch: what serve.py needs of it."""
+"""From a workdir to an engine: the newest intact parameters of a run, laid out for decoding; every program compiled.
+What generate.py, chat.py and serve.py have in common."""
 
-import argparse
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
+from model.config import ModelConfig
+from parallel.layout import mesh as meshes
+from parallel.layout import rules
+from parallel.layout.axes import SLOW
+from recipes import door, language, memory, xla
+from runtime import config as configuration
 from runtime.config import UsageError
+from runtime.console import human_bytes
+from serving import ladder, weights
+from serving.engine import Engine
+from serving.programs import Programs
+
+SHORT = 512  # positions of the lane for most requests, beside that of the whole context
+LEAST = 4  # slots of a device in the smallest rung: with fewer, XLA:CPU adds in another order
 
 Say = Callable[[str], None]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, metavar="PATH", help="a run, or an import of model.huggingface")
-    parser.add_argument("--simulate", type=int, metavar="N", help="so many CPU devices, over which the mesh is laid")
-    parser.add_argument("--config.KEY", metavar="VALUE", help="as --config.mesh.tensor=2, in place of one device")
-    parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens of prompt and answer at most; default: data.seq_len"
+@dataclass(frozen=True)
+class Model:
+    """Of a run: what is needed to load its parameters, on a mesh. axes: their logical axes; abstract: their shapes and
+    shardings."""
+
+    workdir: Path
+    config: Any
+    mesh: Mesh
+    network: ModelConfig
+    dtype: Any
+    axes: Any
+    abstract: Any
+    tokenizer: Any
+
+    def load(self, say: Say) -> tuple[Any, str, int]:
+        """(weights for decoding, the digest of their checkpoint, its step)."""
+        from runtime.checkpoint import load_params  # slow to import
+
+        given = load_params(self.workdir / "checkpoints", self.abstract, say)
+        found = weights.unstack(given.params, self.axes, self.network, self.dtype, self.mesh)
+        return found, given.digest, given.step
+
+    @property
+    def xla_options(self) -> dict[str, Any]:
+        return xla.options(self.config.compute.xla_options, self.mesh, is_small=False)
+
+
+def open_model(workdir: str, changes: Mapping[str, Any], simulate: int | None) -> Model:
+    """Raises UsageError for a folder that is no run of a language model, or a mesh that does not divide it."""
+    path = Path(door.folder(workdir) or "")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"workdir={path}: there is no config.json of a run in this folder")
+    config = door.configure(door.alone(configuration.read_json(path)), changes).config
+    if config.mesh[SLOW] != 1:
+        raise UsageError(
+            f"mesh.{SLOW}={config.mesh[SLOW]}: nothing of an answer crosses a slow link. Start one on each replica"
+        )
+    door.check_given(path, door.methods.NONE, ("task",))
+    mesh = door.mesh_of(config, simulate)
+    task = language.build(_any_length(config, mesh), mesh)
+    shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
+    with configuration.bad_input():
+        meshes.check_divisible(shapes, task.axes, mesh.shape, task.least)
+    shardings = rules.shardings(mesh, rules.specs(task.axes))
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    network, dtype = task.model.config, task.model.compute.dtype
+    tokenizer = door.tokenizer_of(path, config.data)
+    return Model(path, config, mesh, network, dtype, task.axes, abstract, tokenizer)
+
+
+def _any_length(config: Any, mesh: Mesh) -> Any:
+    """A sequence is cut in training only: rotary positions have no table that would be as long."""
+    if config.model.position == "learned":
+        return config
+    return configuration.nested(
+        dict(configuration.flatten(config)) | {"data.seq_len": 256 * math.prod(mesh.devices.shape)}
     )
-    parser.add_argument(
-        "--no_invariant", action="store_true",
-        help="faster for one request alone, whose last bits then depend on how many others run",
-    )  # fmt: skip
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """(options, changes of the config)."""
-    args, rest = parser.parse_known_args(argv)
-    for word in rest:
-        if not word.startswith("--config.") or "=" not in word:
-            raise UsageError(f"{word}: not an option of {parser.prog}: see --help")
-    pairs = (word.removeprefix("--config.").split("=", 1) for word in rest)
-    return args, dict(pairs)
+def open_engine(model: Model, slots: int, context: int | None, invariant: bool, say: Say, most_waiting: int) -> Engine:
+    """Ready to be started. slots: requests at once, of each length.
+
+    Raises UsageError for a context that the model has no positions for, or more than the devices' memory holds.
+    """
+    c, began = model.network, time.monotonic()
+    longest = context or model.config.data.seq_len
+    if c.position == "learned" and longest > c.max_seq_len:
+        raise UsageError(f"--context={longest}: this model has {c.max_seq_len} positions, each with a learned weight")
+    lengths = sorted({min(SHORT, longest), longest})
+    rungs = _rungs(slots, model.mesh.shape["fsdp"], invariant)
+    _check_memory(model, rungs[-1], lengths, say)
+    given, digest, step = model.load(say)
+    programs = Programs(c, model.mesh, model.dtype, given, rungs, lengths)
+    programs.compile(model.xla_options)
+    if invariant:
+        programs.rungs = ladder.agreeing(programs, given)
+        if dropped := [n for n in rungs if n not in programs.rungs]:
+            say(f"programs of {', '.join(map(str, dropped))} slots round otherwise on this machine: they are not used")
+    say(
+        f"{model.workdir}: step {step}, {sum(x.size for x in jax.tree.leaves(given)):,} weights in {model.dtype}, "
+        f"{meshes.describe(model.mesh)}; up to {programs.rungs[-1]} requests at once of {longest:,} tokens; "
+        f"ready in {time.monotonic() - began:.0f} s"
+    )
+    return Engine(programs, given, digest, step, most_waiting)
 
 
-def open_model(workdir: str, changes: Mapping[str, Any], simulate: int | None) -> Any:
-    raise NotImplementedError
+def _rungs(slots: int, shards: int, invariant: bool) -> list[int]:
+    """Numbers of slots, each twice the one before."""
+    found = [LEAST * shards] if invariant else [shards, LEAST * shards]
+    while found[-1] < slots:
+        found.append(2 * found[-1])
+    return found
 
 
-def open_engine(model: Any, slots: int, context: int | None, invariant: bool, say: Say, most_waiting: int) -> Any:
-    raise NotImplementedError
+def _check_memory(model: Model, slots: int, lengths: Sequence[int], say: Say) -> None:
+    """Says what a device needs at most, and refuses what it has not."""
+    c, sizes, itemsize = model.network, model.mesh.shape, model.dtype.itemsize
+    numbers = sum(x.size for x in jax.tree.leaves(model.abstract))
+    held = numbers * itemsize / sizes["tensor"]
+    kept = 2 * c.num_layers * slots * sum(lengths) * c.num_kv_heads * c.head_dim * itemsize / model.mesh.size
+    limit = memory.of_device()
+    said = f"a device needs {human_bytes(held)} for weights and up to {human_bytes(kept)} for keys and values"
+    if limit is not None and held + kept > limit:
+        raise UsageError(
+            f"{said}, and has {human_bytes(limit)}: fewer --slots, a shorter --context, or more mesh.tensor"
+        )
+    say(f"{said}; compiling")

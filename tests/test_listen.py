@@ -296,9 +296,7 @@ def test_files_that_are_no_certificates(certificates, tmp_path):
 @pytest.fixture
 def opened(monkeypatch):
     """serve.py without a model."""
-    chat = types.ModuleType("data.chat")
-    chat.Template = types.SimpleNamespace(read=lambda folder: Template())
-    monkeypatch.setitem(sys.modules, "data.chat", chat)
+    monkeypatch.setattr(serve, "Template", types.SimpleNamespace(read=lambda folder: Template()))
     monkeypatch.setattr(serve.loaded, "open_model", lambda *_: types.SimpleNamespace(tokenizer=ByteTokenizer()))
     engines = []
 

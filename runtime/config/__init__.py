@@ -6,7 +6,7 @@ while a run goes on.
 
 from runtime.config.check import check_batch, profile_range, validate
 from runtime.config.errors import RunError, UsageError, bad_input
-from runtime.config.flags import checked, define_flags, execute, override, parse, version
+from runtime.config.flags import checked, define_flags, execute, override, parse, typed, version
 from runtime.config.keys import (
     CHOICES,
     SMALLEST_VOCABULARY,
@@ -63,6 +63,7 @@ __all__ = [
     "parse",
     "profile_range",
     "read_json",
+    "typed",
     "validate",
     "version",
 ]

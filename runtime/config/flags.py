@@ -95,7 +95,7 @@ def parse(argv: Sequence[str], doc: str, methods: Methods) -> tuple[Any, Any]:
         key = name.removeprefix("config.")
         try:
             if key != name:
-                overridden[key] = convert(key, _value(key, text, type(base_values()[key])))
+                overridden[key] = typed(key, text)
             elif name in values:
                 setattr(values, name, _flag_value(name, text, values[name].parser))
             else:  # --noresume
@@ -200,6 +200,11 @@ def _shorten_warm_up(before: dict[str, Any], flat: dict[str, Any], overridden: d
     flat[key], all_of_it = before[key] * steps // before["steps"], before["steps"]
     note = f"{key}={before[key]} does not fit into steps={steps}"
     return [f"{note}: it is {flat[key]}, the same share as of {all_of_it}"]
+
+
+def typed(key: str, text: str | None) -> Any:
+    """A key's value as it is typed; None: the key alone. Raises ValueError."""
+    return convert(key, _value(key, text, type(base_values()[key])))
 
 
 def _value(name: str, text: str | None, kind: type) -> Any:
