@@ -4,6 +4,8 @@ python serve.py --workdir=runs/x --port=8000
 python serve.py --workdir=runs/x --simulate=6 --config.mesh.tensor=3 --config.mesh.fsdp=2
 python serve.py --workdir=runs/x --host=0.0.0.0 --keys=keys.jsonl --tls_cert=cert.pem --tls_key=key.pem
 
+While the run goes on, each new checkpoint is taken between two answers.
+
 It answers to this machine alone, unless --host says otherwise; then it needs keys (python -m serving.keys) and TLS. The
 first Ctrl-C or SIGTERM lets those who wait have their answers, the second one ends at once.
 """
@@ -27,7 +29,7 @@ from data.template import KEPT, Template
 from runtime import config as configuration
 from runtime import exits, usage
 from runtime.config import UsageError, bad_input
-from serving import loaded, options
+from serving import follow, loaded, options
 
 NEEDED = ("starlette", "uvicorn", "h11")
 
@@ -45,6 +47,8 @@ def main(argv: list[str]) -> int:
     engine = loaded.open_engine(model, args.slots, args.context, not args.no_invariant, say, args.most_waiting)
     service = service_of(args, engine, model.tokenizer)
     engine.start()
+    follower = follow.Follower(model, engine, say)
+    follower.start()
     listener.listen()  # whoever reads the next line may come at once
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -52,6 +56,7 @@ def main(argv: list[str]) -> int:
     try:
         listen.serve(service, listener, tls, say)
     finally:
+        follower.close()
         engine.close()
     say("stopped")
     return 0

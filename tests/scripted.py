@@ -81,6 +81,9 @@ class Scripted:
             self._changed.notify()
             return ticket
 
+    def swap(self, load):
+        _, self.fingerprint, self.step = load() or (None, self.fingerprint, self.step)
+
     def wake(self):
         with self._changed:
             self._changed.notify()
@@ -171,7 +174,7 @@ def main(argv):
     from serving import loaded
 
     serve.Template = types.SimpleNamespace(read=lambda folder: Template())
-    loaded.open_model = lambda *_: types.SimpleNamespace(tokenizer=ByteTokenizer())
+    loaded.open_model = lambda workdir, *_: types.SimpleNamespace(tokenizer=ByteTokenizer(), workdir=Path(workdir))
     loaded.open_engine = lambda *_: Scripted(seconds=0.02)
     return serve.main(argv)
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import helpers
 import pytest
@@ -297,7 +298,8 @@ def test_files_that_are_no_certificates(certificates, tmp_path):
 def opened(monkeypatch):
     """serve.py without a model."""
     monkeypatch.setattr(serve, "Template", types.SimpleNamespace(read=lambda folder: Template()))
-    monkeypatch.setattr(serve.loaded, "open_model", lambda *_: types.SimpleNamespace(tokenizer=ByteTokenizer()))
+    opened_model = types.SimpleNamespace(tokenizer=ByteTokenizer(), workdir=Path("nowhere"))
+    monkeypatch.setattr(serve.loaded, "open_model", lambda *_: opened_model)
     engines = []
 
     def open_engine(model, *given):
