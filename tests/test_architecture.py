@@ -192,6 +192,8 @@ MAY_IMPORT = {
     "slackline": {"recipes", "data", "runtime"},
     "serving": {"serving", "recipes", "model", "parallel/layout", "data", "runtime"},
     "serve": {"serving", "data", "runtime"},
+    "generate": {"serving", "data", "runtime"},
+    "chat": {"serving", "recipes", "parallel/layout", "data", "runtime"},
     "examples": {"slackline"},
     "notebooks": set(),
 }
