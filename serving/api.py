@@ -294,6 +294,7 @@ def _policy(page: str) -> str:
     allowed = [
         "default-src 'none'",
         "connect-src 'self'",
+        "img-src data:",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",

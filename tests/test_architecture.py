@@ -349,6 +349,7 @@ ALONE = {
     "recipes/planned.py",
     "recipes/imported.py",
     "recipes/exported.py",
+    "recipes/published.py",
     "recipes/gaps.py",
 }
 

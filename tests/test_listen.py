@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, engine=None, tls=None, **options):
         self.engine, self.said = (engine or Scripted(seconds=0.01)).start(), []
-        self.service = api.Service(self.engine, ByteTokenizer(), "mine", Template(), **options)
+        self.service = api.Service(self.engine, ByteTokenizer(), "mine", **({"template": Template()} | options))
         listener = listen.bind("127.0.0.1", 0)
         listener.listen()
         self.port = listener.getsockname()[1]
