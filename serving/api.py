@@ -124,7 +124,8 @@ class Service:
         return _json(self._model())
 
     async def describe(self, request: HttpRequest) -> Response:
-        return _json(openapi.describe(self.engine.context, self.engine.vocab_size, has_keys=self.keys is not None))
+        engine, has_keys = self.engine, self.keys is not None
+        return _json(openapi.describe(self.name, engine.context, engine.vocab_size, has_keys))
 
     async def page(self, request: HttpRequest) -> Response:
         return Response(self._page, 200, {"content-security-policy": self._policy}, "text/html")

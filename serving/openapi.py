@@ -10,22 +10,23 @@ from serving.schema import Number
 TEXT, SWITCH, OBJECT = {"type": "string"}, {"type": ["boolean", "null"]}, {"type": "object"}
 
 
-def describe(context: int, vocab_size: int, has_keys: bool) -> dict[str, Any]:
+def describe(model_name: str, context: int, vocab_size: int, has_keys: bool) -> dict[str, Any]:
     """OpenAPI 3.1."""
+    known = {"enum": [model_name]}
     security = {"security": [{"key": []}]} if has_keys else {}
     answer = lambda name, about, body: (
         {"post": {**_asked(body), **_replies(about, streams=True), **security}} | {"summary": name}
     )
     page = lambda about, **more: {"get": {**_replies(about, **more), **security}}
-    name = {"name": "name", "in": "path", "required": True, "schema": TEXT}
+    name = {"name": "name", "in": "path", "required": True, "schema": known}
     model = page("the model")
     model["get"]["parameters"] = [name]
     return {
         "openapi": "3.1.0",
         "info": {"title": "Slackline", "version": VERSION},
         "paths": {
-            "/v1/completions": answer("Text that goes on", "the text", _completion(context, vocab_size)),
-            "/v1/chat/completions": answer("The next message of a chat", "the message", _chat()),
+            "/v1/completions": answer("Text that goes on", "the text", _completion(known, context, vocab_size)),
+            "/v1/chat/completions": answer("The next message of a chat", "the message", _chat(known)),
             "/v1/models": page("the models that there are: one"),
             "/v1/models/{name}": model,
             "/health": {"get": _replies("ready") | {"summary": "Whether requests are taken"}},
@@ -60,11 +61,13 @@ def _number(how: Number) -> dict[str, Any]:
     return found if how.default is None else found | {"default": how.default}
 
 
-def _body(required: tuple[str, ...], properties: dict[str, Any], numbers: Mapping[str, Number]) -> dict[str, Any]:
+def _body(
+    model: dict[str, Any], required: str, properties: dict[str, Any], numbers: Mapping[str, Number]
+) -> dict[str, Any]:
     stop = {"type": "string", "minLength": 1, "maxLength": schema.LONGEST_STOP}
     usage = {"type": "object", "properties": {"include_usage": SWITCH}, "additionalProperties": False}
     common = {
-        "model": {"type": "string", "maxLength": schema.LONGEST_NAME},
+        "model": model,
         "stop": {"anyOf": [{"type": "null"}, stop, {"type": "array", "items": stop, "maxItems": schema.MOST_STOPS}]},
         "stream": SWITCH,
         "stream_options": {"anyOf": [{"type": "null"}, usage]},
@@ -73,22 +76,22 @@ def _body(required: tuple[str, ...], properties: dict[str, Any], numbers: Mappin
     unread = {name: {"description": "accepted, and not read"} for name in schema.UNREAD}
     asked = {name: _number(how) for name, how in numbers.items()}
     found = common | properties | asked | nothing | unread
-    return {"type": "object", "required": ["model", *required], "properties": found, "additionalProperties": False}
+    return {"type": "object", "required": ["model", required], "properties": found, "additionalProperties": False}
 
 
-def _completion(context: int, vocab_size: int) -> dict[str, Any]:
+def _completion(model: dict[str, Any], context: int, vocab_size: int) -> dict[str, Any]:
     id = {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
     ids = {"type": "array", "items": id, "minItems": 1, "maxItems": context}
     several = {"type": "array", "minItems": 1, "maxItems": schema.MOST_CHOICES}
     prompt = {"anyOf": [TEXT, ids, several | {"items": TEXT}, several | {"items": ids}]}
-    return _body(("prompt",), {"prompt": prompt, "echo": SWITCH}, schema.COMPLETION_NUMBERS)
+    return _body(model, "prompt", {"prompt": prompt, "echo": SWITCH}, schema.COMPLETION_NUMBERS)
 
 
-def _chat() -> dict[str, Any]:
+def _chat(model: dict[str, Any]) -> dict[str, Any]:
     part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": TEXT}}
     content = {"anyOf": [TEXT, {"type": "array", "items": part, "maxItems": schema.MOST_PARTS}]}
     fields = {"role": {"enum": list(schema.ROLES)}, "content": content}
     fields["name"] = {"type": ["string", "null"], "maxLength": schema.LONGEST_NAME}
     message = {"type": "object", "required": ["role", "content"], "properties": fields, "additionalProperties": False}
     messages = {"type": "array", "items": message, "minItems": 1, "maxItems": schema.MOST_MESSAGES}
-    return _body(("messages",), {"messages": messages, "logprobs": SWITCH}, schema.CHAT_NUMBERS)
+    return _body(model, "messages", {"messages": messages, "logprobs": SWITCH}, schema.CHAT_NUMBERS)

@@ -91,6 +91,7 @@ class Running:
                 if self._loop.time() >= end:
                     raise TimeoutError
                 yield item
+                await asyncio.sleep(0)  # where much has come at once: others have their turn, and who goes is seen
         finally:
             self.cancel()
             watcher.cancel()

@@ -175,7 +175,7 @@ def main(argv):
 
     serve.Template = types.SimpleNamespace(read=lambda folder: Template())
     loaded.open_model = lambda workdir, *_: types.SimpleNamespace(tokenizer=ByteTokenizer(), workdir=Path(workdir))
-    loaded.open_engine = lambda *_: Scripted(seconds=0.02)
+    loaded.open_engine = lambda *_: Scripted(slots=16, most_waiting=32, seconds=0.01)
     return serve.main(argv)
 
 

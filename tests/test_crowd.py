@@ -1,0 +1,121 @@
+"""A crowd of clients for minutes, and requests that a machine has made up, against serve.py on a socket."""
+
+import contextlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import types
+import urllib.error
+import urllib.request
+
+import helpers
+import pytest
+from scripted import answer
+
+SECONDS, CLIENTS = 300, 64
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+IDLE = {"slackline_running 0", "slackline_waiting 0"}
+SCHEMATHESIS = shutil.which("schemathesis", path=str(helpers.Path(sys.executable).parent))
+
+
+@contextlib.contextmanager
+def served(tmp_path, *options):
+    """serve.py with an engine whose answers are known; gives its address."""
+    command = [sys.executable, "-m", "tests.scripted", f"--workdir={tmp_path}/mine", "--port=0", *options]
+    process = subprocess.Popen(command, cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield re.match(r"mine at (\S+):", process.stdout.readline())[1]
+        process.terminate()
+        out, err = process.communicate(timeout=90)
+        assert (process.returncode, err) == (0, "") and out.endswith("stopped\n")
+    finally:
+        process.kill()
+
+
+class Client(threading.Thread):
+    """Asks, whole or as a stream, reads all or goes away, until the time is up. wrong: what was not as it should be."""
+
+    def __init__(self, url, seed, end):
+        super().__init__()
+        self._url, self._rng, self._end = url, random.Random(seed), end
+        self.wrong, self.answered, self.refused, self.left = [], 0, 0, 0
+
+    def run(self):
+        while time.monotonic() < self._end:
+            rng = self._rng
+            seed, most, stream = rng.randrange(10**6), rng.randrange(1, 120), rng.random() < 0.5
+            prompt = "".join(rng.choices("abc", k=rng.randrange(1, 100)))
+            body = {"model": "mine", "prompt": prompt, "max_tokens": most, "seed": seed, "stream": stream, "echo": True}
+            try:
+                self._ask(body, goes=rng.random() < 0.1)
+            except urllib.error.HTTPError as error:
+                if error.code == 429 and int(error.headers["retry-after"]) >= 1:
+                    self.refused += 1
+                    time.sleep(rng.random())
+                else:
+                    self.wrong.append((error.code, error.read()))
+            except Exception as error:  # whatever it is, it is wrong
+                self.wrong.append(repr(error))
+
+    def _ask(self, body, goes):
+        request = urllib.request.Request(f"{self._url}/v1/completions", json.dumps(body).encode())
+        request.add_header("content-type", "application/json")
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            if goes and body["stream"]:
+                reply.read(200)
+                self.left += 1
+                return
+            text = joined(reply.read().decode()) if body["stream"] else json.load(reply)["choices"][0]["text"]
+        sampling = types.SimpleNamespace(seed=body["seed"], temperature=1.0)
+        asked = types.SimpleNamespace(sampling=sampling, max_tokens=body["max_tokens"], prompt=body["prompt"].encode())
+        expected = body["prompt"] + bytes(answer(asked)[: body["max_tokens"]]).decode(errors="replace")
+        self.answered += 1
+        if text != expected:
+            self.wrong.append((body, text))
+
+
+def joined(text):
+    *events, last, end = text.split("\n\n")
+    assert (last, end) == ("data: [DONE]", "")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events if not event.startswith(":")]
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+
+
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(4, marks=pytest.mark.slow), pytest.param(SECONDS, marks=pytest.mark.prove)]
+)
+def test_a_crowd_loses_nothing_and_mixes_nothing_up(seconds, tmp_path):
+    with served(tmp_path) as url:
+        clients = [Client(url, seed, time.monotonic() + seconds) for seed in range(CLIENTS)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        assert [wrong for client in clients for wrong in client.wrong][:3] == []
+        answered, left = sum(c.answered for c in clients), sum(c.left for c in clients)
+        print(f"{answered} answers, {sum(c.refused for c in clients)} refused, {left} clients left before the end")
+        assert answered > 5 * seconds and left
+        end = time.monotonic() + 10
+        while not set(metrics(url)) >= IDLE and time.monotonic() < end:
+            time.sleep(0.1)
+        lines = metrics(url)
+        assert set(lines) >= IDLE and not any('status="5' in line for line in lines)
+
+
+def metrics(url):
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
+        return reply.read().decode().splitlines()
+
+
+@pytest.mark.prove
+@pytest.mark.skipif(not SCHEMATHESIS, reason="pip install -r requirements-prove.txt")
+def test_requests_that_a_machine_has_made_up(tmp_path):
+    with served(tmp_path) as url:
+        command = [SCHEMATHESIS, "run", f"{url}/openapi.json", f"--checks={CHECKS}", "--max-examples=200"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1200)
+        assert done.returncode == 0, done.stdout[-5000:]
