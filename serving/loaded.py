@@ -105,6 +105,8 @@ def open_engine(model: Model, slots: int, context: int | None, invariant: bool, 
     programs.compile(model.xla_options)
     if invariant:
         programs.rungs = ladder.agreeing(programs, given)
+        if not programs.rungs:
+            raise UsageError("on this machine an answer's bits depend on its slot: only with --no_invariant")
         if dropped := [n for n in rungs if n not in programs.rungs]:
             say(f"programs of {', '.join(map(str, dropped))} slots round otherwise on this machine: they are not used")
     say(
