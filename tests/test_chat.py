@@ -1,18 +1,10 @@
 """Conversations: a template is rendered within limits, what is learned is what the assistant says and nothing else, no
 message becomes a special token, and rows of conversations are packed into windows."""
 
-import json
-import re
-import time
-
 import chats
-import numpy as np
 import pytest
 
-from data import template as templates
-from data.render import Renderer
 from data.template import Template
-from data.tokenizer import ByteTokenizer
 
 NAMES = sorted(chats.TEMPLATES)
 ASK = [{"role": "user", "content": "Is it?"}]
