@@ -83,9 +83,10 @@ def examples_of(
     """(where it stands, its messages, what is trained on) of each row. Raises ValueError, naming file and line."""
     for where, messages in rows(file):
         try:
-            yield where, messages, template.supervised(messages, tokenizer)
+            found = template.supervised(messages, tokenizer)
         except ValueError as error:
             raise ValueError(f"{where} cannot be trained on: {error}") from error
+        yield where, messages, found
 
 
 def load(
@@ -264,9 +265,7 @@ def _check(name: str, train: Windows, held_out: Windows) -> None:
         if not len(split):
             raise ValueError(f"{name}: of no example {what} do all answers end within {longest}: raise it.")
     if dropped := train.dropped + held_out.dropped:
-        warnings.warn(
-            f"{name}: {dropped:,} examples are left out, as their answers end beyond {longest}.", stacklevel=3
-        )
+        warnings.warn(f"{name}: {dropped:,} examples are left out: their answers end beyond {longest}.", stacklevel=3)
 
 
 # ── what a run asks of its data ───────────────────────────────────────────────────────────────────────────────────────
