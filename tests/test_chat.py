@@ -5,8 +5,11 @@ import gc
 import gzip
 import importlib.util
 import json
+import os
 import re
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterable
@@ -14,14 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import chats
+import helpers
 import numpy as np
 import pytest
+import test_weights
 
 from data import chat, conversations
 from data import template as templates
 from data.render import Renderer
 from data.template import Template
 from data.tokenizer import ByteTokenizer
+from parallel.layout import placement
+from recipes.programs import compile_steps
 from runtime.config import UsageError
 
 NAMES = sorted(chats.TEMPLATES)
@@ -557,3 +564,99 @@ def test_the_verdict_on_a_template(name, how, template):
     assert how in template(name).verdict(chats.tokenizer(name))
     silent = Template(chats.SMOLLM2.replace("if add_generation_prompt", "if false"), {}, (), "X")
     assert "does not ask for an answer" in silent.verdict(chats.tokenizer("smollm2"))
+
+
+# ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+def test_windows_and_a_replica_of_which_nothing_is_learned_count_nothing():
+    """The mean is over what is learned, of all replicas."""
+    config = helpers.tiny(optimizer__clip_norm=0.0)
+    B, T = config.data.batch_size, config.data.seq_len
+    found = []
+    for mesh in ((2, 1, 1), (1, 1, 1)):
+        rng = np.random.default_rng(0)
+        parts = helpers.build(config, mesh)
+        (program,) = compile_steps(parts, helpers.QUICKLY).values()
+        state, losses = helpers.init_state(config, parts), []
+        for _ in range(2):
+            whole = {name: rng.integers(0, 256, (B, T)).astype(np.int32) for name in ("tokens", "targets")}
+            whole["mask"] = (rng.random((B, T)) < 0.2).astype(np.float32)
+            whole["mask"][: B // 2 + 1] = 0  # all of the first replica, and a window of the second
+            rows = lambda ids, whole=whole: {name: x[ids] for name, x in whole.items()}
+            state, metrics = program(state, placement.place_train(parts.mesh, parts.replicas, B, [rows]))
+            losses.append(float(metrics["loss"][0]))
+            assert float(metrics["weight"][0]) == whole["mask"].sum()
+        found.append(losses)
+    np.testing.assert_allclose(found[0], found[1], rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A run at step 0 of a tiny model of theirs that has a template."""
+    folder = tmp_path_factory.mktemp("base")
+    test_weights.write(folder / "in", test_weights.LLAMA | {"vocab_size": 512, "max_position_embeddings": 128})
+    chats.write(folder / "in", "smollm2", chat_template=chats.SMOLLM2)
+    test_weights.command("import", folder / "in", folder / "run")
+    return folder / "run"
+
+
+TUNE = "log_every=1 eval_every=4 steps=8 data.seq_len=128 optimizer.warmup_steps=0 optimizer.lr=1e-2 sample.tokens=4"
+
+
+def tune(workdir: Path, base: Path, rows: Path, *options: str) -> str:
+    given = [f"init.workdir={base}", f"data.path={rows}", *TUNE.split(), *options]
+    return helpers.run_here(workdir, *(f"--config.{option}" for option in given), config="finetune").stdout
+
+
+@pytest.mark.slow
+def test_a_run_is_tuned_goes_on_to_the_bit_and_is_carried_on(base, tmp_path):
+    rows = write_rows(tmp_path / "chat.jsonl", PAIRS)
+    mesh = ["mesh.replica=2", "mesh.fsdp=2", "sync.strategy=diloco", "sync.codec=int4", "sync.interval=2"]
+    said = tune(tmp_path / "whole", base, rows, *mesh, "checkpoint.every=4")
+    assert "closes an answer with <|im_end|>" in said and "40 conversations, 2 of them held out" in said
+    losses = helpers.metric_losses(tmp_path / "whole")
+    assert losses[8] < 0.8 * losses[1]
+    tune(tmp_path / "halves", base, rows, *mesh, "steps=4", "optimizer.schedule=constant")
+    tune(tmp_path / "one", base, rows, *mesh, "optimizer.schedule=constant")
+    helpers.run_here(tmp_path / "halves", "--config.steps=8", config=None)
+    digest = lambda run: json.loads((tmp_path / run / "summary.json").read_text())["params_digest"]
+    assert digest("halves") == digest("one")
+    assert helpers.metric_losses(tmp_path / "halves") == helpers.metric_losses(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_tuned_run_keeps_the_template_and_is_exported_and_tuned_again_without_its_base(base, tmp_path):
+    rows = write_rows(tmp_path / "chat.jsonl", PAIRS)
+    shutil.copytree(base, tmp_path / "base")
+    tune(tmp_path / "first", tmp_path / "base", rows)
+    shutil.rmtree(tmp_path / "base")
+    kept = Template.read(tmp_path / "first" / templates.KEPT)
+    assert kept and kept.text == chats.SMOLLM2
+    test_weights.command("export", tmp_path / "first", tmp_path / "out")
+    assert Template.read(tmp_path / "out") and (tmp_path / "out" / "tokenizer.json").is_file()
+    tune(tmp_path / "second", tmp_path / "first", rows)
+    assert Template.read(tmp_path / "second" / templates.KEPT)
+
+
+@pytest.mark.slow
+@pytest.mark.prove
+@pytest.mark.parametrize("name", NAMES)
+def test_text_and_ids_are_those_of_transformers(name, template, tmp_path):
+    """For conversations that spell no special token: those stay text here."""
+    python = os.environ.get("SLACKLINE_TORCH_PYTHON")
+    if not python or subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
+        pytest.skip("SLACKLINE_TORCH_PYTHON names no Python with torch and transformers: make prove makes one")
+    chats.write(tmp_path, name)
+    special = re.compile("|".join(map(re.escape, chats.SPECIAL[name])))
+    clean = lambda messages: [m | {"content": special.sub("", m["content"]) or "x"} for m in messages]
+    talks = [clean(chats.draw(seed, thoughts=name == "qwen3")) for seed in range(300)]
+    (tmp_path / "chats.json").write_text(json.dumps(talks))
+    command = [python, str(Path(__file__).with_name("huggingface_oracle.py")), "chat", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs = json.loads((tmp_path / "chats.ids.json").read_text())
+    tokenizer = chats.tokenizer(name)
+    for messages, ids in zip(talks, theirs, strict=True):
+        assert template(name).prompt(messages[:-1], tokenizer) == ids
