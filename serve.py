@@ -4,6 +4,8 @@ python serve.py --workdir=runs/x --port=8000
 python serve.py --workdir=runs/x --simulate=6 --config.mesh.tensor=3 --config.mesh.fsdp=2
 python serve.py --workdir=runs/x --host=0.0.0.0 --keys=keys.jsonl --tls_cert=cert.pem --tls_key=key.pem
 
+While the run goes on, each new checkpoint is taken between two answers.
+
 It answers to this machine alone, unless --host says otherwise; then it needs keys (python -m serving.keys) and TLS. The
 first Ctrl-C or SIGTERM lets those who wait have their answers, the second one ends at once.
 """
@@ -19,15 +21,17 @@ import ipaddress
 import os
 import ssl
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.template import KEPT, Template
 from runtime import config as configuration
 from runtime import exits, usage
 from runtime.config import UsageError, bad_input
-from serving import loaded
+from serving import follow, loaded, options
 
-NEEDED = ("starlette", "uvicorn")
+NEEDED = ("starlette", "uvicorn", "h11")
 
 
 def main(argv: list[str]) -> int:
@@ -43,29 +47,31 @@ def main(argv: list[str]) -> int:
     engine = loaded.open_engine(model, args.slots, args.context, not args.no_invariant, say, args.most_waiting)
     service = service_of(args, engine, model.tokenizer)
     engine.start()
+    follower = follow.Follower(model, engine, say)
+    follower.start()
+    listener.listen()  # whoever reads the next line may come at once
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     say(f"{service.name} at {'https' if tls else 'http'}://{shown}:{port}: Ctrl-C ends it")
     try:
         listen.serve(service, listener, tls, say)
     finally:
+        follower.close()
         engine.close()
     say("stopped")
     return 0
 
 
 def service_of(args: argparse.Namespace, engine: Any, tokenizer: Any) -> Any:
-    from data.chat import Template
-
     from serving.api import Service
     from serving.keys import Keys
-    from serving.keys import read as read_keys
 
     with bad_input():
-        keys = Keys(args.keys) if args.keys and read_keys(args.keys) is not None else None
-        template = Template.read(Path(args.workdir))
-    name = Path(args.workdir).resolve().name
-    return Service(engine, tokenizer, name, template, keys, only_local=is_local(args.host) and keys is None)
+        keys = Keys(args.keys) if args.keys else None
+        template = Template.read(Path(args.workdir) / KEPT)
+        template = template and replace(template, origin="this model")  # clients are not told where it lies
+        only_local = is_local(args.host) and keys is None
+        return Service(engine, tokenizer, Path(args.workdir).resolve().name, template, keys, only_local)
 
 
 # ── who can reach it ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -120,7 +126,7 @@ def positive(text: str) -> int:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(options, changes of the config)."""
     parser = usage.parser(__doc__, "python serve.py")
-    loaded.add_options(parser)
+    options.add(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address of this machine at which it listens")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: one that is free")
     parser.add_argument("--slots", type=positive, default=16, metavar="N", help="answers that are made at once")
@@ -133,7 +139,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--client_ca", type=Path, help="only clients with a certificate of this authority, in PEM")
     parser.add_argument("--insecure", action="store_true", help="let other machines in without keys and TLS")
     parser.add_argument("--version", action="version", version=configuration.version(), help="show versions")
-    args, changes = loaded.parse(parser, argv)
+    args, changes = options.parse(parser, argv)
     if not 0 <= args.port < 2**16:
         raise UsageError(f"--port={args.port}: expected a number from 0 to 65535")
     return args, changes

@@ -9,7 +9,8 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable
+import traceback
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,16 +35,17 @@ from serving.running import Engine, Gone, Running
 from serving.schema import Asked
 
 LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")  # a Host header of this machine
+HEADER_BYTES = 16 * 1024
 PAGE = Path(__file__).with_name("page.html")
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
 class Template(Protocol):
-    """What a server needs of `data.chat.Template`. Both raise ValueError with a sentence."""
+    """What a server needs of `data.template.Template`. Both raise ValueError with a sentence."""
 
     def prompt(self, messages: Any, tokenizer: Any) -> list[int]: ...
 
-    def closing(self, tokenizer: Any) -> frozenset[int]: ...
+    def closing(self, tokenizer: Any) -> Iterable[int]: ...
 
 
 class Service:
@@ -51,6 +53,8 @@ class Service:
 
     name: of the model. keys: without them everybody may ask. only_local: requests must be addressed to this machine by
     a name of its own, so that no web page can ask by a name that it has made point here.
+
+    Raises ValueError for a template that closes no answer.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Service:
         self._policy = _policy(self._page)
         self._longest = max(1, int(tokenizer.token_bytes().max())) * engine.context  # bytes of a prompt
         self._stop_ids = frozenset({tokenizer.eos} - {-1})
+        self._closing = self._stop_ids.union(template.closing(tokenizer) if template else ())
 
     def app(self) -> ASGIApp:
         routes: list[tuple[str, str, Handler]] = [
@@ -151,11 +156,10 @@ class Service:
         self._check_length(sum(len(message["content"]) for message in asked.messages), 1)
         try:
             prompt = await asyncio.to_thread(self.template.prompt, list(asked.messages), self.tokenizer)
-            stop_ids = self._stop_ids | self.template.closing(self.tokenizer)
         except ValueError as error:
             raise ApiError(400, str(error), "chat_template", "messages") from None
         form = Chat(self.name, self.tokenizer, asked.top_logprobs >= 0)
-        return await self._answer(request, asked, [tuple(prompt)], form, stop_ids, goes_on=False)
+        return await self._answer(request, asked, [tuple(prompt)], form, self._closing, goes_on=False)
 
     async def _answer(
         self,
@@ -247,7 +251,7 @@ def _may_ask(key: Key | None, name: str) -> bool:
 
 
 class Door:
-    """Around all of it: counts replies, and turns away what is addressed to another machine."""
+    """Around all of it: counts replies, and turns away headers that are too long, or addressed to another machine."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: set[str]):
         self._app, self._service, self._paths = app, service, paths
@@ -263,11 +267,19 @@ class Door:
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
+        refused = self._refused(scope["headers"])
+        await (refused.reply() if refused else self._app)(scope, receive, counted)
+
+    def _refused(self, headers: list[tuple[bytes, bytes]]) -> ApiError | None:
+        if sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
+            return ApiError(431, f"The headers have more than {HEADER_BYTES:,} bytes.", close=True)
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:  # a proxy may believe the other
+            return ApiError(400, "The body has two lengths.", close=True)
+        host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "")
         if self._service.only_local and not LOCAL.fullmatch(host):
             message = "This server answers to localhost only. To be reached by another name it needs --keys."
-            return await ApiError(421, message, close=True).reply()(scope, receive, counted)
-        await self._app(scope, receive, counted)
+            return ApiError(421, message, close=True)
+        return None
 
 
 # ── replies ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -308,4 +320,5 @@ async def _no_page(request: HttpRequest, error: HTTPException) -> Response:
 
 
 async def _fault(request: HttpRequest, error: Exception) -> Response:
+    traceback.print_exception(error)  # whoever mends it needs to know where
     return ApiError(500, "The server has a fault, which its log describes.", "server_error").reply()

@@ -12,14 +12,10 @@ from typing import Any
 
 from serving.lane import Lane, Running, fetched, read
 from serving.programs import Programs, bucket
-from serving.requests import MOST_TOP, End, Request, Token
+from serving.requests import MOST_TOP, End, Full, Request, Token
 
 PROMPT_TURN = 512  # positions of new prompts that a turn reads at most: those who wait for their next token wait for it
 Receive = Callable[[Token | End], None]
-
-
-class Full(Exception):
-    """As many wait as may."""
 
 
 class Ticket:
@@ -101,10 +97,11 @@ class Engine:
         done.wait()
         return found[:-1], found[-1]
 
-    def swap(self, weights: Any, fingerprint: str, step: int) -> None:
-        """Answers that begin from now on are of these; those under way end first."""
+    def swap(self, load: Callable[[], tuple[Any, str, int] | None]) -> None:
+        """Answers that begin from now on are of what this gives: weights, their fingerprint, their step; None: of the
+        same as before. Those under way end first; it is called in the engine's thread."""
         with self._changed:
-            self._next = (weights, fingerprint, step)
+            self._next = load
             self._changed.notify()
 
     def drain(self, seconds: float) -> None:
@@ -181,8 +178,8 @@ class Engine:
 
     def _take_weights(self) -> None:
         if self._next and not self.running:
-            self._weights, self.fingerprint, self.step = self._next
-            self._next = None
+            load, self._next = self._next, None
+            self._weights, self.fingerprint, self.step = load() or (self._weights, self.fingerprint, self.step)
 
     def _admit(self) -> None:
         """In the order in which they came, where a slot of their length is free."""

@@ -37,12 +37,12 @@ class Key:
     models: tuple[str, ...] = ()
 
 
-class UnreadableKeys(Exception):
+class UnreadableKeys(ValueError):
     """The file of keys is not there, or damaged: nobody is let in."""
 
 
 class Keys:
-    """Those of a file. clock: seconds, for rates.
+    """Those of a file. clock: seconds, for rates. Raises UnreadableKeys where that is none.
 
     A key has 256 random bits: no list of likely ones can be tried, so that a fast hash is enough.
     """
@@ -52,6 +52,7 @@ class Keys:
         self._seen: tuple[int, int, int] | None = None
         self._keys: tuple[Key, ...] = ()
         self._spent: dict[str, tuple[float, float]] = {}  # {hash: (requests left, when)}
+        self._read_if_changed()
 
     def find(self, given: str) -> Key | None:
         """Whose key this is. The time that this takes says nothing about how near it is. Raises UnreadableKeys."""

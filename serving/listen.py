@@ -19,10 +19,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runtime.config import RunError, UsageError
-from serving.api import Service
+from serving.api import HEADER_BYTES, Service
 
 MOST_CONNECTIONS = 512
-HEADER_BYTES, HEADER_SECONDS = 16 * 1024, 15.0  # of a request's first line and headers
+HEADER_SECONDS = 15.0  # until a request's first line and headers are there
 DRAIN_SECONDS = 60.0
 CLOSE_SECONDS = 5  # for connections, when all answers were sent
 
@@ -88,7 +88,7 @@ def _config(service: Service, tls: ssl.SSLContext | None) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="error",
+        log_level="critical",  # of what clients do wrong, they are told; a fault of ours is shown by the service
         access_log=False,
         proxy_headers=False,
         server_header=False,
@@ -109,6 +109,7 @@ class Server(uvicorn.Server):
         if self._told == 1:
             threading.Thread(target=self._end, name="drain", daemon=True).start()
         else:
+            self.config.timeout_graceful_shutdown = 0
             self.force_exit = self.should_exit = True
 
     def _end(self) -> None:

@@ -9,6 +9,7 @@ import time
 import types
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizer import ByteTokenizer
@@ -80,6 +81,9 @@ class Scripted:
             self._changed.notify()
             return ticket
 
+    def swap(self, load):
+        _, self.fingerprint, self.step = load() or (None, self.fingerprint, self.step)
+
     def wake(self):
         with self._changed:
             self._changed.notify()
@@ -150,8 +154,11 @@ class Scripted:
         return Token(id, -id / 10, top, is_prompt)
 
 
+@dataclass
 class Template:
     """A line for each message."""
+
+    origin: str = ""
 
     def prompt(self, messages, tokenizer):
         if messages[-1]["role"] != "user":
@@ -159,17 +166,15 @@ class Template:
         return tokenizer.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages)).tolist()
 
     def closing(self, tokenizer):
-        return frozenset({10})
+        return (10,)
 
 
 def main(argv):
     import serve
     from serving import loaded
 
-    chat = types.ModuleType("data.chat")
-    chat.Template = types.SimpleNamespace(read=lambda folder: Template())
-    sys.modules["data.chat"] = chat
-    loaded.open_model = lambda *_: types.SimpleNamespace(tokenizer=ByteTokenizer())
+    serve.Template = types.SimpleNamespace(read=lambda folder: Template())
+    loaded.open_model = lambda workdir, *_: types.SimpleNamespace(tokenizer=ByteTokenizer(), workdir=Path(workdir))
     loaded.open_engine = lambda *_: Scripted(seconds=0.02)
     return serve.main(argv)
 

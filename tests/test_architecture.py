@@ -191,6 +191,8 @@ MAY_IMPORT = {
     "plan": {"recipes", *PARALLEL, "runtime"},
     "train": {"recipes", "data", *PARALLEL, "runtime"},
     "slackline": {"recipes", "data", "runtime"},
+    "serving": {"serving", "recipes", "model", "parallel/layout", "data", "runtime"},
+    "serve": {"serving", "data", "runtime"},
     "examples": {"slackline"},
     "notebooks": set(),
 }

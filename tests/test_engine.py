@@ -323,7 +323,7 @@ def test_new_weights_are_taken_when_those_before_have_answered():
     tickets: list[Ticket] = [engine.submit(request, heard.append) for _ in range(3)]
     while not heard:
         time.sleep(0.001)
-    engine.swap(other, "f1", 7)
+    engine.swap(lambda: (other, "f1", 7))
     tokens, _ = engine.answer(request)
     assert [ticket.fingerprint for ticket in tickets] == ["f0"] * 3 and (engine.fingerprint, engine.step) == ("f1", 7)
     assert [what.id for what in heard if isinstance(what, Token)].count(before[0]) >= 3
