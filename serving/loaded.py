@@ -26,6 +26,8 @@ from serving.programs import Programs
 SHORT = 512  # positions of the lane for most requests, beside that of the whole context
 LEAST = 4  # slots of a device in the smallest rung: with fewer, XLA:CPU adds in another order
 
+PAUSE = 3  # seconds between two lines while programs compile
+
 Say = Callable[[str], None]
 
 
@@ -102,7 +104,7 @@ def open_engine(model: Model, slots: int, context: int | None, invariant: bool, 
     _check_memory(model, rungs[-1], lengths, say)
     given, digest, step = model.load(say)
     programs = Programs(c, model.mesh, model.dtype, given, rungs, lengths)
-    programs.compile(model.xla_options)
+    programs.compile(model.xla_options, _progress(say))
     if invariant:
         programs.rungs = ladder.agreeing(programs, given)
         if not programs.rungs:
@@ -115,6 +117,19 @@ def open_engine(model: Model, slots: int, context: int | None, invariant: bool, 
         f"ready in {time.monotonic() - began:.0f} s"
     )
     return Engine(programs, given, digest, step, most_waiting)
+
+
+def _progress(say: Say) -> Callable[[int, int], None]:
+    """Says every few seconds how far it is."""
+    began = last = time.monotonic()
+
+    def tell(done: int, of: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= PAUSE and done < of:
+            last = now
+            say(f"compiled {done} of {of} programs; about {(now - began) / done * (of - done):.0f} s left")
+
+    return tell
 
 
 def _rungs(slots: int, shards: int, invariant: bool) -> list[int]:
