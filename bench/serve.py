@@ -75,7 +75,7 @@ def reader(count: int) -> Callable[[], float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", required=True, metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()

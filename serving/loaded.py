@@ -119,15 +119,15 @@ def open_engine(model: Model, slots: int, context: int | None, invariant: bool, 
     return Engine(programs, given, digest, step, most_waiting)
 
 
-def _progress(say: Say) -> Callable[[int, int], None]:
+def _progress(say: Say) -> Callable[[float], None]:
     """Says every few seconds how far it is."""
     began = last = time.monotonic()
 
-    def tell(done: int, of: int) -> None:
+    def tell(share: float) -> None:
         nonlocal last
-        if (now := time.monotonic()) - last >= PAUSE and done < of:
+        if (now := time.monotonic()) - last >= PAUSE and share < 1:
             last = now
-            say(f"compiled {done} of {of} programs; about {(now - began) / done * (of - done):.0f} s left")
+            say(f"compiled {share:.0%}; about {(now - began) / share * (1 - share):.0f} s left")
 
     return tell
 
