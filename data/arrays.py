@@ -5,26 +5,28 @@ Shapes: N examples, B batch, R rows asked for.
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from data.loader import Batches, RowIds, order_of_epoch
+from data.loader import Batch, Batches, RowIds, order_of_epoch
 
 Named = Mapping[str, np.ndarray]
 
 
-class ArrayLoader(Batches):
-    """Batches of examples, in an order like that of `data.loader`: a pure function of (seed, step, row)."""
+class Numbered(Batches):
+    """Batches of examples, in an order like that of `data.loader`: a pure function of (seed, step, row).
 
-    def __init__(self, arrays: Named, *, batch_size: int, seed: int):
+    num: N. take: gives the arrays {name: [R, …]} of the examples with these numbers.
+    """
+
+    def __init__(self, num: int, take: Callable[[list[int]], Batch], *, batch_size: int, seed: int):
         import grain
 
-        self.batch_size, self._arrays = batch_size, arrays
-        self._num = len(next(iter(arrays.values())))
-        order = functools.partial(order_of_epoch, [grain.MapDataset.range(self._num)], seed, 0)
+        self.batch_size, self._num, self._take = batch_size, num, take
+        order = functools.partial(order_of_epoch, [grain.MapDataset.range(num)], seed, 0)
         self._order = functools.lru_cache(maxsize=2)(order)
 
     def rows(self, step: int, row_ids: RowIds) -> dict[str, np.ndarray]:
@@ -34,7 +36,15 @@ class ArrayLoader(Batches):
             epoch, place = divmod(step * self.batch_size + int(row), self._num)
             order, turned = self._order(epoch)
             picks.append(int(order[(place + turned) % self._num]))
-        return {name: x[picks] for name, x in self._arrays.items()}
+        return self._take(picks)
+
+
+class ArrayLoader(Numbered):
+    """Of arrays."""
+
+    def __init__(self, arrays: Named, *, batch_size: int, seed: int):
+        take = lambda picks: {name: x[picks] for name, x in arrays.items()}
+        super().__init__(len(next(iter(arrays.values()))), take, batch_size=batch_size, seed=seed)
 
 
 class Arrays:
@@ -92,6 +102,10 @@ class Arrays:
     def first_words(self) -> str:
         """Of text: there is none."""
         return ""
+
+    def prompt(self, text: str) -> np.ndarray:
+        """Of text: there is none."""
+        return np.zeros(0, np.int32)
 
     def baselines(self, batches: Any) -> dict[str, float | None]:
         return {}

@@ -130,7 +130,7 @@ def load(
     facts = _facts(opened, eval_fraction, text_key)
     kept = record.read(workdir, tokenizer) if workdir else None
     if workdir and kept:
-        _compare(kept, facts, changed)
+        compare(kept, facts, changed)
         encoder = record.tokenizer_of(workdir, kept, tokenizer, end_of_document, changed == "accept")
         tokenizer = kept["tokenizer"]["name"]
     else:
@@ -202,7 +202,7 @@ def _decoder(opened: list[Texts | Ids], tokenizer: Tokenizer, vocab_size: int, c
     return tokenizer
 
 
-def _compare(kept: record.Record, facts: record.Record, changed: str) -> None:
+def compare(kept: record.Record, facts: record.Record, changed: str) -> None:
     """Raises ValueError when the text is not what the run was trained on; "accept" makes that a warning."""
     lines = record.differences(kept, facts)
     if lines and changed != "accept":

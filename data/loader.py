@@ -240,6 +240,11 @@ def eval_batches(
     return batches
 
 
+def num_bytes(bytes_V: np.ndarray, batches: list[Batch]) -> float:
+    """Of the text that is predicted in these batches. bytes_V: of text that each token stands for."""
+    return sum(float(np.sum(bytes_V[batch["targets"]] * batch["mask"])) for batch in batches)
+
+
 def _num_windows(mixture: Mixture, seq_len: int) -> tuple[int, ...]:
     """How many windows each part has."""
     for tokens_N in mixture.arrays:

@@ -217,7 +217,8 @@ def _read_text(file: Path) -> Iterator[Document]:
     yield Document(str(file), text)
 
 
-def _read_jsonl(file: Path, text_key: str) -> Iterator[Document]:
+def records(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, what it is) of each line of a .jsonl that is not blank."""
     with _opened(file) as stream:
         encoding = encoding_of(stream.read(HEAD_BYTES))
     with _opened(file) as stream:
@@ -226,20 +227,24 @@ def _read_jsonl(file: Path, text_key: str) -> Iterator[Document]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line if isinstance(line, str) else decode(line, where, "utf-8"))
+                yield where, json.loads(line if isinstance(line, str) else decode(line, where, "utf-8"))
             except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON: {error}.") from error
-            if not isinstance(record, dict):
-                raise ValueError(f'{where} has no key "{text_key}" with a string: it is {_json_type(record)}.')
-            if text_key not in record:
-                keys = ", ".join(map(str, record)) or "none"
-                raise ValueError(
-                    f'{where} has no key "{text_key}" with a string; its keys are {keys}. '
-                    "Set data.text_key to the one that holds the text."
-                )
-            if not isinstance(record[text_key], str):
-                raise ValueError(f'{where} has {_json_type(record[text_key])} under "{text_key}", not a string.')
-            yield Document(where, check_text(record[text_key], f'{where} under "{text_key}"'))
+
+
+def _read_jsonl(file: Path, text_key: str) -> Iterator[Document]:
+    for where, record in records(file):
+        if not isinstance(record, dict):
+            raise ValueError(f'{where} has no key "{text_key}" with a string: it is {_json_type(record)}.')
+        if text_key not in record:
+            keys = ", ".join(map(str, record)) or "none"
+            raise ValueError(
+                f'{where} has no key "{text_key}" with a string; its keys are {keys}. '
+                "Set data.text_key to the one that holds the text."
+            )
+        if not isinstance(record[text_key], str):
+            raise ValueError(f'{where} has {_json_type(record[text_key])} under "{text_key}", not a string.')
+        yield Document(where, check_text(record[text_key], f'{where} under "{text_key}"'))
 
 
 def _lines(stream: BinaryIO, encoding: str, file: Path) -> Iterator[str | bytes]:

@@ -89,7 +89,7 @@ class Template:
         Raises ValueError for what is no conversation, or none for this template.
         """
         check(messages, "The conversation")
-        known = _with_special(tokenizer)
+        known = with_special(tokenizer)
         (text,) = self._marked([(messages, True)], known)
         return self._encode(text, known)[0].tolist()
 
@@ -103,20 +103,20 @@ class Template:
         Raises ValueError where there is no answer, or one that no special token closes.
         """
         check(messages, "The conversation")
-        known = _with_special(tokenizer)
+        known = with_special(tokenizer)
         answers = self._answers(messages, known, DAY)
         groups = [[answer] for answer in answers] if _rewrites(answers) else [answers]
         return [self._example(group, known) for group in groups]
 
     def closing(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids of which each ends an answer: those of generation_config.json, and what the template closes one with."""
-        known = _with_special(tokenizer)
+        known = with_special(tokenizer)
         (answer,) = self._answers(_PROBE[:2], known)
         return tuple(sorted({*self.eos, known.special[answer.closing]}))
 
     def verdict(self, tokenizer: Tokenizer) -> str:
         """What is to be known of it, for people."""
-        known = _with_special(tokenizer)
+        known = with_special(tokenizer)
         answers = self._answers(_PROBE, known)
         (silent,) = self._marked([(_PROBE[:1], False)], known)
         how = "writes earlier answers otherwise: each is an example" if _rewrites(answers) else "only appends"
@@ -239,7 +239,8 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return {"default": found} if isinstance(found, str) else found
 
 
-def _with_special(tokenizer: Tokenizer) -> JsonTokenizer:
+def with_special(tokenizer: Tokenizer) -> JsonTokenizer:
+    """The tokenizer, of the kind that has special tokens. Raises ValueError for another."""
     if not isinstance(tokenizer, JsonTokenizer):
         raise ValueError("A chat template writes special tokens, and this tokenizer has none: take the model's own.")
     return tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.loader import threads_beside_grain
 from parallel.cost.hardware import peak_flops
-from recipes import describe, memory, methods, phases, programs
+from recipes import describe, imported, memory, methods, phases, programs
 from recipes.build import Parts, build_schedule
 from recipes.finish import try_prompt
 from recipes.fit import Run, num_units
@@ -85,6 +85,8 @@ def begin(
     about = data.describe(num_units(config, parts.task), programs.rows_of_evaluation(parts))
     wire_bytes = describe.start("before the first step", config, parts, compiled, others, times.seconds, console, about)
     recorder = make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
+    if workdir.leader and given:
+        imported.carry(given, workdir.path)
     write_down(config, parts.own, workdir, data, start, begun | computed_by(compiled, facts))
     tell = functools.partial(describe.beside, config, parts, console)
     beside = programs.Later(parts, config.sample, background, tell)

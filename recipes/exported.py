@@ -13,7 +13,7 @@ import numpy as np
 from model import families, safetensors
 from model.families import Family, Row
 from recipes import build
-from recipes.imported import ABOUT, KEPT, SMALL, mesh_of_all
+from recipes.imported import ABOUT, SMALL, kept_of, mesh_of_all
 from runtime import config as configuration
 from runtime.config import UsageError, bad_input
 from runtime.digest import named_arrays
@@ -37,7 +37,7 @@ def export_folder(workdir: Path, folder: Path, dtype: str, say: Callable[[str], 
     mesh = mesh_of_all()
     parts = build.build(_laid_over(config, mesh.size), mesh)
     given = load_params(workdir / "checkpoints", parts.state.params, say)
-    kept = _kept_of(workdir)
+    kept = kept_of(workdir)
     before = _read_json(kept / ABOUT) if kept else {}
     was = before.get("dtypes", {})
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,16 +58,6 @@ def _laid_over(config: Any, devices: int) -> Any:
     flat, base = dict(configuration.flatten(config)), configuration.base_values()
     flat |= {key: x for key, x in base.items() if key.startswith(("sync.", "mesh.")) or key == "optimizer.accumulate"}
     return configuration.nested(flat | {"data.batch_size": devices})
-
-
-def _kept_of(workdir: Path) -> Path | None:
-    """Their small files: of this run, or of the one that it began with."""
-    while not (workdir / KEPT / ABOUT).is_file():
-        began = configuration.read_json(workdir).init.workdir if (workdir / "config.json").is_file() else ""
-        if not began:
-            return None
-        workdir = Path(began)
-    return workdir / KEPT
 
 
 def _most(dtypes: Any) -> str:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from data import corpus as corpora
 from parallel.cost.link import Link
 from parallel.layout.axes import SLOW
 from recipes import fit, over_link
@@ -30,11 +29,10 @@ def try_prompt(sample: Any, data: Data, seq_len: int) -> np.ndarray | None:
     """
     if not sample.tokens:
         return None
-    tokenizer = data.tokenizer
     try:
         prompt = data.first_words() if sample.prompt == "auto" else sample.prompt
-        prompt_P = corpora.encode_prompt(tokenizer, prompt)[-max(1, seq_len - 1) :]
-        tokenizer.decode(prompt_P)
+        prompt_P = data.prompt(prompt)[-max(1, seq_len - 1) :]
+        data.tokenizer.decode(prompt_P)
     except Exception as error:  # of whatever type the tokenizer raises
         raise UsageError(
             f"sample.prompt={sample.prompt!r} cannot be encoded and decoded by data.tokenizer ({error}), so the run "

@@ -3,6 +3,7 @@ from its file into the shards of this process's devices, one layer at a time."""
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from data import record
+from data.template import KEPT
 from data.tokenizer import from_text
 from model import families, gguf, safetensors
 from model.families import Family, Row
@@ -23,8 +25,7 @@ from runtime.config import UsageError, bad_input
 from runtime.digest import named_arrays
 from runtime.metrics import write_json
 
-KEPT = "huggingface"  # a folder of the workdir: their small files as they were, which an export gives back
-ABOUT = "imported.json"  # in it: dtypes and digests of what was imported
+ABOUT = "imported.json"  # in the folder KEPT: dtypes and digests of what was imported
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt")  # fmt: skip
 LONGEST = 2048  # data.seq_len of what is imported: a model that was made for more can be trained on more
@@ -241,3 +242,21 @@ def _keep(source: Source, folder: Path) -> None:
         (folder / name).write_text(text)
     dtypes = {name: str(entry.dtype) for name, entry in source.entries.items()}
     write_json(folder / ABOUT, _facts(source) | {"dtypes": dtypes})
+
+
+def kept_of(workdir: Path) -> Path | None:
+    """Their small files: of this run, or of the one that it began with."""
+    while not (workdir / KEPT / ABOUT).is_file():
+        began = configuration.read_json(workdir).init.workdir if (workdir / "config.json").is_file() else ""
+        if not began:
+            return None
+        workdir = Path(began)
+    return workdir / KEPT
+
+
+def carry(origin: Path, workdir: Path) -> None:
+    """A run that begins with another's parameters keeps the small files, too: it can be talked to, exported and tuned
+    again without that one."""
+    kept = kept_of(origin)
+    if kept:
+        shutil.copytree(kept, workdir / KEPT, dirs_exist_ok=True)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from data import conversations
 from data import corpus as corpora
-from data.loader import Loader, eval_batches
+from data.loader import Loader, eval_batches, num_bytes
 from data.mixture import Mixture
 from model import kernels
 from model.config import Compute, ModelConfig, RopeScaling
@@ -109,7 +110,10 @@ class Language:
     def about(self) -> list[tuple[str, str]]:
         return [("attention", self.attention)]
 
-    def read(self, c: Any, **how: Any) -> "Text":
+    def read(self, c: Any, **how: Any) -> "Text | conversations.Conversations":
+        if conversations.are_in(c.data.path, c.data.text_key):
+            keys = {key: c.data[key] for key in conversations.KEYS}
+            return conversations.load(cache_dir=corpora.cache_directory(), **keys, **how)
         return Text(read_corpus(c.data, **how), c.data.seq_len, c.data.document_mask)
 
 
@@ -158,6 +162,9 @@ class Text:
         """Of what is held out; a model of few steps knows the kind of text at best."""
         return first_words(Mixture.of(self.corpus.eval_N).arrays[0], self.tokenizer)
 
+    def prompt(self, text: str) -> np.ndarray:
+        return corpora.encode_prompt(self.tokenizer, text)
+
     def baselines(self, batches: list[dict[str, np.ndarray]]) -> dict[str, float | None]:
         """Bits per byte of what counting alone achieves on these."""
         return dict(zip(self.compared_with, corpora.ngram_bits_per_byte(self.corpus, batches), strict=True))
@@ -166,11 +173,6 @@ class Text:
 def first_words(ids_N: np.ndarray, tokenizer: Any) -> str:
     """Of a text: a few whole ones, within the first tokens."""
     return "".join(re.findall(r"\s*\S+(?=\s)", tokenizer.decode(ids_N[:PROMPT_TOKENS]))[:PROMPT_WORDS])
-
-
-def num_bytes(bytes_V: np.ndarray, batches: list[dict[str, np.ndarray]]) -> float:
-    """bytes_V: the bytes of text that each token stands for."""
-    return sum(float(np.sum(bytes_V[batch["targets"]] * batch["mask"])) for batch in batches)
 
 
 def build(c: Any, mesh: Mesh) -> Language:

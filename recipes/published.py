@@ -25,14 +25,15 @@ def smollm2(say: Callable[[str], None]) -> Path:
     """Its workdir, imported if it is not there yet. Raises UsageError where its file can be had nowhere."""
     if (WORKDIR / "config.json").is_file():
         return WORKDIR
-    file = _file(Path(cache_directory()) / "published", say)
+    file = file_of_smollm2(say)
     say(f"importing {file.name} into {WORKDIR}")
     imported.import_model(file, WORKDIR, say)
     return WORKDIR
 
 
-def _file(folder: Path, say: Callable[[str], None]) -> Path:
+def file_of_smollm2(say: Callable[[str], None]) -> Path:
     """Of the user's cache. Whole, or not there."""
+    folder = Path(cache_directory()) / "published"
     file = folder / Path(MEMBER).name
     if file.is_file() and _digest(file) == SHA256:
         return file

@@ -26,6 +26,8 @@ from serving.programs import Programs
 SHORT = 512  # positions of the lane for most requests, beside that of the whole context
 LEAST = 4  # slots of a device in the smallest rung: with fewer, XLA:CPU adds in another order
 
+PAUSE = 3  # seconds between two lines while programs compile
+
 Say = Callable[[str], None]
 
 
@@ -102,9 +104,11 @@ def open_engine(model: Model, slots: int, context: int | None, invariant: bool, 
     _check_memory(model, rungs[-1], lengths, say)
     given, digest, step = model.load(say)
     programs = Programs(c, model.mesh, model.dtype, given, rungs, lengths)
-    programs.compile(model.xla_options)
+    programs.compile(model.xla_options, _progress(say))
     if invariant:
         programs.rungs = ladder.agreeing(programs, given)
+        if not programs.rungs:
+            raise UsageError("on this machine an answer's bits depend on its slot: only with --no_invariant")
         if dropped := [n for n in rungs if n not in programs.rungs]:
             say(f"programs of {', '.join(map(str, dropped))} slots round otherwise on this machine: they are not used")
     say(
@@ -113,6 +117,19 @@ def open_engine(model: Model, slots: int, context: int | None, invariant: bool, 
         f"ready in {time.monotonic() - began:.0f} s"
     )
     return Engine(programs, given, digest, step, most_waiting)
+
+
+def _progress(say: Say) -> Callable[[float], None]:
+    """Says every few seconds how far it is."""
+    began = last = time.monotonic()
+
+    def tell(share: float) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= PAUSE and share < 1:
+            last = now
+            say(f"compiled {share:.0%}; about {(now - began) / share * (1 - share):.0f} s left")
+
+    return tell
 
 
 def _rungs(slots: int, shards: int, invariant: bool) -> list[int]:

@@ -54,14 +54,17 @@ class Programs:
     def __getitem__(self, key: tuple) -> Any:
         return self._found[key]
 
-    def compile(self, options: dict[str, Any], tell: Callable[[int, int], None] = lambda done, of: None) -> None:
-        """options: XLA's. tell(done, of): after each program."""
-        todo = list(self._all().items())
+    def compile(self, options: dict[str, Any], tell: Callable[[float], None] = lambda share: None) -> None:
+        """options: XLA's. tell(share): after each program, how much is done; one that holds all layers takes as much
+        time as so many others."""
+        todo, done = list(self._all().items()), 0
+        takes = lambda key: self.c.num_layers if key[0] == "decode" else 1
         compile_one = lambda item: (item[0], item[1]().compile(compiler_options=options))
         with ThreadPoolExecutor(2) as pool:
-            for done, (key, program) in enumerate(pool.map(compile_one, todo), 1):
+            for key, program in pool.map(compile_one, todo):
                 self._found[key] = program
-                tell(done, len(todo))
+                done += takes(key)
+                tell(done / sum(takes(key) for key, _ in todo))
 
     def _all(self) -> dict[tuple, Callable[[], Any]]:
         """{name and sizes: lowers it}. The largest first: one thread would end with it alone."""

@@ -182,8 +182,9 @@ def joined(parts: list[Part]) -> list[Part]:
 # ── conversations ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BITS = (
-    "Paris", " is", "the capital", " ", "  ", "\n", "\n\n", "?", ".", "日本", "é", "🙂🏽", "<|im_end|>", "<|im_", "end|>",
-    "<|eot_id|>", "</s>", "<s>", "[INST]", "[/INST]", "<", "|", "<think>", "<|im_start|>assistant\n", "<unk>", "user\n",
+    "Paris", " is", "the capital", " ", "  ", "\n", "\n\n", "?", ".", "日本", "é", "🙂🏽", "<|im_end|>", "<|im_",
+    "end|>", "<|eot_id|>", "</s>", "<s>", "[INST]", "[/INST]", "<", "|", "<think>", "<|im_start|>assistant\n",
+    "<unk>", "user\n",
 )  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 python tests/huggingface_oracle.py make FOLDER     a tiny random model of each family, its logits and all its gradients
 python tests/huggingface_oracle.py read FOLDER     what transformers makes of a folder: logits and greedy tokens
+python tests/huggingface_oracle.py chat FOLDER     ids of the conversations in its chats.json, but for the last message
 """
 
+import json
 import logging
 import sys
 import warnings
@@ -79,5 +81,12 @@ def read(folder: Path) -> None:
     sys.exit("\n".join(heard) or 0)
 
 
+def chat(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    talks = json.loads((folder / "chats.json").read_text())
+    found = [tokenizer.apply_chat_template(x[:-1], add_generation_prompt=True, return_dict=False) for x in talks]
+    (folder / "chats.ids.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    {"make": make, "read": read}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "read": read, "chat": chat}[sys.argv[1]](Path(sys.argv[2]))

@@ -345,8 +345,8 @@ CASES = [
     TakenOut(
         "data: a record's text is a text",
         "data/reading.py",
-        "            if not isinstance(record[text_key], str):",
-        "            if False:",
+        "        if not isinstance(record[text_key], str):",
+        "        if False:",
         "tests/test_data.py -k record_without_text",
     ),
     TakenOut(
@@ -380,8 +380,8 @@ CASES = [
     TakenOut(
         "data: no text becomes a special token",
         "data/subwords.py",
-        "self._reserved_V[list(special.values())] = True",
-        "self._reserved_V[[]] = True",
+        "self.reserved_V[list(special.values())] = True",
+        "self.reserved_V[[]] = True",
         "tests/test_data.py -k no_text_becomes",
     ),
     TakenOut(

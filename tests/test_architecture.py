@@ -44,8 +44,8 @@ def parsed(file: Path) -> ast.Module:
 
 def room(file: Path) -> str:
     """Of a file: its folder at the root, or its own name there; parallel/ has four rooms, and a command its own."""
-    if file == Path("model", "huggingface.py"):
-        return "model/huggingface"
+    if file in (Path("model", "huggingface.py"), Path("data", "chat.py")):
+        return str(file.with_suffix(""))
     first = file.parts[0].removesuffix(".py")
     return "/".join(file.parts[:2]) if first == "parallel" and len(file.parts) > 2 else first
 
@@ -183,6 +183,7 @@ MAY_IMPORT = {
     "parallel/strategies": {"parallel/strategies", "parallel/exchange", "parallel/layout"},
     "parallel/cost": {"parallel/cost", "parallel/exchange", "parallel/layout"},
     "data": {"data"},
+    "data/chat": {"data", "runtime"},
     "runtime": {"runtime"},
     "configs": {"configs"},
     "recipes": {"recipes", "model", "optim", *PARALLEL, "data", "runtime"},

@@ -128,6 +128,7 @@ def test_by_default_a_sample_begins_with_the_first_words_of_what_is_held_out():
     ids_N = np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
     assert language.first_words(ids_N, ByteTokenizer()) == "def first_words(of):\n    return of.split()"
     assert language.first_words(ids_N[:7], ByteTokenizer()) == "def", "a word that is cut off is none"
-    data = SimpleNamespace(first_words=lambda: "def first", tokenizer=ByteTokenizer())
+    encode = ByteTokenizer().encode
+    data = SimpleNamespace(first_words=lambda: "def first", prompt=encode, tokenizer=ByteTokenizer())
     prompt_P = finish.try_prompt(SimpleNamespace(tokens=4, prompt="auto"), data, 32)
     assert bytes(prompt_P.tolist()) == b"def first"

