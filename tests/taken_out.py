@@ -1685,7 +1685,7 @@ CASES = [
         "data/template.py",
         "        if cuts:\n",
         "        if False:\n",
-        "tests/test_chat.py::test_an_answer_that_begins_with_a_line_end_does_not_reach_into_the_question",
+        "tests/test_chat.py::test_an_answer_that_begins_with_line_ends_does_not_reach_into_the_question",
     ),
     TakenOut(
         "conversations: what closes an answer is learned",

@@ -120,15 +120,16 @@ def test_a_template_that_makes_a_special_token_of_a_message_is_refused(text, con
     assert template.prompt([{"role": "user", "content": "a < b"}], tokenizer)
 
 
-def test_an_answer_that_begins_with_a_line_end_does_not_reach_into_the_question(template):
-    """The tokenizer has a token of two line ends."""
-    tokenizer = chats.tokenizer("smollm2")
+def test_an_answer_that_begins_with_line_ends_does_not_reach_into_the_question(template):
+    """The tokenizer has a token of two line ends, and what an answer is asked for with ends in one."""
+    tokenizer, said = chats.tokenizer("smollm2"), "\n\nYes"
     both = tokenizer.encode("\n\n").tolist()
-    assert len(both) == 1
-    (example,) = template("smollm2").supervised([*ASK, {"role": "assistant", "content": "\nYes"}], tokenizer)
-    line = tokenizer.encode("\n").tolist()
+    whole, _ = tokenizer.encode_spelled(f"<|im_start|>assistant\n{said}")
+    assert len(both) == 1 and both[0] in whole
+    (example,) = template("smollm2").supervised([*ASK, {"role": "assistant", "content": said}], tokenizer)
     begin = int(np.argmax(example.supervised_N))
-    assert example.ids_N[begin - 1 : begin + 1].tolist() == 2 * line
+    answer = [*tokenizer.encode("\n"), *tokenizer.encode(said), tokenizer.special["<|im_end|>"]]
+    assert example.ids_N[begin - 1 :].tolist() == answer
 
 
 def test_a_blank_before_an_answer_is_learned_with_its_first_token():
