@@ -12,15 +12,16 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.steps = 100
-    c.eval_every = 20
+    c.steps = 30
+    c.log_every = 1
+    c.eval_every = 10
     c.data.document_mask = True
-    c.data.seq_len = 512
-    c.data.batch_size = 8
+    c.data.seq_len = 256
+    c.data.batch_size = 4
     c.optimizer.lr = 2e-5
-    c.optimizer.warmup_steps = 10
+    c.optimizer.warmup_steps = 5
     c.optimizer.weight_decay = 0.0
     c.checkpoint.every = 0
-    c.sample.tokens = 48
+    c.sample.tokens = 32
     c.sample.temperature = 0.0
     return c

@@ -4,6 +4,7 @@ time and memory. The process stays alive from one rendering to the next; this fi
 A line of JSON in, a line of JSON out.
 """
 
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -44,8 +45,9 @@ class Renderer:
         with self._alone:
             process, self._process = self._process or self._started(), None  # kept only once it has answered
             assert process.stdin and process.stdout
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended: nothing will be read, either
+                process.stdin.write(request + "\n")
+                process.stdin.flush()
             answer = process.stdout.readline()
             if not answer:
                 code = process.wait()

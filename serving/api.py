@@ -243,7 +243,7 @@ class Service:
     def _check_model(self, key: Key | None, name: str) -> None:
         if not _may_ask(key, self.name):
             raise ApiError(403, "This key may not ask this server's model.", "model_not_allowed", "model")
-        if name != self.name:
+        if name not in ("", self.name):
             raise ApiError(
                 404, "There is no such model here: /v1/models says which there is.", "model_not_found", "model"
             )

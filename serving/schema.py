@@ -65,7 +65,7 @@ class Asked:
     """A request whose form is right. prompts: texts, or ids of tokens; of a chat none. max_tokens: None where it was
     not said. top_logprobs: -1: none, 0: of the chosen tokens."""
 
-    model: str
+    model: str  # "": whichever there is
     prompts: tuple[str | tuple[int, ...], ...]
     messages: tuple[dict[str, Any], ...]
     n: int
@@ -123,7 +123,7 @@ def _asked(body: Mapping[str, Any], numbers: Mapping[str, Any], **fields: Any) -
     if options is not None and (not stream or not isinstance(options, dict) or options.keys() - {"include_usage"}):
         raise _wrong("stream_options", 'it is {"include_usage": true or false}, with stream=true')
     return Asked(
-        model=_text(body.get("model"), "model", LONGEST_NAME),
+        model=_text(body.get("model", ""), "model", LONGEST_NAME),
         n=numbers["n"],
         sampling=Sampling(**{name: numbers[name] for name in names}, seed=seed),
         stops=_stops(body.get("stop")),

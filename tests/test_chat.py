@@ -8,9 +8,7 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +67,7 @@ def check_masks(name: str, template: Template, seeds: range) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_learned_is_the_answers_and_what_closes_them(name, template):
-    check_masks(name, template(name), range(60))
+    check_masks(name, template(name), range(40))
 
 
 @pytest.mark.slow
@@ -81,7 +79,7 @@ def test_in_many_conversations_what_is_learned_is_the_answers_and_what_closes_th
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_asked_with_the_ids_that_it_was_trained_after(name, template):
     """But for an empty thought, which Qwen 3's template adds to an answer only."""
-    tokenizer, seeds = chats.tokenizer(name), range(40)
+    tokenizer, seeds = chats.tokenizer(name), range(20)
     for messages in (chats.draw(seed) for seed in seeds):
         first = next(n for n, message in enumerate(messages) if message["role"] == "assistant")
         asked = template(name).prompt(messages[:first], tokenizer)
@@ -120,15 +118,16 @@ def test_a_template_that_makes_a_special_token_of_a_message_is_refused(text, con
     assert template.prompt([{"role": "user", "content": "a < b"}], tokenizer)
 
 
-def test_an_answer_that_begins_with_a_line_end_does_not_reach_into_the_question(template):
-    """The tokenizer has a token of two line ends."""
-    tokenizer = chats.tokenizer("smollm2")
+def test_an_answer_that_begins_with_line_ends_does_not_reach_into_the_question(template):
+    """The tokenizer has a token of two line ends, and what an answer is asked for with ends in one."""
+    tokenizer, said = chats.tokenizer("smollm2"), "\n\nYes"
     both = tokenizer.encode("\n\n").tolist()
-    assert len(both) == 1
-    (example,) = template("smollm2").supervised([*ASK, {"role": "assistant", "content": "\nYes"}], tokenizer)
-    line = tokenizer.encode("\n").tolist()
+    whole, _ = tokenizer.encode_spelled(f"<|im_start|>assistant\n{said}")
+    assert len(both) == 1 and both[0] in whole
+    (example,) = template("smollm2").supervised([*ASK, {"role": "assistant", "content": said}], tokenizer)
     begin = int(np.argmax(example.supervised_N))
-    assert example.ids_N[begin - 1 : begin + 1].tolist() == 2 * line
+    answer = [*tokenizer.encode("\n"), *tokenizer.encode(said), tokenizer.special["<|im_end|>"]]
+    assert example.ids_N[begin - 1 :].tolist() == answer
 
 
 def test_a_blank_before_an_answer_is_learned_with_its_first_token():
@@ -285,9 +284,8 @@ def test_a_process_stays_until_it_ends_and_then_there_is_another():
     assert render([(ASK, True)]) == ["Is it?"]
     process = render._process
     assert render([(ASK, True)] * 3) == ["Is it?"] * 3 and render._process is process
-    process.send_signal(signal.SIGSTOP)
-    killer = threading.Timer(0.2, process.kill)
-    killer.start()
+    process.kill()
+    process.wait()
     with pytest.raises(ValueError, match="X: the chat template ended its process"):
         render([(ASK, True)])
     assert render([(ASK, True)]) == ["Is it?"] and render._process is not process
@@ -602,7 +600,7 @@ def base(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-TUNE = "log_every=1 eval_every=4 steps=8 data.seq_len=128 optimizer.warmup_steps=0 optimizer.lr=1e-2 sample.tokens=4"
+TUNE = "log_every=1 eval_every=4 steps=8 data.seq_len=128 optimizer.warmup_steps=0 optimizer.lr=1e-2 sample.tokens=0"
 
 
 def tune(workdir: Path, base: Path, rows: Path, *options: str) -> str:
@@ -613,17 +611,17 @@ def tune(workdir: Path, base: Path, rows: Path, *options: str) -> str:
 @pytest.mark.slow
 def test_a_run_is_tuned_goes_on_to_the_bit_and_is_carried_on(base, tmp_path):
     rows = write_rows(tmp_path / "chat.jsonl", PAIRS)
-    mesh = ["mesh.replica=2", "mesh.fsdp=2", "sync.strategy=diloco", "sync.codec=int4", "sync.interval=2"]
-    said = tune(tmp_path / "whole", base, rows, *mesh, "checkpoint.every=4")
+    options = ["mesh.replica=2", "mesh.fsdp=4", "sync.strategy=diloco", "sync.codec=int4", "sync.interval=2"]
+    options += ["optimizer.schedule=constant"]
+    said = tune(tmp_path / "one", base, rows, *options)
     assert "closes an answer with <|im_end|>" in said and "40 conversations, 2 of them held out" in said
-    losses = helpers.metric_losses(tmp_path / "whole")
+    losses = helpers.metric_losses(tmp_path / "one")
     assert losses[8] < 0.8 * losses[1]
-    tune(tmp_path / "halves", base, rows, *mesh, "steps=4", "optimizer.schedule=constant")
-    tune(tmp_path / "one", base, rows, *mesh, "optimizer.schedule=constant")
+    tune(tmp_path / "halves", base, rows, *options, "steps=4")
     helpers.run_here(tmp_path / "halves", "--config.steps=8", config=None)
     digest = lambda run: json.loads((tmp_path / run / "summary.json").read_text())["params_digest"]
     assert digest("halves") == digest("one")
-    assert helpers.metric_losses(tmp_path / "halves") == helpers.metric_losses(tmp_path / "one")
+    assert helpers.metric_losses(tmp_path / "halves") == losses
 
 
 @pytest.mark.slow
