@@ -12,7 +12,7 @@ train: $(VENV)/.ready  ## the quickstart, on a simulated mesh of 4 devices
 chat: $(VENV)/.ready-deploy  ## talk with SmolLM2-135M-Instruct, sharded over 3 simulated devices
 	@$(RUN) chat.py --simulate=3 --config.mesh.tensor=3
 
-test: $(VENV)/.ready  ## the tests that fit into 6 minutes on 2 cores
+test: $(VENV)/.ready-deploy  ## the tests that fit into 6 minutes on 2 cores
 	$(RUN) -m pytest $(WORKERS) --durations=10
 
 sample: $(VENV)/.ready-dev  ## one case of every slow test, but of the notebooks

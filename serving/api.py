@@ -33,6 +33,7 @@ from serving.replies import CLIENT_GONE, Answering, Limits, Stream
 from serving.requests import Full, Request
 from serving.running import Engine, Gone, Running
 from serving.schema import Asked
+from serving.text import vocabulary
 
 LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")  # a Host header of this machine
 HEADER_BYTES = 16 * 1024
@@ -74,6 +75,7 @@ class Service:
         self._policy = _policy(self._page)
         self._longest = max(1, int(tokenizer.token_bytes().max())) * engine.context  # bytes of a prompt
         self._stop_ids = frozenset({tokenizer.eos} - {-1})
+        vocabulary(tokenizer)  # read now, and not while somebody waits
         self._closing = self._stop_ids.union(template.closing(tokenizer) if template else ())
 
     def app(self) -> ASGIApp:

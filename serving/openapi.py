@@ -76,7 +76,7 @@ def _body(
     unread = {name: {"description": "accepted, and not read"} for name in schema.UNREAD}
     asked = {name: _number(how) for name, how in numbers.items()}
     found = common | properties | asked | nothing | unread
-    return {"type": "object", "required": ["model", required], "properties": found, "additionalProperties": False}
+    return {"type": "object", "required": [required], "properties": found, "additionalProperties": False}
 
 
 def _completion(model: dict[str, Any], context: int, vocab_size: int) -> dict[str, Any]:

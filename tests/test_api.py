@@ -7,10 +7,14 @@ import time
 
 import pytest
 from scripted import EOS, TEXT, Scripted, Template, answer
-from starlette.testclient import TestClient
 
 from data.tokenizer import ByteTokenizer
 from runtime.config import UsageError
+
+pytest.importorskip("starlette", reason="pip install -r requirements-deploy.txt")
+
+from starlette.testclient import TestClient
+
 from serving import api, keys, schema
 from serving.replies import Limits
 from serving.requests import Sampling

@@ -17,6 +17,8 @@ import helpers
 import pytest
 from scripted import answer
 
+pytest.importorskip("starlette", reason="pip install -r requirements-deploy.txt")
+
 SECONDS, CLIENTS = 300, 64
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 IDLE = {"slackline_running 0", "slackline_waiting 0"}

@@ -87,6 +87,7 @@ def test_following_ends(run):
 @pytest.mark.parametrize("options", [[], ["--simulate=2", "--config.mesh.fsdp=2"]], ids=["one device", "fsdp 2"])
 def test_a_run_is_served_while_it_trains(options, tmp_path):
     """Requests one after another from 4 clients; each answer is of one checkpoint, of at least 3 new ones in all."""
+    pytest.importorskip("starlette", reason="pip install -r requirements-deploy.txt")
     workdir = tmp_path / "mine"
     train = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}"]
     begin = [*train, "--config.steps=5", "--config.checkpoint.every=5"]

@@ -21,6 +21,9 @@ from scripted import TEXT, Scripted, Template
 import serve
 from data.tokenizer import ByteTokenizer
 from runtime.config import RunError, UsageError
+
+pytest.importorskip("starlette", reason="pip install -r requirements-deploy.txt")
+
 from serving import api, keys, listen
 from serving.replies import Limits
 

@@ -3,9 +3,12 @@
 import browser
 import pytest
 from scripted import TEXT, Scripted
-from test_listen import Server
 
 from serving import keys
+
+pytest.importorskip("starlette", reason="pip install -r requirements-deploy.txt")
+
+from test_listen import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not browser.PROGRAM, reason="needs Chromium")]
 
