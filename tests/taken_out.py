@@ -1931,7 +1931,7 @@ CASES = [
         "serving/forward.py",
         "    while size > 1:\n        size //= 2\n        x = x[..., :size] + x[..., size:]\n    return x[..., 0]\n",
         "    return jnp.sum(x, axis=-1)\n",
-        "tests/test_engine.py::test_an_answer_in_a_crowd_has_the_bits_that_it_has_alone",
+        "tests/test_smollm2.py::test_programs_of_4_8_and_16_slots_have_the_same_bits",
     ),
 ]
 

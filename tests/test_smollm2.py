@@ -83,3 +83,8 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(sizes, workdir, thei
             assert same == GREEDY or wanted["gaps"][same] < CLOSE, (prompt, same, wanted["gaps"][same])
             close += same < GREEDY
     print(f"{sizes}: {close} of {len(PROMPTS)} answers part where two logits are closer than {CLOSE}")
+
+
+def test_programs_of_4_8_and_16_slots_have_the_same_bits(workdir):
+    opened = loaded.open_model(str(workdir), {}, None)
+    assert loaded.open_engine(opened, 16, 256, True, print, 1).programs.rungs == (4, 8, 16)
