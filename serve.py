@@ -2,6 +2,7 @@
 
 python serve.py --workdir=runs/x --port=8000
 python serve.py --workdir=runs/x --simulate=6 --config.mesh.tensor=3 --config.mesh.fsdp=2
+python serve.py --config=configs/llama3_8b.py --target=v5e-8 --dry_run
 python serve.py --workdir=runs/x --host=0.0.0.0 --keys=keys.jsonl --tls_cert=cert.pem --tls_key=key.pem
 
 While the run goes on, each new checkpoint is taken between two answers.
@@ -36,6 +37,14 @@ NEEDED = ("starlette", "uvicorn", "h11")
 
 def main(argv: list[str]) -> int:
     args, changes = parse(argv)
+    if args.target or args.config or args.dry_run:
+        from serving import on_target
+
+        say = lambda line: print(line, flush=True)
+        config = on_target.config_of(args)
+        return on_target.dry_run(config, args.target, changes, args.slots, args.context, say)
+    if not args.workdir:
+        raise UsageError("--workdir=PATH is needed: a run, or an import of model.huggingface")
     check_packages()
     from serving import listen  # needs the packages
 
@@ -126,7 +135,12 @@ def positive(text: str) -> int:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(options, changes of the config)."""
     parser = usage.parser(__doc__, "python serve.py")
-    options.add(parser)
+    options.add(parser, workdir="a run, or an import of model.huggingface")
+    parser.add_argument("--config", metavar="FILE", help="with --target, in place of a workdir")
+    parser.add_argument("--target", metavar="MACHINE", help="what to compile for, as h100:1 or v5e-8; with --dry_run")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="whether it fits there, what it sends; nothing is served"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="the address of this machine at which it listens")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: one that is free")
     parser.add_argument("--slots", type=positive, default=16, metavar="N", help="answers that are made at once")

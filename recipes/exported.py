@@ -20,6 +20,7 @@ from runtime.digest import named_arrays
 from runtime.metrics import write_json
 
 SHARD = 5 * 10**9  # bytes of a file
+EVERYWHERE = {"tokenizer_class": "PreTrainedTokenizerFast"}  # a class that transformers 4 and 5 have
 
 
 def export_folder(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) -> None:
@@ -107,12 +108,15 @@ def _write_small(folder: Path, family: Family, config: Any, kept: Path | None, w
     for name in SMALL:
         if kept and (kept / name).is_file():
             shutil.copyfile(kept / name, folder / name)
+    described = folder / "tokenizer_config.json"
+    if described.is_file() and _read_json(described).get("tokenizer_class") == "TokenizersBackend":
+        write_json(described, _read_json(described) | EVERYWHERE)  # of transformers 5; no 4 knows it
     before = _read_json(folder / "config.json") if kept else {}
     longest = {key: before[key] for key in ("max_position_embeddings", "n_positions") if key in before}
     write_json(folder / "config.json", before | families.write_config(family, config, dtype) | longest)
     if not kept and (workdir / "tokenizer.json").is_file():
         shutil.copyfile(workdir / "tokenizer.json", folder / "tokenizer.json")
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(described, EVERYWHERE)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

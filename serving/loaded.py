@@ -1,7 +1,6 @@
 """From a workdir to an engine: the newest intact parameters of a run, laid out for decoding; every program compiled.
 What generate.py, chat.py and serve.py have in common."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,25 +68,26 @@ def open_model(workdir: str, changes: Mapping[str, Any], simulate: int | None) -
             f"mesh.{SLOW}={config.mesh[SLOW]}: nothing of an answer crosses a slow link. Start one on each replica"
         )
     door.check_given(path, door.methods.NONE, ("task",))
-    mesh = door.mesh_of(config, simulate)
+    return laid_out(path, config, door.mesh_of(config, simulate), door.tokenizer_of(path, config.data))
+
+
+def laid_out(workdir: Path, config: Any, mesh: Mesh, tokenizer: Any) -> Model:
+    """Nothing is allocated. Raises UsageError for a mesh that does not divide the weights."""
     task = language.build(_any_length(config, mesh), mesh)
     shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
     with configuration.bad_input():
         meshes.check_divisible(shapes, task.axes, mesh.shape, task.least)
     shardings = rules.shardings(mesh, rules.specs(task.axes))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    network, dtype = task.model.config, task.model.compute.dtype
-    tokenizer = door.tokenizer_of(path, config.data)
-    return Model(path, config, mesh, network, dtype, task.axes, abstract, tokenizer)
+    return Model(workdir, config, mesh, task.model.config, task.model.compute.dtype, task.axes, abstract, tokenizer)
 
 
 def _any_length(config: Any, mesh: Mesh) -> Any:
     """A sequence is cut in training only: rotary positions have no table that would be as long."""
     if config.model.position == "learned":
         return config
-    return configuration.nested(
-        dict(configuration.flatten(config)) | {"data.seq_len": 256 * math.prod(mesh.devices.shape)}
-    )
+    flat = dict(configuration.flatten(config))
+    return configuration.nested(flat | {"data.seq_len": 256 * mesh.size})
 
 
 def open_engine(model: Model, slots: int, context: int | None, invariant: bool, say: Say, most_waiting: int) -> Engine:

@@ -57,7 +57,7 @@ class Programs:
     def compile(self, options: dict[str, Any], tell: Callable[[float], None] = lambda share: None) -> None:
         """options: XLA's. tell(share): after each program, how much is done; one that holds all layers takes as much
         time as so many others."""
-        todo, done = list(self._all().items()), 0
+        todo, done = list(self.lowerings().items()), 0
         takes = lambda key: self.c.num_layers if key[0] == "decode" else 1
         compile_one = lambda item: (item[0], item[1]().compile(compiler_options=options))
         with ThreadPoolExecutor(2) as pool:
@@ -66,7 +66,7 @@ class Programs:
                 done += takes(key)
                 tell(done / sum(takes(key) for key, _ in todo))
 
-    def _all(self) -> dict[tuple, Callable[[], Any]]:
+    def lowerings(self) -> dict[tuple, Callable[[], Any]]:
         """{name and sizes: lowers it}. The largest first: one thread would end with it alone."""
         pairs = [(n, length) for length in self.lengths for n in self.rungs]
         found = {("decode", n, length): partial(self._decode, n, length) for n, length in pairs}

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model.config import ModelConfig
@@ -105,11 +105,12 @@ def abstract(shapes: Mapping[str, Any], axes: Mapping[str, Any], c: ModelConfig,
     """Shapes, dtypes and shardings of what `unstack` makes of parameters of these shapes."""
 
     def made(rows: Mapping[str, Row], tree: Any, of_axes: Any, stacked: bool) -> Weights:
-        one = lambda f, arrays: jax.eval_shape(f, jax.ShapeDtypeStruct((), jnp.int32), *arrays)
         found = {}
         for name, (make, spec, of) in rows.items():
             arrays, logical = _taken(tree, of_axes, of)
-            found[name] = one(_maker(make, spec, logical, dtype, mesh, stacked), arrays)
+            maker, layer = _maker(make, spec, logical, dtype, mesh, stacked), jax.ShapeDtypeStruct((), jnp.int32)
+            x = jax.eval_shape(maker, layer, *arrays)
+            found[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
         return found
 
     layer = made(table(c), shapes["blocks"], axes["blocks"], True)
