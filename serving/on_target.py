@@ -69,8 +69,8 @@ def dry_run(config: Any, text: str, changes: dict[str, Any], slots: int, context
     seconds = max((held + kept) / target.chip.bandwidth, found[0].multiply)
     peak = human_bytes(max(x for x in peaks if x))
     say(
-        f"fits: {peak} of {human_bytes(target.memory)}; a token for every slot takes {1e3 * seconds:.2f} ms at best, to "
-        f"read all once: {slots / seconds:,.0f} tokens a second"
+        f"fits: {peak} of {human_bytes(target.memory)}; a token for every slot takes {1e3 * seconds:.2f} ms at best, "
+        f"to read all once: {slots / seconds:,.0f} tokens a second"
     )
     return FITS
 

@@ -76,7 +76,8 @@ def read(folder: Path) -> None:
     ids = torch.from_numpy(tokens())
     with torch.no_grad():
         logits = model(ids[:, :-1]).logits.numpy()
-        greedy = model.generate(ids[:1, :8], max_new_tokens=GREEDY, min_new_tokens=GREEDY, do_sample=False).numpy()
+        how = {"max_new_tokens": GREEDY, "min_new_tokens": GREEDY, "do_sample": False, "pad_token_id": 0}
+        greedy = model.generate(ids[:1, :8], attention_mask=torch.ones_like(ids[:1, :8]), **how).numpy()
     np.savez(folder.with_suffix(".read.npz"), logits=logits, greedy=greedy)
     sys.exit("\n".join(heard) or 0)
 

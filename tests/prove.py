@@ -33,7 +33,8 @@ RESULTS = ROOT / "runs" / "prove"
 REPORT = ROOT / "docs" / "proofs.md"
 CORES = 2
 TAKEN_OUT = "taken out, "
-TORCH = ("torch==2.13.0", "transformers==5.24.0")  # oracles of PowerSGD, and of models and their weights
+TORCH = ("torch==2.13.0", "transformers==5.24.0", "gguf==0.19.0", "accelerate==1.*")  # oracles: PowerSGD, models
+TRANSFORMERS4 = ("transformers==4.57.*", "huggingface-hub<1.0", "tokenizers>=0.22,<0.23.1")
 
 
 class Piece(NamedTuple):
@@ -248,6 +249,10 @@ def find_torch() -> None:
             print("PyTorch cannot be installed here: what is compared with it is skipped", flush=True)
             return
     os.environ["SLACKLINE_TORCH_PYTHON"] = str(python)
+    folder = python.parent.parent / "transformers4"  # beside transformers 5, for those who have not changed yet
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *TRANSFORMERS4]
+    if folder.exists() or not subprocess.run(install).returncode:
+        os.environ["SLACKLINE_TRANSFORMERS4"] = str(folder)
 
 
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
