@@ -85,7 +85,7 @@ def begin(
     about = data.describe(num_units(config, parts.task), programs.rows_of_evaluation(parts))
     wire_bytes = describe.start("before the first step", config, parts, compiled, others, times.seconds, console, about)
     recorder = make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
-    if workdir.leader and given:
+    if workdir.leader and given and not workdir.resuming:
         imported.carry(given, workdir.path)
     write_down(config, parts.own, workdir, data, start, begun | computed_by(compiled, facts))
     tell = functools.partial(describe.beside, config, parts, console)

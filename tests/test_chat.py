@@ -600,7 +600,9 @@ def base(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-TUNE = "log_every=1 eval_every=4 steps=8 data.seq_len=128 optimizer.warmup_steps=0 optimizer.lr=1e-2 sample.tokens=0"
+TUNE = (
+    "eval_every=4 steps=8 data.seq_len=128 data.batch_size=8 optimizer.warmup_steps=0 optimizer.lr=1e-2 sample.tokens=0"
+)
 
 
 def tune(workdir: Path, base: Path, rows: Path, *options: str) -> str:
