@@ -8,6 +8,7 @@ from serving import schema
 from serving.schema import Number
 
 TEXT, SWITCH, OBJECT = {"type": "string"}, {"type": ["boolean", "null"]}, {"type": "object"}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": TEXT}}
 
 
 def describe(model_name: str, context: int, vocab_size: int, has_keys: bool) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def _asked(body: dict[str, Any]) -> dict[str, Any]:
 def _replies(about: str, streams: bool = False, kind: str = "application/json") -> dict[str, Any]:
     content = {kind: {"schema": TEXT if kind != "application/json" else OBJECT}}
     if streams:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {"schema": EVENT}
     error = {"description": "what is wrong", "content": {"application/json": {"schema": _error()}}}
     return {"responses": {"200": {"description": about, "content": content}, "4XX": error, "5XX": error}}
 

@@ -175,8 +175,14 @@ def main(argv):
 
     serve.Template = types.SimpleNamespace(read=lambda folder: Template())
     loaded.open_model = lambda workdir, *_: types.SimpleNamespace(tokenizer=ByteTokenizer(), workdir=Path(workdir))
-    loaded.open_engine = lambda *_: Scripted(slots=16, most_waiting=32, seconds=0.01)
+    loaded.open_engine = open_engine
     return serve.main(argv)
+
+
+def open_engine(model, slots, context, invariant, say, most_waiting):
+    found = Scripted(slots=slots, most_waiting=most_waiting, seconds=0.01)
+    found.context = context or found.context
+    return found
 
 
 if __name__ == "__main__":

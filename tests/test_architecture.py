@@ -191,7 +191,7 @@ MAY_IMPORT = {
     "plan": {"recipes", *PARALLEL, "runtime"},
     "train": {"recipes", "data", *PARALLEL, "runtime"},
     "slackline": {"recipes", "data", "runtime"},
-    "serving": {"serving", "recipes", "model", "parallel/layout", "data", "runtime"},
+    "serving": {"serving", "recipes", "model", "parallel/layout", "parallel/cost", "data", "runtime"},
     "serve": {"serving", "data", "runtime"},
     "generate": {"serving", "data", "runtime"},
     "chat": {"serving", "recipes", "parallel/layout", "data", "runtime"},

@@ -92,7 +92,7 @@ def joined(text):
     "seconds", [pytest.param(4, marks=pytest.mark.slow), pytest.param(SECONDS, marks=pytest.mark.prove)]
 )
 def test_a_crowd_loses_nothing_and_mixes_nothing_up(seconds, tmp_path):
-    with served(tmp_path) as url:
+    with served(tmp_path, "--most_waiting=32") as url:
         clients = [Client(url, seed, time.monotonic() + seconds) for seed in range(CLIENTS)]
         for client in clients:
             client.start()
@@ -117,7 +117,7 @@ def metrics(url):
 @pytest.mark.prove
 @pytest.mark.skipif(not SCHEMATHESIS, reason="pip install -r requirements-prove.txt")
 def test_requests_that_a_machine_has_made_up(tmp_path):
-    with served(tmp_path) as url:
-        command = [SCHEMATHESIS, "run", f"{url}/openapi.json", f"--checks={CHECKS}", "--max-examples=200"]
+    with served(tmp_path, "--context=40") as url:
+        command = [SCHEMATHESIS, "run", f"{url}/openapi.json", f"--checks={CHECKS}", "--max-examples=50"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1200)
         assert done.returncode == 0, done.stdout[-5000:]

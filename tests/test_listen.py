@@ -39,6 +39,7 @@ class Server:
         self.engine, self.said = (engine or Scripted(seconds=0.01)).start(), []
         self.service = api.Service(self.engine, ByteTokenizer(), "mine", **({"template": Template()} | options))
         listener = listen.bind("127.0.0.1", 0)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that one who reads nothing is soon noticed
         listener.listen()
         self.port = listener.getsockname()[1]
         self.server = listen.Server(self.service, tls, self.said.append)
@@ -144,7 +145,8 @@ def test_a_client_that_reads_nothing_holds_no_slot(server):
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", found.port))
     client.sendall(post(lots))
-    assert found.engine.is_idle(5.0)
+    wait_for(lambda: found.service.metrics.gone == 1)
+    assert found.engine.is_idle(1.0)
     assert b'"text":"H"' in found.ask(post(BODY.replace(b"200", b"1")))
     client.close()
 
