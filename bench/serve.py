@@ -1,28 +1,35 @@
-"""How fast the engine decodes SmolLM2-135M-Instruct on this CPU, in turn with transformers' generate on the same
-file, and how long a request waits for its first token under load.
+"""How fast the engine decodes SmolLM2-135M-Instruct on this CPU, beside transformers, and how long a request waits for its
+first token under load.
 
-python bench/serve.py --torch=PYTHON     (a Python with torch, transformers, gguf and accelerate; about 15 minutes)
+python bench/serve.py --torch=/path/to/python        (a Python with torch, transformers, gguf and accelerate)
+
+In each round each is measured once, in turn: transformers' generate on the same file, one request alone, 16 at once, and
+the sum of an array as large as the weights, for a token of one request can take no less time than reading them.
 """
 
-import argparse
 import contextlib
 import os
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import common
-import jax
-import jax.numpy as jnp
-import numpy as np
-from torch_generate import Transformers
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipes import published
-from serving import loaded
-from serving.engine import Engine
-from serving.requests import Request, Sampling, Token
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from bench import common  # noqa: E402
+from bench.torch_generate import Transformers  # noqa: E402
+from recipes import published  # noqa: E402
+from runtime import usage  # noqa: E402
+from serving import loaded  # noqa: E402
+from serving.engine import Engine  # noqa: E402
+from serving.requests import Request, Sampling, Token  # noqa: E402
 
 PROMPT, TOKENS, CROWD = 32, 64, 16
 LOADED = 60  # requests under load
@@ -75,9 +82,9 @@ def reader(count: int) -> Callable[[], float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--torch", required=True, metavar="PYTHON")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser = usage.parser(__doc__, "python bench/serve.py")
+    parser.add_argument("--torch", required=True, metavar="PYTHON", help="that in which transformers runs")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="of which medians are taken")
     args = parser.parse_args()
     say = lambda line: print(line, flush=True)
     workdir = str(published.smollm2(say))

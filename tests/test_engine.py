@@ -324,7 +324,7 @@ def test_new_weights_are_taken_when_those_before_have_answered():
     tickets: list[Ticket] = [engine.submit(request, heard.append) for heard in answers]
     while not answers[-1]:
         time.sleep(0.001)
-    engine.swap(other, "f1", 7)
+    engine.swap(lambda: (other, "f1", 7))
     tokens, _ = engine.answer(request)
     assert [ticket.fingerprint for ticket in tickets] == ["f0"] * 3 and (engine.fingerprint, engine.step) == ("f1", 7)
     assert all([token.id for token in heard[:-1]] == before for heard in answers)

@@ -11,7 +11,7 @@ import pytest
 from runtime import usage
 
 # No commands of a user's: a guardian that bench/link.py starts, and what stands alone to be compared with.
-NOT_FOR_USERS = {"bench/namespaces.py", "bench/torch_gpt.py", "bench/handwritten.py"}
+NOT_FOR_USERS = {"bench/namespaces.py", "bench/torch_gpt.py", "bench/torch_generate.py", "bench/handwritten.py"}
 MAIN = 'if __name__ == "__main__":'
 FILES = [file for folder in ("", "bench/", "runtime/", "serving/") for file in helpers.ROOT.glob(f"{folder}*.py")]
 COMMANDS = sorted({str(file.relative_to(helpers.ROOT)) for file in FILES if MAIN in file.read_text()} - NOT_FOR_USERS)
