@@ -1,10 +1,10 @@
-"""How fast the engine decodes SmolLM2-135M-Instruct on this CPU, beside transformers, and how long a request waits for its
-first token under load.
+"""How fast the engine decodes SmolLM2-135M-Instruct on this CPU, beside transformers, and how long a request waits for
+its first token under load.
 
 python bench/serve.py --torch=/path/to/python        (a Python with torch, transformers, gguf and accelerate)
 
-In each round each is measured once, in turn: transformers' generate on the same file, one request alone, 16 at once, and
-the sum of an array as large as the weights, for a token of one request can take no less time than reading them.
+In each round each is measured once, in turn: transformers' generate on the same file, one request alone, 16 at once,
+and the sum of an array as large as the weights, for a token of one request can take no less time than reading them.
 """
 
 import contextlib
