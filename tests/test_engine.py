@@ -231,7 +231,7 @@ def test_what_is_kept_is_what_sorting_keeps():
         "top_p": draw.choice([1.0, 0.9, 0.5, 0.1, 0.0], 64).astype(np.float32),
         "min_p": draw.choice([0.0, 0.05, 0.5, 1.0], 64).astype(np.float32),
     }
-    found_NV = np.asarray(sampling.kept(jnp.asarray(logits_NV), jax.tree.map(jnp.asarray, how)))
+    found_NV = np.asarray(jax.jit(sampling.kept)(logits_NV, how))
     for logits_V, found_V, k, p, least in zip(logits_NV, found_NV, *how.values(), strict=True):
         order = np.argsort(-logits_V)[: k or 50]
         share = np.exp(logits_V[order].astype(np.float64) - logits_V.max())
@@ -253,9 +253,8 @@ def test_draws_follow_the_distribution():
     how |= {"seed": np.arange(count, dtype=np.uint32), "repetition_penalty": np.full(count, 2.0, np.float32)}
     seen_NV = np.zeros((count, 6), bool)
     seen_NV[:, 4] = True
-    ids_N = sampling.next_tokens(
-        jnp.broadcast_to(logits_V, (count, 6)), jnp.asarray(seen_NV), jnp.full(count, 9), jax.tree.map(jnp.asarray, how)
-    )
+    logits_NV, at_N = np.tile(logits_V, (count, 1)), np.full(count, 9, np.int32)
+    ids_N = jax.jit(sampling.next_tokens)(logits_NV, seen_NV, at_N, how)
     share_V = np.exp(np.array([2.0, 1.0, 0.0, -np.inf, 1.5, 0.5]) / 0.7)
     expected_V = share_V / share_V.sum() * count
     found_V = np.bincount(np.asarray(ids_N), minlength=6)

@@ -23,11 +23,11 @@ def one_process(tmp_path_factory):
     return helpers.metric_losses(workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "devices", "mesh"),
-    [(2, 4, (2, 1, 2)), pytest.param(4, 4, (2, 2, 1), marks=pytest.mark.slow),
-     pytest.param(2, 2, (1, 2, 1), marks=pytest.mark.slow)],
-)  # fmt: skip
+    [(2, 4, (2, 1, 2)), (4, 4, (2, 2, 1)), (2, 2, (1, 2, 1))],
+)
 def test_processes_train_like_one(tmp_path, one_process, processes, devices, mesh):
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("replica", "fsdp", "tensor"), mesh, strict=True)]
     done = helpers.train(tmp_path, *STEPS, *sizes, simulate=devices, processes=processes)

@@ -191,6 +191,7 @@ def test_starts_of_train_py_are_counted(command, number):
     assert counting.starts(command) == number
 
 
+@pytest.mark.slow
 def test_too_many_fail_the_default_run_and_no_other(tmp_path):
     """In a process of its own: one test that starts a train.py of one line."""
     (tmp_path / "train.py").write_text("")

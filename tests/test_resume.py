@@ -93,7 +93,9 @@ def test_killed_at_random_moments_and_resumed(tmp_path, uninterrupted, kills):
     assert restored == sorted(restored)
 
 
-@pytest.mark.parametrize("config", ["tiny", None], ids=["the same command", "the workdir alone"])
+@pytest.mark.parametrize(
+    "config", ["tiny", pytest.param(None, marks=pytest.mark.slow)], ids=["the same command", "the workdir alone"]
+)
 def test_sigterm_saves_and_the_run_goes_on(tmp_path, stopped, uninterrupted, config):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     done = helpers.run_here(tmp_path, *(OPTIONS if config else ()), config=config)
@@ -127,7 +129,7 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_it_used(tmp_path):
 
 @pytest.mark.parametrize(
     "mesh",
-    [(2, 1, 4), pytest.param((1, 1, 1), marks=pytest.mark.slow), pytest.param((1, 8, 1), marks=pytest.mark.slow)],
+    [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((2, 1, 4), (1, 1, 1), (1, 8, 1))],
     ids=helpers.name,
 )
 def test_another_mesh_goes_on_with_the_same_parameters_and_losses(tmp_path, mesh, uninterrupted):
