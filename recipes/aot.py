@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from parallel.cost import compilers, hlo, play, schedule, wire
@@ -97,7 +96,7 @@ def peak(program: Any, parts: Parts, name: str) -> tuple[float, float]:
         found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     )
     only_params = name in ("evaluation", "sample")
-    params = sum(memory.shard_bytes(x, parts.mesh.shape) for x in jax.tree.leaves(parts.state.params))
+    params = memory.tree_bytes(parts.whole, parts.mesh.shape)
     return found.temp_size_in_bytes, used + (state - params if only_params else 0)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from model import families, safetensors
 from model.families import Family, Row
-from recipes import build
+from recipes import build, parameters
 from recipes.imported import ABOUT, KEPT, SMALL, mesh_of_all
 from runtime import config as configuration
 from runtime.config import UsageError, bad_input
@@ -25,8 +25,6 @@ SHARD = 5 * 10**9  # bytes of a file
 def export_folder(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) -> None:
     """The newest parameters of a run, as a folder of theirs. dtype: of the weights; "": of each as it was imported,
     float32 where it was not. Raises UsageError."""
-    from runtime.checkpoint import load_params  # slow to import
-
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty: name a folder that there is not")
     if not (workdir / "config.json").is_file():
@@ -36,7 +34,7 @@ def export_folder(workdir: Path, folder: Path, dtype: str, say: Callable[[str], 
         family = families.of(config.model)
     mesh = mesh_of_all()
     parts = build.build(_laid_over(config, mesh.size), mesh)
-    given = load_params(workdir / "checkpoints", parts.state.params, say)
+    given = parameters.read(workdir, parts.task.axes, parts.state.params, say)
     kept = _kept_of(workdir)
     before = _read_json(kept / ABOUT) if kept else {}
     was = before.get("dtypes", {})
@@ -56,7 +54,8 @@ def export_folder(workdir: Path, folder: Path, dtype: str, say: Callable[[str], 
 def _laid_over(config: Any, devices: int) -> Any:
     """Whatever mesh and exchange the run had: only its parameters are wanted."""
     flat, base = dict(configuration.flatten(config)), configuration.base_values()
-    flat |= {key: x for key, x in base.items() if key.startswith(("sync.", "mesh.")) or key == "optimizer.accumulate"}
+    others = ("lora.", "sync.", "mesh.", "optimizer.accumulate")
+    flat |= {key: x for key, x in base.items() if key.startswith(others)}
     return configuration.nested(flat | {"data.batch_size": devices})
 
 
