@@ -126,15 +126,20 @@ class Lora:
             node |= {part: found[part] for part in parts}
         return tree
 
+    def pairs(self, *adapters: Params) -> dict[str, tuple[Any, Any]]:
+        """{path of a weight: its A and B}. adapters: trees whose leaves are all of them."""
+        found: dict[str, Any] = {}
+        for adapter in adapters:
+            found |= _paths(adapter)
+        return {name: (found[f"{name}/a"], found[f"{name}/b"]) for name in self.sites}
+
     def join(self, weights: Params, *adapters: Params) -> Params:
         """The weights with Adapted where there is an adapter: what `Tuned` takes. Nothing is computed."""
-        parts: dict[str, Any] = {}
-        for adapter in adapters:
-            parts |= _paths(adapter)
+        pairs = self.pairs(*adapters)
 
         def one(path, w: Any) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return Adapted(w, parts[f"{name}/a"], parts[f"{name}/b"]) if name in self.sites else w
+            return Adapted(w, *pairs[name]) if name in self.sites else w
 
         return jax.tree_util.tree_map_with_path(one, weights)
 

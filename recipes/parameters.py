@@ -5,6 +5,7 @@ remembers, as small as they are, and one base serves many adapters. Which base i
 parameters, is a fact of every checkpoint, and another one is refused.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from recipes.build import Parts
 from runtime import agree
 from runtime import config as configuration
 from runtime.config import UsageError
-from runtime.digest import params_digest
 
 Say = Callable[[str], None]
 STEP, DIGEST = "base.step", "base.params_digest"  # facts of a checkpoint
@@ -40,25 +40,35 @@ def read_base(
 
 def read(workdir: Path, axes: Any, abstract: Any, warn: Say, only: int | None = None) -> Any:
     """The newest intact parameters of a run, float32, in the shardings of `abstract`, as `load_params` gives them; of a
-    run that trains an adapter those of its base, into which it is merged. axes: logical, of the model's weights. only:
+    run that trains an adapter those of its base, into which it is merged (and a digest of both). axes: logical, of the model's weights. only:
     the step that it must be. Raises UsageError."""
     from runtime.checkpoint import load_params  # slow to import
 
-    c = agree.decided("what a run has trained", lambda: _about(workdir))
-    if not c["rank"]:
+    about = agree.decided("what a run has trained", lambda: _about(workdir))
+    if not about["lora"]["rank"]:
         return load_params(workdir / "checkpoints", abstract, warn, only=only)
-    origin, tied = Path(c.pop("origin")), c.pop("tied")
-    lora = Lora.of(ConfigDict(c), abstract, axes, tied)
-    key, mesh = jax.eval_shape(lambda: jax.random.key(0)), jax.tree.leaves(abstract)[0].sharding.mesh
-    trained, fixed = (
-        placement.placed(mesh, jax.eval_shape(lambda key: lora.init(key, part), key), rules.specs(lora.axes(part)))  # noqa: B023
-        for part in (lora.trained, lora.fixed)
-    )
-    given = load_params(workdir / "checkpoints", trained, warn, fixed, only)
-    base = _base(origin, axes, abstract, warn, given.facts)
+    lora, given = read_adapter(workdir, axes, abstract, warn, only)
+    base = _base(Path(about["origin"]), axes, abstract, warn, given.facts)
     merge = jax.jit(lora.merge, out_shardings=jax.tree.map(lambda x: x.sharding, abstract), donate_argnums=0)
     merged = merge(base.params, given.params, given.fixed)
-    return given._replace(params=merged, digest=params_digest(merged), fixed=None)
+    # Of both: a sum's last bits are those of a mesh, and who is refused for another base must be so on every mesh.
+    digest = hashlib.sha256(f"{base.digest} {given.digest}".encode()).hexdigest()
+    return given._replace(params=merged, digest=digest, fixed=None)
+
+
+def read_adapter(workdir: Path, axes: Any, abstract: Any, warn: Say, only: int | None = None) -> tuple[Lora, Any]:
+    """(which weights it is of, what `load_params` gives) of a run that trains one; the arguments of `read`."""
+    from runtime.checkpoint import load_params  # slow to import
+
+    about = agree.decided("what a run has trained", lambda: _about(workdir))
+    lora = Lora.of(ConfigDict(about["lora"]), abstract, axes, about["tied"])
+    key, mesh = jax.eval_shape(lambda: jax.random.key(0)), jax.tree.leaves(abstract)[0].sharding.mesh
+
+    def placed(part: tuple[str, ...]) -> Any:
+        shapes = jax.eval_shape(lambda key: lora.init(key, part), key)
+        return placement.placed(mesh, shapes, rules.specs(lora.axes(part)))
+
+    return lora, load_params(workdir / "checkpoints", placed(lora.trained), warn, placed(lora.fixed), only)
 
 
 def _base(origin: Path, axes: Any, abstract: Any, warn: Say, before: Mapping[str, Any]) -> Any:
@@ -74,9 +84,9 @@ def _base(origin: Path, axes: Any, abstract: Any, warn: Say, before: Mapping[str
 
 
 def _about(workdir: Path) -> dict[str, Any]:
-    """The config's group `lora` of the run in a workdir, its base, and whether its embedding is its head."""
+    """Of the run in a workdir: its config's group `lora`, its base, and whether its embedding is its head."""
     try:
         config = configuration.read_json(workdir)
     except OSError as error:
         raise UsageError(f"init.workdir={workdir}: there is no config.json of a run in this folder") from error
-    return config.lora.to_dict() | {"origin": config.init.workdir, "tied": config.model.tie_embeddings}
+    return {"lora": config.lora.to_dict(), "origin": config.init.workdir, "tied": config.model.tie_embeddings}

@@ -2,6 +2,7 @@
 
 python tests/huggingface_oracle.py make FOLDER     a tiny random model of each family, its logits and all its gradients
 python tests/huggingface_oracle.py read FOLDER     what transformers makes of a folder: logits and greedy tokens
+python tests/huggingface_oracle.py peft FOLDER     what PEFT makes of an adapter, beside the base that it names: logits
 """
 
 import logging
@@ -79,5 +80,20 @@ def read(folder: Path) -> None:
     sys.exit("\n".join(heard) or 0)
 
 
+def peft(folder: Path) -> None:
+    """Also those of the base alone. Ends with 1 where PEFT warns: it does of weights that it does not find."""
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = torch.from_numpy(tokens())[:, :-1]
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alone = model(ids).logits.numpy()
+        logits = PeftModel.from_pretrained(model, str(folder)).eval()(ids).logits.numpy()
+    np.savez(folder.with_suffix(".peft.npz"), logits=logits, base=alone)
+    sys.exit("\n".join(str(w.message) for w in caught) or 0)
+
+
 if __name__ == "__main__":
-    {"make": make, "read": read}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "read": read, "peft": peft}[sys.argv[1]](Path(sys.argv[2]))
