@@ -1,5 +1,5 @@
-"""LoRA: an adapter is what is trained, sent, remembered and saved, beside weights that stay as they are; what is used is
-W + scale · A B, on every mesh; out it goes merged, or as PEFT keeps it."""
+"""LoRA: an adapter is what is trained, sent, remembered and saved, beside weights that stay as they are; what is used
+is W + scale · A B, on every mesh; out it goes merged, or as PEFT keeps it."""
 
 import functools
 import json
