@@ -66,7 +66,7 @@ def lowerings(config: Any, parts: Parts) -> dict[str, Callable[[], Any]]:
     """{name: lowers it}: the strategy's programs, then those beside them. `restore` is the digest of the whole state,
     which saving and restoring compute."""
     others = programs.beside(parts, config.sample)
-    given = bool(config.init.workdir)
+    given = programs.takes_over(config, parts)
     others |= {"init": lambda: programs.lower_init(parts, given), "restore": others.pop("digest")}
     return programs.steps(parts) | others
 

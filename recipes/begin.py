@@ -66,7 +66,7 @@ def begin(
     bytes of a device, which a step must not exceed; None: not known."""
     given = origin(config, workdir)
     background = threads_beside_grain(2)
-    taken = None if parts.frozen else given  # whose parameters the state takes over; a base stays beside it
+    taken = given if programs.takes_over(config, parts) else None
     compiling = background.submit(programs.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(programs.compile_init, parts, bool(taken))
     data, prompt_P = load_data(config, parts.task, workdir, console, facts, given)

@@ -14,7 +14,7 @@ from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
 from recipes import memory, methods, over_link, phases, predicted, xla
 from recipes.build import Parts, num_parameters
-from recipes.programs import compile_beside, compile_init, compile_steps
+from recipes.programs import compile_beside, compile_init, compile_steps, takes_over
 from runtime.config import UsageError
 from runtime.console import Console, human_bytes, human_count
 from runtime.digest import named_arrays
@@ -140,8 +140,8 @@ def dry_run(
 
 def compile_all(config: Any, parts: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the strategy's programs, those beside them)."""
-    given = bool(config.init.workdir) and not parts.frozen
-    return compile_steps(parts), compile_beside(parts, config.sample) | {"init": compile_init(parts, given)}
+    others = compile_beside(parts, config.sample) | {"init": compile_init(parts, takes_over(config, parts))}
+    return compile_steps(parts), others
 
 
 # A row without a value is a heading.

@@ -73,6 +73,11 @@ def calls(parts: Parts, phase: Phase) -> dict[str, Callable]:
     return with_frozen.programs(phase.strategy, parts.task.whole)
 
 
+def takes_over(config: Any, parts: Parts) -> bool:
+    """Whether the first state has the parameters of another run, and not a base beside it."""
+    return bool(config.init.workdir) and not parts.frozen
+
+
 def compile_init(parts: Parts, given: bool = False) -> Any:
     """It runs once: level 1 compiles sooner, to the same bits."""
     return lower_init(parts, given).compile(compiler_options=parts.xla_options | {"xla_backend_optimization_level": 1})

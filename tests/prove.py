@@ -33,7 +33,7 @@ RESULTS = ROOT / "runs" / "prove"
 REPORT = ROOT / "docs" / "proofs.md"
 CORES = 2
 TAKEN_OUT = "taken out, "
-TORCH = ("torch==2.13.0", "transformers==5.24.0")  # oracles of PowerSGD, and of models and their weights
+TORCH = ("torch==2.13.0", "transformers==5.24.0", "peft==0.21.2")  # oracles of PowerSGD, models, weights, adapters
 
 
 class Piece(NamedTuple):
@@ -240,7 +240,7 @@ def find_torch() -> None:
     if os.environ.get("SLACKLINE_TORCH_PYTHON"):
         return
     python = ROOT / ".venv-torch" / "bin" / "python"
-    there = [python, "-c", "import torch, transformers"]
+    there = [python, "-c", "import torch, transformers, peft"]
     if not python.exists() or subprocess.run(there, capture_output=True).returncode:
         print(f"installing {' and '.join(TORCH)} into .venv-torch", flush=True)
         subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)

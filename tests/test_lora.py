@@ -22,7 +22,7 @@ import slackline as sl
 from model import families, huggingface
 from parallel.cost.bytes import exchange_bytes
 from parallel.layout.rules import Constrain
-from recipes import describe, programs
+from recipes import describe, memory, programs
 from recipes.build import Parts
 from recipes.programs import shardings_of
 from runtime.config import UsageError
@@ -162,21 +162,22 @@ SENT = [("sync", "int4", False), *(
     )
 )]  # fmt: skip
 LOCAL = {"sync__interval": 2, "steps": 4}
+THIN = {"powersgd": {"sync__rank": 1, "lora__rank": 16}}  # of A and B: less than theirs
 
 
 @pytest.mark.parametrize("strategy, codec, freeze_a", SENT)
 def test_only_adapters_cross_replica(strategy, codec, freeze_a):
-    keys = LOCAL if strategy in ("diloco", "eager", "streaming") else {}
+    keys = THIN.get(codec, {}) | (LOCAL if strategy in ("diloco", "eager", "streaming") else {})
     _, parts = tuned((2, 2, 2), sync__strategy=strategy, sync__codec=codec, lora__freeze_a=freeze_a, **keys)
     found = {name: lower().compile(helpers.QUICKLY) for name, lower in programs.steps(parts).items()}
-    trained = sum(x.size for x in jax.tree.leaves(parts.param_shapes)) / 4  # of a device
+    trained = memory.tree_bytes(parts.state.params, parts.mesh.shape)  # of a device
     for name, exchanges in parts.strategy.exchanges().items():
         closed: dict[str, float] = {}
         for exchange in exchanges:
             for dtype, size in exchange_bytes(exchange).items():
                 closed[dtype] = closed.get(dtype, 0) + size
         assert helpers.exchanged(found[name].as_text(), parts.mesh) == closed
-        assert sum(closed.values()) <= len(exchanges) * 4 * trained
+        assert sum(closed.values()) <= len(exchanges) * trained
     assert not any(t.stray for t in describe.traffic(parts, found).values())
 
 
@@ -202,11 +203,12 @@ def train(mesh: tuple[int, int, int], steps: int = 6, **overrides: Any) -> tuple
 @pytest.mark.parametrize("strategy", ["sync", "diloco"])
 def test_codecs_stand_a_first_gradient_of_zeros(strategy, codec):
     """B begins with zeros, so that A's first gradient is nothing but zeros."""
-    keys = LOCAL | {"steps": 6} if strategy == "diloco" else {}
+    keys = THIN.get(codec, {}) | (LOCAL | {"steps": 6} if strategy == "diloco" else {})
     metrics, before, after = train((2, 2, 1), sync__strategy=strategy, sync__codec=codec, **keys)
     assert all(np.isfinite(m["loss"]).all() and not np.any(m["skipped"]) for m in metrics)
     moved = jax.tree.map(lambda x, y: bool(np.any(x != np.asarray(y))), before.params, after.params)
-    assert all(jax.tree.leaves(moved))
+    some = any if codec == "topk" else all  # a few elements are sent, first those of B
+    assert some(jax.tree.leaves(moved))
 
 
 @pytest.mark.slow
@@ -271,6 +273,14 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_was_not_stopped(freeze_a, b
     assert found == digests(whole.workdir, 4)
     assert not any(name.startswith("params/embed") for name in found), "the base is not in a checkpoint"
     assert any(name.startswith("fixed/") for name in found) == freeze_a
+
+
+@pytest.mark.slow
+def test_a_run_crosses_over_from_its_first_steps_with_the_same_a(base, tmp_path):
+    run = fit(base, tmp_path / "warm", **DILOCO, **{"lora.freeze_a": True, "sync.warm_steps": 2})
+    first, last = digests(run.workdir, 2), digests(run.workdir, 4)
+    fixed = [name for name in last if name.startswith("fixed/")]
+    assert fixed and all(first[name] == last[name] for name in fixed)
 
 
 @pytest.mark.slow
