@@ -22,7 +22,7 @@ import slackline as sl  # noqa: E402
 from parallel.cost.bytes import bytes_per_step  # noqa: E402
 
 STEPS, H = 120, 30
-SHARED = {
+SHARED: dict[str, Any] = {
     "data.batch_size": 32, "data.seq_len": 64, "log_every": 10, "sample.tokens": 0, "optimizer.warmup_steps": 10,
     "eval_batches": 16,
 }  # fmt: skip
@@ -59,13 +59,11 @@ def main() -> None:
             "data.path": str(ROOT / "docs"), "data.suffixes": ".md",
         })  # fmt: skip
     best = {
-        kind: min(rates, key=lambda lr: tuned(args.workdir, kind, "sync", 2, lr, 0)[0])  # noqa: B023
-        for kind, rates in RATES.items()
+        kind: min(rates, key=lambda lr: tuned(args.workdir, kind, "sync", 2, lr, 0)[0]) for kind, rates in RATES.items()
     }
     print(f"before: {untuned.summary['final_eval_loss']:.3f}; learning rates: {best}")
-    print(
-        "| | bytes a step, R = 2 | sync, R = 2 | sync, R = 4 | DiLoCo, R = 2 | DiLoCo, R = 4 |\n|---|---|---|---|---|---|"
-    )
+    cases = [f"{name}, R = {R}" for name in STRATEGIES for R in (2, 4)]
+    print(f"| | bytes a step, R = 2 | {' | '.join(cases)} |\n|---|---|---|---|---|---|")
     for kind in KINDS:
         cells, sizes = [], []
         for strategy in STRATEGIES:

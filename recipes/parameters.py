@@ -40,8 +40,8 @@ def read_base(
 
 def read(workdir: Path, axes: Any, abstract: Any, warn: Say, only: int | None = None) -> Any:
     """The newest intact parameters of a run, float32, in the shardings of `abstract`, as `load_params` gives them; of a
-    run that trains an adapter those of its base, into which it is merged (and a digest of both). axes: logical, of the model's weights. only:
-    the step that it must be. Raises UsageError."""
+    run that trains an adapter those of its base, into which it is merged, and a digest of both. axes: logical, of the
+    model's weights. only: the step that it must be. Raises UsageError."""
     from runtime.checkpoint import load_params  # slow to import
 
     about = agree.decided("what a run has trained", lambda: _about(workdir))
