@@ -1,7 +1,7 @@
 """What it costs to average adapters: held-out loss of a tiny model that is tuned on other text than it was trained on,
 with all weights, with an adapter, and with an adapter whose A is frozen; synchronously and with DiLoCo.
 
-python bench/lora.py --seeds=3 --workdir=/tmp/lora          (about ten minutes on two cores; prints a table in Markdown)
+python bench/lora.py --seeds=3 --workdir=/tmp/lora          (prints a table in Markdown)
 
 The base reads Python's standard library, what is tuned on is this repository's documents as they are when it begins.
 Without a codec: nothing but what is averaged differs. RATES are the best of three each (1, 3 and 10 thousandths for all
