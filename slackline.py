@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes import begin, describe, door, finish, memory, once, programs, table
+from recipes import begin, describe, door, finish, memory, once, parameters, programs, table
 from recipes import build as recipe
 from recipes import compare as comparing
 from recipes import fit as loop
@@ -66,13 +66,13 @@ def fit(
         if outcome.interrupted:
             console.say(f"stopped by Ctrl-C after step {outcome.step}, saved; the same call with its workdir goes on")
         else:
-            finish.finish(run, outcome.state.params, outcome.evaluated)
+            finish.finish(run, outcome.state, outcome.evaluated)
     finally:
         lock.release()
     return Trained(
         config=asked.config,
         parts=parts,
-        params=outcome.state.params,
+        params=run.whole(outcome.state),
         tokenizer=run.data.tokenizer,
         workdir=opened.path,
         step=outcome.step,
@@ -89,8 +89,6 @@ def open(workdir: str | Path, *, simulate: int | None = None, **changes: Any) ->
 
     Raises UsageError for a folder that holds no run, or one without a checkpoint.
     """
-    from runtime.checkpoint import load_params  # slow to import
-
     path = Path(door.folder(workdir) or "")
     if not (path / "config.json").is_file():
         raise UsageError(f"workdir={path}: there is no config.json of a run in this folder")
@@ -98,7 +96,7 @@ def open(workdir: str | Path, *, simulate: int | None = None, **changes: Any) ->
     config, own = asked.config, asked.own
     door.check_given(path, own, ("task",))
     parts = recipe.build(config, door.mesh_of(config, simulate), own)
-    given = load_params(path / "checkpoints", parts.state.params, print)
+    given = parameters.read(path, parts.task.axes, parts.state.params, print)
     tokenizer = None if own.task else door.tokenizer_of(path, config.data)
     if given.step < config.steps:
         print(f"{path} has made {given.step} of its {config.steps} steps")
@@ -168,8 +166,9 @@ def steps(config: Any, *, simulate: int | None = None, **changes: Any) -> loop.S
     found = build(config, simulate=simulate, **changes)
     config, parts = found.config, found.parts
     with memory.explained(config, parts, Console(1, 1, quiet=True)):
+        frozen = parameters.read_base(parts, Path(config.init.workdir), print, {})[0] if parts.frozen else ()
         state, compiled = programs.compile_init(parts)(np.uint32(config.seed)), programs.compile_steps(parts)
-    return loop.Steps(parts, compiled, state, found.loader(), 0, config.steps)
+    return loop.Steps(parts, compiled, state, found.loader(), 0, config.steps, frozen)
 
 
 def compare(

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     if outcome.interrupted:
         console.say(f"stopped by SIGTERM after step {outcome.step}, saved; the same command goes on from there")
         return EXIT_CODE
-    return finish.finish(run, outcome.state.params, outcome.evaluated, link)
+    return finish.finish(run, outcome.state, outcome.evaluated, link)
 
 
 def start_devices(config, flags, where: str | None) -> tuple[PreemptionNotice, dict[str, Any], Console, Mesh]:

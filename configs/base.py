@@ -19,6 +19,13 @@ def get_config() -> Any:
     c.init = ConfigDict()  # what a fresh run begins with
     c.init.workdir = ""  # of another run, whose parameters, model.* and tokenizer are taken; empty: drawn weights
 
+    c.lora = ConfigDict()  # an adapter that is trained in place of the model, which init.workdir gives
+    c.lora.rank = 0  # r of the matrices beside each weight; 0: all weights are trained
+    c.lora.alpha = 16.0  # their product is scaled by alpha / rank
+    c.lora.pattern = "attention|mlp"  # matrices whose path has this regular expression in it
+    c.lora.rs = False  # scaled by alpha / sqrt(rank)
+    c.lora.freeze_a = False  # train B alone, so that the mean of adapters is the adapter of the mean
+
     c.mesh = ConfigDict()
     c.mesh.replica = 1  # machines joined by the slow link
     c.mesh.fsdp = -1  # shards of the weights and of each replica's batch; -1: all devices that are left

@@ -3,10 +3,11 @@
 python -m model.huggingface import path/to/folder runs/base
 python -m model.huggingface import model.gguf runs/base
 python -m model.huggingface export runs/mine out/
+python -m model.huggingface export runs/mine out/ --adapter
 
 An import makes a workdir at step 0 of a folder with config.json, tokenizer.json and safetensors, or of a .gguf file.
 Another run begins with it: train.py --config.init.workdir=runs/base. An export makes such a folder of the newest step
-of a run.
+of a run; an adapter (lora.rank) is merged into it, or with --adapter becomes a folder that PEFT loads.
 """
 
 if __name__ == "__main__":
@@ -32,12 +33,15 @@ def main(argv: list[str]) -> int:
         "--dtype", choices=["float32", "bfloat16", "float16"], metavar="NAME",
         help="of an export: float32, bfloat16 or float16; otherwise that of the import, or float32",
     )  # fmt: skip
+    parser.add_argument("--adapter", action="store_true", help="of an export: what lora.rank has trained, and no more")
     args = parser.parse_args(argv)
     if args.simulate:
         meshes.simulate(args.simulate)
     say = lambda line: print(line, flush=True)
     if args.what == "import":
         imported.import_model(args.source.expanduser(), args.target.expanduser(), say)
+    elif args.adapter:
+        exported.export_adapter(args.source.expanduser(), args.target.expanduser(), say)
     else:
         exported.export_folder(args.source.expanduser(), args.target.expanduser(), args.dtype or "", say)
     return 0

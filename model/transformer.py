@@ -82,6 +82,8 @@ REMAT = {
 class Transformer:
     """Pure functions of `params`: init, forward, loss. Holds no array."""
 
+    used = staticmethod(lambda weights: weights)  # of a layer, in its products: model/lora.py has others
+
     def __init__(self, config: ModelConfig, compute: Compute, z_loss: float = 0.0):
         self.config, self.compute, self.z_loss = config, compute, z_loss
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -108,7 +110,7 @@ class Transformer:
         positions_BT = _positions(tokens_BT, segments_BT)
         x_BTD = self._embedded(params, tokens_BT, positions_BT, constrain)
         ends = {name: w for name, w in params.items() if name != "blocks"}
-        ends = nnx.merge(self._ends, _cast(ends, self.compute.dtype))
+        ends = nnx.merge(self._ends, cast(ends, self.compute.dtype))
         rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
         ctx = Context(constrain, self.compute.attention, rope, segments_BT)
         x_BTD = self._run_blocks(params["blocks"], x_BTD, ctx)
@@ -125,20 +127,20 @@ class Transformer:
         return constrain.manual(look_up, in_axes, RESIDUAL)(tokens_BT, positions_BT, *tables)
 
     def _run_blocks(self, blocks: Params, x_BTD: jax.Array, ctx: Context) -> jax.Array:
-        cast = partial(_cast, dtype=self.compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
+        to_dtype = partial(cast, dtype=self.compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
         axes = jax.tree.map(lambda axes: axes[1:], self.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple))
         # Weights are gathered before they are used: XLA:TPU would make products of their parts, even of small ones.
         whole = lambda w, axes: ctx.constrain.both_ways(w, [None if axis == "embed" else axis for axis in axes], axes)
 
         def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-            weights = jax.tree.map(whole, cast(weights), axes)
+            weights = jax.tree.map(whole, self.used(to_dtype(weights)), axes)
             return nnx.merge(self._block, weights)(x_BTD, ctx), None
 
         policy = REMAT[self.compute.remat]
         if policy is not None:
             layer = jax.checkpoint(layer, policy=policy(), prevent_cse=self.compute.unroll)
         if not self.compute.unroll:
-            return ctx.constrain.scan(layer, x_BTD, blocks, cast)
+            return ctx.constrain.scan(layer, x_BTD, blocks, to_dtype)
         for index in range(self.config.num_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w: w[index], blocks))  # noqa: B023
         return x_BTD
@@ -180,13 +182,13 @@ def _axes(state: nnx.State, leading: tuple[str, ...]) -> Params:
     return axes
 
 
-def _cast(params: Params, dtype: jnp.dtype) -> Params:
+def cast(params: Params, dtype: jnp.dtype) -> Params:
     """Weights in the compute dtype; norm scales stay float32, where bf16 would round 1 + 0.003 to 1."""
 
-    def cast(path, w):
-        return w if path[-1].key == "scale" else w.astype(dtype)
+    def one(path, w):
+        return w if getattr(path[-1], "key", "") == "scale" else w.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

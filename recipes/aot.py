@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from parallel.cost import compilers, hlo, play, schedule, wire
@@ -67,7 +66,7 @@ def lowerings(config: Any, parts: Parts) -> dict[str, Callable[[], Any]]:
     """{name: lowers it}: the strategy's programs, then those beside them. `restore` is the digest of the whole state,
     which saving and restoring compute."""
     others = programs.beside(parts, config.sample)
-    given = bool(config.init.workdir)
+    given = programs.takes_over(config, parts)
     others |= {"init": lambda: programs.lower_init(parts, given), "restore": others.pop("digest")}
     return programs.steps(parts) | others
 
@@ -97,7 +96,7 @@ def peak(program: Any, parts: Parts, name: str) -> tuple[float, float]:
         found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     )
     only_params = name in ("evaluation", "sample")
-    params = sum(memory.shard_bytes(x, parts.mesh.shape) for x in jax.tree.leaves(parts.state.params))
+    params = memory.tree_bytes(parts.whole, parts.mesh.shape)
     return found.temp_size_in_bytes, used + (state - params if only_params else 0)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.loader import threads_beside_grain
 from parallel.cost.hardware import peak_flops
-from recipes import describe, imported, memory, methods, phases, programs
+from recipes import describe, imported, memory, methods, parameters, phases, programs
 from recipes.build import Parts, build_schedule
 from recipes.finish import try_prompt
 from recipes.fit import Run, num_units
@@ -66,8 +66,9 @@ def begin(
     bytes of a device, which a step must not exceed; None: not known."""
     given = origin(config, workdir)
     background = threads_beside_grain(2)
+    taken = given if programs.takes_over(config, parts) else None
     compiling = background.submit(programs.compile_steps, parts)
-    initializing = None if workdir.resuming else background.submit(programs.compile_init, parts, bool(given))
+    initializing = None if workdir.resuming else background.submit(programs.compile_init, parts, bool(taken))
     data, prompt_P = load_data(config, parts.task, workdir, console, facts, given)
     loader = data.loader(config.seed, config.data.batch_size)
     checkpoints = open_checkpoints(config, parts, workdir, console)
@@ -75,12 +76,16 @@ def begin(
     compiled = compiling.result()
     times.mark("compile", then="restoring a checkpoint" if workdir.resuming else "making the weights")
     memory.check(config, parts, compiled, limit, console)
-    start, begun, others = None, {}, {}
-    if workdir.resuming and workdir.must_restore(checkpoints.steps()):
+    start, begun, others, frozen = None, {}, {}, ()
+    goes_on = workdir.resuming and workdir.must_restore(checkpoints.steps())
+    if parts.frozen and given:
+        frozen, begun = base(parts, given, checkpoints.facts() if goes_on else {}, facts, console)
+    if goes_on:
         state, start = restore(config, parts, workdir, checkpoints, console, facts)
     else:
-        others["init"] = initializing.result() if initializing else programs.compile_init(parts, bool(given))
-        state, begun = first_state(parts, config.seed, given, others["init"], workdir, console)
+        others["init"] = initializing.result() if initializing else programs.compile_init(parts, bool(taken))
+        state, about_it = first_state(parts, config.seed, taken, others["init"], console)
+        begun |= about_it
     times.mark("restore", then="making the first step")
     about = data.describe(num_units(config, parts.task), programs.rows_of_evaluation(parts))
     wire_bytes = describe.start("before the first step", config, parts, compiled, others, times.seconds, console, about)
@@ -91,7 +96,7 @@ def begin(
     tell = functools.partial(describe.beside, config, parts, console)
     beside = programs.Later(parts, config.sample, background, tell)
     run = Run(
-        *(config, parts, compiled, beside, data, loader, prompt_P),
+        *(config, parts, compiled, beside, frozen, data, loader, prompt_P),
         *(workdir, checkpoints, start, recorder, console, times, facts),
     )
     agree.everyone("ready to train")
@@ -185,20 +190,33 @@ def say_resumed(
             console.say(f"the learning rate was {was:.3g} at step {start} and is {now:.3g} at step {start + 1}")
 
 
-def first_state(parts: Parts, seed: int, origin: Path | None, init: Any, workdir: Workdir, console: Console) -> tuple:
+def first_state(parts: Parts, seed: int, origin: Path | None, init: Any, console: Console) -> tuple[Any, dict]:
     """(the state, what summary.json says of where its parameters come from). init: of `compile_init`.
 
     The strategy makes everything else from the parameters: copies of the replicas, and an optimizer that begins anew.
     """
     if origin is None:
         return init(np.uint32(seed)), {}
-    from runtime.checkpoint import load_params  # slow to import
-
     console.doing(f"reading the parameters of {origin}")
-    given = load_params(origin / "checkpoints", parts.state.params, console.warn)
+    given = parameters.read(origin, parts.task.axes, parts.state.params, console.warn)
     console.say(f"starting from the parameters of {origin}, step {given.step}")
-    facts = {"workdir": str(origin), "step": given.step, "params_digest": given.digest}
-    return init(given.params), {"init": facts}
+    return init(given.params), {"init": _origin(origin, given.step, given.digest)}
+
+
+def base(
+    parts: Parts, origin: Path, before: dict[str, Any], facts: dict[str, Any], console: Console
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(the weights beside the state, what summary.json says of them), which joins the facts, too. before: the facts of
+    the checkpoint that the run goes on from."""
+    console.doing(f"reading the parameters of {origin}")
+    frozen, about = parameters.read_base(parts, origin, console.warn, before)
+    facts.update(about)
+    console.say(f"beside the parameters of {origin}, step {about[parameters.STEP]}, which stay as they are")
+    return frozen, {"init": _origin(origin, about[parameters.STEP], about[parameters.DIGEST])}
+
+
+def _origin(origin: Path, step: int, digest: str) -> dict[str, Any]:
+    return {"workdir": str(origin), "step": step, "params_digest": digest}
 
 
 # ── what the run leaves while it trains ───────────────────────────────────────────────────────────────────────────────

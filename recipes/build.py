@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from parallel.strategies.backward import Backward
 from parallel.strategies.base import Strategy
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
-from recipes import language, methods, xla
+from recipes import methods, tuned, xla
 from recipes.task import Trainable
 from runtime.config import UsageError, check_batch
 
@@ -39,6 +40,7 @@ class Phase:
     state: Any  # abstract: shapes, dtypes, shardings
     batch: Any  # abstract
     prefix: str = ""  # of the names of its programs
+    fixed: Any = field(default_factory=dict)  # the roles of state.fixed, of which the strategy knows nothing
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Parts:
     mesh: Mesh
     replicas: int
     phases: tuple[Phase, ...]  # one, or with sync.warm_steps two
-    param_shapes: Any
+    param_shapes: Any  # of what is trained
+    frozen: tuple[Any, ...]  # abstract: weights beside the state, further arguments of every program
     eval_batch: Any  # abstract; as large as a micro-step's, so that evaluation never needs more memory than training
     own: methods.Own  # objects of the caller's
     xla_options: dict[str, Any]  # with which all is compiled
@@ -58,6 +61,11 @@ class Parts:
     strategy = property(lambda self: self.phases[-1].strategy)
     state = property(lambda self: self.phases[-1].state)
     batch = property(lambda self: self.phases[-1].batch)
+
+    @property
+    def whole(self) -> Any:
+        """Abstract: what the task's losses take for their parameters."""
+        return self.task.whole(self.state.params, self.state.fixed, *self.frozen)
 
 
 def build_schedule(c: Any) -> Schedule:
@@ -80,7 +88,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
 
     Raises UsageError for a dimension or batch that the mesh does not divide.
     """
-    task = own.task or language.build(c, mesh)
+    task = own.task or tuned.build(c, mesh)
     xla_options = xla.options(c.compute.xla_options, mesh, is_small=own.task is not None)
     if own.task and c.sync.exchange == "backward":
         raise UsageError(
@@ -92,7 +100,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(task.init, key)
     try:
-        check_divisible(shapes, task.axes, mesh.shape, task.least)
+        check_cut(task, mesh.shape)
         optimizer = from_optax(own.optimizer, shapes) if own.optimizer else build_optimizer(c, task.axes)
         make = functools.partial(build_strategy, c, task, mesh, replicas, shapes, optimizer)
         strategy = make(methods.chosen(c.sync, own))
@@ -102,18 +110,32 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
         raise UsageError(str(error)) from error
 
     def phase(first: int, strategy: Strategy, prefix: str = "") -> Phase:
-        state = jax.eval_shape(lambda key: strategy.init(task.init(key)), key)
-        shardings = rules.shardings(mesh, roles.specs_of(strategy.declare(state)))
-        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        state = jax.eval_shape(lambda key: begin_state(strategy, task, task.init(key), key), key)
+        fixed = roles.like(roles.FIXED, rules.specs(task.fixed_axes))
+        declared = dataclasses.replace(strategy.declare(state), fixed=fixed)
+        state = placement.placed(mesh, state, roles.specs_of(declared))
         leading = (strategy.steps_per_call,)
         batch = placement.abstract_batch(mesh, leading, replicas, batch_size, task.row, placement.TRAIN)
-        return Phase(first, strategy, state, batch, prefix)
+        return Phase(first, strategy, state, batch, prefix, fixed)
 
     phases, groups = (phase(0, warm, "warm "),) if warm else (), mesh.shape[SLOW]
     phases += (phase(c.sync.warm_steps, strategy),)
     rows = task.eval_rows(batch_size // c.optimizer.accumulate, groups * cut("batch", mesh.shape)[1])
     eval_batch = placement.abstract_batch(mesh, (), groups, rows, task.row, placement.EVAL)
-    return Parts(task, mesh, replicas, phases, shapes, eval_batch, own, xla_options)
+    frozen = tuple(placement.placed(mesh, weights, rules.specs(axes)) for weights, axes in task.frozen)
+    return Parts(task, mesh, replicas, phases, shapes, frozen, eval_batch, own, xla_options)
+
+
+def check_cut(task: Trainable, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError for a weight, trained or not, that a mesh of these sizes does not divide."""
+    trained = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
+    for shapes, axes in (*task.frozen, (trained, task.axes)):
+        check_divisible(shapes, axes, sizes, task.least)
+
+
+def begin_state(strategy: Strategy, task: Trainable, params: Any, key: jax.Array) -> Any:
+    """Of a run that begins with these parameters."""
+    return dataclasses.replace(strategy.init(params), fixed=task.fixed(key))
 
 
 def build_strategy(

@@ -14,7 +14,7 @@ from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
 from recipes import memory, methods, over_link, phases, predicted, xla
 from recipes.build import Parts, num_parameters
-from recipes.programs import compile_beside, compile_init, compile_steps
+from recipes.programs import compile_beside, compile_init, compile_steps, takes_over
 from runtime.config import UsageError
 from runtime.console import Console, human_bytes, human_count
 from runtime.digest import named_arrays
@@ -104,7 +104,7 @@ def read(
     ]
     rows += [("inside a replica", ""), *sent] if sent else []
     need = memory.of_programs(parts, programs)
-    rows += memory_rows(need) + predicted.rows(config, parts, per_step, need.temporary) + weight_rows(parts)
+    rows += memory_rows(parts, need) + predicted.rows(config, parts, per_step, need.temporary) + weight_rows(parts)
     if seconds:
         rows += [("start-up", ""), *((name, f"{number:.1f} s") for name, number in seconds.items())]
     return rows, found, per_step
@@ -140,7 +140,7 @@ def dry_run(
 
 def compile_all(config: Any, parts: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the strategy's programs, those beside them)."""
-    others = compile_beside(parts, config.sample) | {"init": compile_init(parts, bool(config.init.workdir))}
+    others = compile_beside(parts, config.sample) | {"init": compile_init(parts, takes_over(config, parts))}
     return compile_steps(parts), others
 
 
@@ -197,11 +197,13 @@ def across_rows(config: Any, parts: Parts) -> list[tuple[str, str]]:
     ]
 
 
-def memory_rows(need: memory.Need) -> list[tuple[str, str]]:
+def memory_rows(parts: Parts, need: memory.Need) -> list[tuple[str, str]]:
     """Of the compiled programs, not estimates."""
+    frozen = memory.tree_bytes(parts.frozen, parts.mesh.shape)
     return [
         ("memory per device", ""),
-        ("state", f"{human_bytes(need.state)}; as much again while a checkpoint is being copied"),
+        *([("base", f"{human_bytes(frozen)}, which no checkpoint holds")] if frozen else []),
+        ("state", f"{human_bytes(need.state - frozen)}; as much again while a checkpoint is being copied"),
         ("temporary", said_bytes(need.temporary)),
         ("in all", said_bytes(need.whole)),
     ]
@@ -211,7 +213,7 @@ def weight_rows(parts: Parts) -> list[tuple[str, str]]:
     """How the largest ones lie, where there is more than one device to lie on."""
     if parts.mesh.size == 1:
         return []
-    largest = sorted(named_arrays(parts.state.params).items(), key=lambda row: -math.prod(row[1].shape))[:4]
+    largest = sorted(named_arrays(parts.whole).items(), key=lambda row: -math.prod(row[1].shape))[:4]
     how = lambda x: (
         f"{list(x.shape)} as {x.sharding.spec}, {human_bytes(memory.shard_bytes(x, parts.mesh.shape))} on each device"
     )

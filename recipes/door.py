@@ -114,7 +114,7 @@ def tell_changed(workdir: Workdir, own: methods.Own, console: Console) -> None:
 def alone(config: Any) -> Any:
     """A run's config, of which only the parameters are wanted: one device, nothing exchanged."""
     flat, base = dict(configuration.flatten(config)), configuration.base_values()
-    flat |= {key: x for key, x in base.items() if key.startswith("sync.") or key == "optimizer.name"}
+    flat |= {key: x for key, x in base.items() if key.startswith(("lora.", "sync.")) or key == "optimizer.name"}
     return configuration.nested(flat | {key: 1 for key in base if key.startswith("mesh.")})
 
 

@@ -1,7 +1,5 @@
 """What the exchange of a run sends and holds, as the planner counts it (parallel/cost/model.py, pace.py)."""
 
-import jax
-
 from parallel.cost.bytes import bytes_per_step, in_flight_bytes
 from parallel.cost.model import FLOAT32, Flight
 from parallel.cost.pace import Exchange
@@ -41,4 +39,4 @@ def is_coded(parts: Parts) -> bool:
 
 def _parameters(parts: Parts) -> float:
     """Of a device."""
-    return sum(memory.shard_bytes(x, parts.mesh.shape) for x in jax.tree.leaves(parts.state.params)) / FLOAT32
+    return memory.tree_bytes(parts.state.params, parts.mesh.shape) / FLOAT32

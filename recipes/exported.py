@@ -1,5 +1,6 @@
 """The parameters of a run as a folder of Hugging Face's, one array after another."""
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -10,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from model import families, safetensors
+from model import families, peft, safetensors
 from model.families import Family, Row
-from recipes import build
+from recipes import build, parameters
 from recipes.imported import ABOUT, SMALL, kept_of, mesh_of_all
 from runtime import config as configuration
 from runtime.config import UsageError, bad_input
@@ -21,13 +22,46 @@ from runtime.metrics import write_json
 
 SHARD = 5 * 10**9  # bytes of a file
 EVERYWHERE = {"tokenizer_class": "PreTrainedTokenizerFast"}  # a class that transformers 4 and 5 have
+OF_MODEL = ("config.json", "generation_config.json")  # of SMALL; the others are the tokenizer's
+
+Say = Callable[[str], None]
 
 
-def export_folder(workdir: Path, folder: Path, dtype: str, say: Callable[[str], None]) -> None:
-    """The newest parameters of a run, as a folder of theirs. dtype: of the weights; "": of each as it was imported,
-    float32 where it was not. Raises UsageError."""
-    from runtime.checkpoint import load_params  # slow to import
+def export_folder(workdir: Path, folder: Path, dtype: str, say: Say) -> None:
+    """The newest parameters of a run, as a folder of theirs; an adapter is merged. dtype: of the weights; "": of each
+    as it was imported, float32 where it was not. Raises UsageError."""
+    config, family, parts = _opened(workdir, folder)
+    given = parameters.read(workdir, parts.task.axes, parts.state.params, say)
+    kept = kept_of(workdir)
+    was = _read_json(kept / ABOUT).get("dtypes", {}) if kept else {}
+    named = lambda name: np.dtype(safetensors.DTYPES[safetensors.NAMES[dtype or was.get(name, "float32")]])
+    with _made(folder) as at:
+        _write_weights(at, family, config, named_arrays(given.params), named)
+        _write_small(at, family, config, kept, dtype or _most(was.values()))
+        _write_tokenizer(at, kept, workdir)
+    say(f"{folder}: {family.architecture}, the parameters of step {given.step} of {workdir}")
 
+
+def export_adapter(workdir: Path, folder: Path, say: Say) -> None:
+    """The newest adapter of a run, float32, as a folder that PEFT loads. Raises UsageError."""
+    config, family, parts = _opened(workdir, folder)
+    if not config.lora.rank:
+        raise UsageError(f"{workdir} has trained all of its weights and no adapter: leave --adapter out")
+    lora, given = parameters.read_adapter(workdir, parts.task.axes, parts.state.params, say)
+    kept = kept_of(workdir)
+    base = _read_json(kept / ABOUT)["from"] if kept else config.init.workdir
+    with bad_input():
+        found = peft.arrays(family, config, lora, given.params, given.fixed)
+    with _made(folder) as at:
+        shapes = {name: (np.dtype(np.float32), x.shape) for name, x in found.items()}
+        safetensors.write(at / peft.WEIGHTS, shapes, (np.asarray(x) for x in found.values()))
+        write_json(at / peft.CONFIG, peft.config(family, config, list(found), base))
+        _write_tokenizer(at, kept, workdir)
+    say(f"{folder}: an adapter of rank {lora.rank} for {base}, of step {given.step} of {workdir}")
+
+
+def _opened(workdir: Path, folder: Path) -> tuple[Any, Family, build.Parts]:
+    """Of a run: (its config, whose it is, the parts of its model alone)."""
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty: name a folder that there is not")
     if not (workdir / "config.json").is_file():
@@ -36,28 +70,27 @@ def export_folder(workdir: Path, folder: Path, dtype: str, say: Callable[[str], 
     with bad_input():
         family = families.of(config.model)
     mesh = mesh_of_all()
-    parts = build.build(_laid_over(config, mesh.size), mesh)
-    given = load_params(workdir / "checkpoints", parts.state.params, say)
-    kept = kept_of(workdir)
-    before = _read_json(kept / ABOUT) if kept else {}
-    was = before.get("dtypes", {})
+    return config, family, build.build(_laid_over(config, mesh.size), mesh)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[Path]:
+    """A folder to write into: it is there as a whole afterwards, or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made:
         at = Path(made) / "out"
         at.mkdir()
-        named = lambda name: np.dtype(safetensors.DTYPES[safetensors.NAMES[dtype or was.get(name, "float32")]])
-        _write_weights(at, family, config, named_arrays(given.params), named)
-        _write_small(at, family, config, kept, workdir, dtype or _most(was.values()))
+        yield at
         if folder.exists():
             folder.rmdir()
         at.rename(folder)
-    say(f"{folder}: {family.architecture}, the parameters of step {given.step} of {workdir}")
 
 
 def _laid_over(config: Any, devices: int) -> Any:
     """Whatever mesh and exchange the run had: only its parameters are wanted."""
     flat, base = dict(configuration.flatten(config)), configuration.base_values()
-    flat |= {key: x for key, x in base.items() if key.startswith(("sync.", "mesh.")) or key == "optimizer.accumulate"}
+    others = ("lora.", "sync.", "mesh.", "optimizer.accumulate")
+    flat |= {key: x for key, x in base.items() if key.startswith(others)}
     return configuration.nested(flat | {"data.batch_size": devices})
 
 
@@ -103,17 +136,24 @@ def _layer(x: jax.Array, layer: int | None) -> np.ndarray:
     return np.asarray(x if layer is None else _one(x, layer))
 
 
-def _write_small(folder: Path, family: Family, config: Any, kept: Path | None, workdir: Path, dtype: str) -> None:
-    """config.json in both spellings, and their other files; where they gave none, what loads on every version."""
-    for name in SMALL:
+def _write_small(folder: Path, family: Family, config: Any, kept: Path | None, dtype: str) -> None:
+    """config.json in both spellings, and what else they had of the model."""
+    for name in OF_MODEL:
         if kept and (kept / name).is_file():
+            shutil.copyfile(kept / name, folder / name)
+    before = _read_json(folder / "config.json") if kept else {}
+    longest = {key: before[key] for key in ("max_position_embeddings", "n_positions") if key in before}
+    write_json(folder / "config.json", before | families.write_config(family, config, dtype) | longest)
+
+
+def _write_tokenizer(folder: Path, kept: Path | None, workdir: Path) -> None:
+    """Their files; where they gave none, what loads on every version."""
+    for name in SMALL:
+        if kept and name not in OF_MODEL and (kept / name).is_file():
             shutil.copyfile(kept / name, folder / name)
     described = folder / "tokenizer_config.json"
     if described.is_file() and _read_json(described).get("tokenizer_class") == "TokenizersBackend":
         write_json(described, _read_json(described) | EVERYWHERE)  # of transformers 5; no 4 knows it
-    before = _read_json(folder / "config.json") if kept else {}
-    longest = {key: before[key] for key in ("max_position_embeddings", "n_positions") if key in before}
-    write_json(folder / "config.json", before | families.write_config(family, config, dtype) | longest)
     if not kept and (workdir / "tokenizer.json").is_file():
         shutil.copyfile(workdir / "tokenizer.json", folder / "tokenizer.json")
         write_json(described, EVERYWHERE)

@@ -41,7 +41,7 @@ def try_prompt(sample: Any, data: Data, seq_len: int) -> np.ndarray | None:
     return prompt_P
 
 
-def finish(run: Run, params: Any, evaluated: Evaluation, link: Link | None = None) -> int:
+def finish(run: Run, state: Any, evaluated: Evaluation, link: Link | None = None) -> int:
     """summary.json, then samples.txt, plots/loss.png, report.html: a later one that fails costs only itself. link: what
     a step takes on it is told, too.
 
@@ -57,13 +57,13 @@ def finish(run: Run, params: Any, evaluated: Evaluation, link: Link | None = Non
             console.warn(f"no {what}: {type(error).__name__}: {error}")
 
     console.doing("digesting the weights and writing a sample")
-    digest = params_digest(params)
+    digest = params_digest(state.params)
     if run.workdir.leader:
         baselines = attempt("baselines", lambda: run.data.baselines(evaluated_on(run)))
         baselines = baselines or dict.fromkeys(run.data.compared_with)
         summarise(run, digest, evaluated, baselines)
     if run.prompt_P is not None:
-        text = attempt("sample", lambda: fit.sample(run, params))
+        text = attempt("sample", lambda: fit.sample(run, run.whole(state)))
         if text and run.workdir.leader:
             attempt("samples.txt", lambda: (folder / "samples.txt").write_text(text + "\n", encoding="utf-8"))
             console.say(f"a sample:\n{text}")

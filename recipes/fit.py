@@ -41,10 +41,20 @@ def due(done: int, every: int, last: int) -> bool:
 
 class Steps:
     """Makes the updates after `start` up to `last`, one call of a program at a time: iterating gives (state, metrics
-    [K]) after each call. `state` may be set between two calls: the next one begins with it, and takes it over."""
+    [K]) after each call. `state` may be set between two calls: the next one begins with it, and takes it over. frozen:
+    weights beside the state, as `parts.frozen` says."""
 
-    def __init__(self, parts: Parts, programs: dict[str, Any], state: Any, loader: Batches, start: int, last: int):
-        self.parts, self.programs, self.state, self.loader = parts, programs, state, loader
+    def __init__(
+        self,
+        parts: Parts,
+        programs: dict[str, Any],
+        state: Any,
+        loader: Batches,
+        start: int,
+        last: int,
+        frozen: tuple[Any, ...] = (),
+    ):
+        self.parts, self.programs, self.state, self.loader, self.frozen = parts, programs, state, loader, frozen
         self.done, self.last = start, last  # updates made
         self.units = 0  # tokens or examples that the last call has read
         self.before: Callable[[int, Any, int], None] | None = None  # of each call: updates made, state, K
@@ -63,7 +73,7 @@ class Steps:
                 self.before(self.done, self.state, K)
             program = self.programs[phase.prefix + strategy.program_at(self.done, last)]
             with jax.transfer_guard("disallow"):
-                self.state, metrics = program(self.state, batch)
+                self.state, metrics = program(self.state, batch, *self.frozen)
             self.done += K
             self.units = K * self.loader.batch_size * parts.task.units
             yield self.state, metrics
@@ -77,6 +87,7 @@ class Run:
     parts: Parts
     programs: dict[str, Any]
     beside: Later
+    frozen: tuple[Any, ...]  # weights beside the state
     data: Data
     loader: Batches
     prompt_P: np.ndarray | None  # of the sample; None: there is none
@@ -87,6 +98,10 @@ class Run:
     console: Console
     phases: Phases
     facts: dict[str, Any]  # of code and versions, kept in each checkpoint
+
+    def whole(self, state: Any) -> Any:
+        """What is evaluated of a state."""
+        return self.parts.task.whole(state.params, state.fixed, *self.frozen)
 
 
 @dataclass(frozen=True)
@@ -108,17 +123,17 @@ def train(run: Run, state: Any, notice: Any) -> Outcome:
     return outcome
 
 
-def sample(run: Run, params: Any) -> str:
+def sample(run: Run, whole: Any) -> str:
     """Text that the model writes. Called by every process: the parameters stay in their shards."""
     assert run.prompt_P is not None
     seq_len, seed, tokenizer = run.config.data.seq_len, run.config.seed, run.data.tokenizer
-    return sample_text(run.beside["sample"], params, run.prompt_P, seq_len, seed, tokenizer)
+    return sample_text(run.beside["sample"], whole, run.prompt_P, seq_len, seed, tokenizer)
 
 
-def _keep_sample(run: Run, params: Any, done: int) -> None:
+def _keep_sample(run: Run, whole: Any, done: int) -> None:
     """samples/N.txt, of the model after N updates."""
     try:
-        text = sample(run, params)
+        text = sample(run, whole)
         if run.workdir.leader:
             replace_file(run.workdir.path / "samples" / f"{done}.txt", (text + "\n").encode("utf-8", "replace"))
     except Exception as error:  # of whatever type, as at the end: a sample is no reason to end a run
@@ -147,7 +162,7 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
         checkpoints.save(0, state, None, run.facts | recorder.counted())
     evaluated, stopping = NOT_EVALUATED, False
     recorder.resume_clock()
-    updates = Steps(run.parts, run.programs, state, run.loader, done, config.steps)
+    updates = Steps(run.parts, run.programs, state, run.loader, done, config.steps, run.frozen)
     borders = [phase.first for phase in run.parts.phases[1:]]
     updates.before = _before(run, profiler, borders)
     calls = iter(updates)
@@ -171,13 +186,13 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
                 checkpoints.save(done, state, None, run.facts | recorder.counted())
                 checkpoints.finish()
             if evaluating:
-                evaluated = evaluate(state.params)
+                evaluated = evaluate(run.whole(state))
                 recorder.evaluation(done, evaluated.values())
             if saving and not last:
                 facts = run.facts | recorder.counted()
                 checkpoints.save(done, state, evaluated.loss if evaluating else None, facts)
             if sampling:
-                _keep_sample(run, state.params, done)
+                _keep_sample(run, run.whole(state), done)
             run.console.doing("")
             recorder.resume_clock()
         if checkpoints.poll():
@@ -192,5 +207,5 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
     run.workdir.note_commit()
     run.console.doing("evaluating")
     if run.start == config.steps:  # the run was complete already
-        evaluated = evaluate(state.params)
+        evaluated = evaluate(run.whole(state))
     return Outcome(state, done, stopping and done < config.steps, evaluated)

@@ -21,6 +21,7 @@ from model.config import Compute, ModelConfig, RopeScaling
 from model.transformer import Transformer
 from parallel.cost import flops
 from parallel.layout.mesh import cut
+from recipes.task import AllTrained
 from runtime import config as configuration
 from runtime.config import UsageError, nearest_multiples
 
@@ -60,7 +61,7 @@ def read_corpus(data: Any, **how: Any) -> corpora.Corpus:
 
 
 @dataclass(frozen=True)
-class Language:
+class Language(AllTrained):
     """attention: the kernel, and why that one. least: the smallest size of a logical axis."""
 
     model: Transformer
@@ -104,7 +105,7 @@ class Language:
         return most
 
     def flops(self) -> float:
-        shapes = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+        shapes = jax.eval_shape(self.model.init, jax.eval_shape(lambda: jax.random.key(0)))
         return flops.per_token(shapes, self.model.config, self.units, causal=False)
 
     def about(self) -> list[tuple[str, str]]:

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from parallel.layout import rules
-from parallel.layout.mesh import check_divisible, cut
-from recipes.build import Parts, build
+from parallel.layout.mesh import cut
+from recipes.build import Parts, build, check_cut
 from recipes.language import Language
 from recipes.programs import compile_steps
 from runtime.config import CHOICES, RunError, UsageError, changed, check_batch
@@ -31,8 +31,8 @@ ENDS = "docs/memory.md says what each of them costs"
 class Need:
     """Bytes of one device while a step runs. NaN: the backend does not say; inf: its compiler has refused."""
 
-    state: float
-    arguments: float  # the state and the batch
+    state: float  # with the weights beside it
+    arguments: float  # that and the batch
     temporary: float
 
     @property
@@ -130,8 +130,12 @@ def shard_bytes(x: Any, sizes: Mapping[str, int]) -> int:
 
 
 def state_bytes(parts: Parts, sizes: Mapping[str, int]) -> int:
-    """Of a device on a mesh of these sizes, counted from the shardings."""
-    return max(sum(shard_bytes(x, sizes) for x in jax.tree.leaves(phase.state)) for phase in parts.phases)
+    """Of a device on a mesh of these sizes, with the weights beside the state, counted from the shardings."""
+    return max(tree_bytes(phase.state, sizes) for phase in parts.phases) + tree_bytes(parts.frozen, sizes)
+
+
+def tree_bytes(tree: Any, sizes: Mapping[str, int]) -> int:
+    return sum(shard_bytes(x, sizes) for x in jax.tree.leaves(tree))
 
 
 def _said(need: Need) -> str:
@@ -210,7 +214,7 @@ def wider(config: Any, parts: Parts, need: Need, limit: float | None) -> list[Tu
         sizes = dict(parts.mesh.shape) | {"fsdp": factor * parts.mesh.shape["fsdp"]}
         try:
             check_batch(config.data.batch_size, parts.replicas, cut("batch", sizes), config.optimizer.accumulate)
-            check_divisible(parts.param_shapes, parts.task.axes, sizes, parts.task.least)
+            check_cut(parts.task, sizes)
         except (UsageError, ValueError):
             break
         rest = need.whole - need.state if math.isfinite(need.whole) else 0.0

@@ -89,7 +89,7 @@ NONE = Own()
 OWN_OPTIMIZER = "own"  # in the config, for `optimizer.name`
 OBJECT_KEYS = ("sync.codec", "sync.strategy")
 # Keys of a language model's alone, and those of the group `data` that any task has.
-TEXT = ("model.", "compute.", "data.", "sample.", "eval_batches", "optimizer.z_loss")
+TEXT = ("model.", "lora.", "compute.", "data.", "sample.", "eval_batches", "optimizer.z_loss")
 ANY_DATA = ("data.batch_size",)
 
 

@@ -44,7 +44,11 @@ class Once:
 
     def gradients(self, loader: Batches, params: Any = None, step: int = 0) -> Any:
         """Each replica's gradient [R, …] of its mean loss over its rows of the batch of a step, as in training.
-        params: None for those that the seed gives."""
+        params: None for those that the seed gives.
+
+        Raises UsageError for an adapter, whose gradient is one beside weights that are not here."""
+        if self.parts.frozen:
+            raise UsageError("gradients: of an adapter (lora.rank) there is none without its base; fit trains it")
         params = programs.compile_init(self.parts)(np.uint32(self.seed)).params if params is None else params
         rows = functools.partial(loader.rows, step)
         batch = placement.place_train(self.parts.mesh, self.parts.replicas, loader.batch_size, [rows])

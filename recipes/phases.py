@@ -4,6 +4,7 @@ there and gone on with another strategy."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +47,8 @@ def calls(parts: Parts, last: int) -> Iterator[Call]:
 
 def kinds(phase: Phase) -> dict[str, str]:
     """What each array of its state is (parallel/layout/roles.py), by name."""
-    return {name: role.kind for name, role in named_arrays(phase.strategy.declare(phase.state)).items()}
+    declared = replace(phase.strategy.declare(phase.state), fixed=phase.fixed)
+    return {name: role.kind for name, role in named_arrays(declared).items()}
 
 
 def adapter(parts: Parts) -> Callable[[int, Any, Any], resume.Adapted]:

@@ -162,7 +162,7 @@ def divisible(case: Case) -> Iterator[dict[str, int]]:
         if any(not {sizes[axis], -1} & {*case.fixed(f"mesh.{axis}", (-1,))} for axis in USED):
             continue
         try:
-            meshes.check_divisible(parts.param_shapes, parts.task.axes, sizes, parts.task.least)
+            build.check_cut(parts.task, sizes)
         except ValueError:
             continue
         if not case.config.data.seq_len % meshes.cut("sequence", sizes)[1]:

@@ -21,7 +21,9 @@ REMAT = ("matmuls", "full")  # what is counted of compute.remat
 def network(parts: Parts) -> Network:
     """Of a language model's run."""
     task: Any = parts.task
-    return Network.of(parts.param_shapes, task.axes, task.model.config, task.units, task.model.compute.dtype.itemsize)
+    trained = (parts.param_shapes, task.axes)
+    weights = task.frozen[0] if task.frozen else trained
+    return Network.of(weights, trained, task.model.config, task.units, task.model.compute.dtype.itemsize)
 
 
 @dataclass(frozen=True)

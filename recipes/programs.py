@@ -19,7 +19,8 @@ from model import decode
 from parallel.layout import placement
 from parallel.layout.axes import SLOW
 from parallel.layout.rules import Constrain
-from recipes.build import Parts, Phase
+from parallel.strategies import beside as with_frozen
+from recipes.build import Parts, Phase, begin_state
 from recipes.language import Language
 from runtime.digest import digest_all, named_arrays
 
@@ -56,13 +57,25 @@ def steps(parts: Parts) -> dict[str, Callable[[], Any]]:
 
     def lower(phase: Phase, f: Callable) -> Any:
         outputs = (shardings_of(phase.state), None)
-        return jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(phase.state, phase.batch)
+        return jax.jit(f, donate_argnums=0, out_shardings=outputs).lower(phase.state, phase.batch, *parts.frozen)
 
     return {
         phase.prefix + name: functools.partial(lower, phase, f)
         for phase in parts.phases
-        for name, f in phase.strategy.programs().items()
+        for name, f in calls(parts, phase).items()
     }
+
+
+def calls(parts: Parts, phase: Phase) -> dict[str, Callable]:
+    """{program of its strategy: f(state, batch, *frozen)}."""
+    if not parts.frozen:
+        return phase.strategy.programs()
+    return with_frozen.programs(phase.strategy, parts.task.whole)
+
+
+def takes_over(config: Any, parts: Parts) -> bool:
+    """Whether the first state has the parameters of another run, and not a base beside it."""
+    return bool(config.init.workdir) and not parts.frozen
 
 
 def compile_init(parts: Parts, given: bool = False) -> Any:
@@ -76,8 +89,9 @@ def lower_init(parts: Parts, given: bool = False) -> Any:
     first = parts.phases[0]
 
     def init(seed_or_params: Any) -> Any:
-        params = seed_or_params if given else parts.task.init(jax.random.key(seed_or_params))
-        return first.strategy.init(params)
+        key = jax.random.key(0 if given else seed_or_params)
+        params = seed_or_params if given else parts.task.init(key)
+        return begin_state(first.strategy, parts.task, params, key)
 
     argument = first.state.params if given else jax.ShapeDtypeStruct((), np.uint32)
     donated = (0,) if given else ()
@@ -132,7 +146,7 @@ def compile_evaluation(parts: Parts, options: Any = None) -> Any:
 def lower_evaluation(parts: Parts) -> Any:
     """(params, batch[D, B, …] of `parts.eval_batch`'s shape) -> the sums that the task's loss gives."""
     evaluate = jax.jit(placement.evaluation(parts.task.eval_loss, parts.mesh))
-    return evaluate.lower(parts.state.params, parts.eval_batch)
+    return evaluate.lower(parts.whole, parts.eval_batch)
 
 
 @dataclass(frozen=True)
@@ -215,7 +229,7 @@ def lower_sample(parts: Parts, num_tokens: int, temperature: float) -> Any:
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
     arguments = jax.ShapeDtypeStruct((seq_len,), np.int32), scalar(np.int32), scalar(np.uint32)
     own = NamedSharding(parts.mesh, placement.EVAL)
-    return jax.jit(generate, out_shardings=own).lower(parts.state.params, *arguments)
+    return jax.jit(generate, out_shardings=own).lower(parts.whole, *arguments)
 
 
 def sample_text(program: Any, params: Any, prompt_P: np.ndarray, seq_len: int, seed: int, tokenizer: Any) -> str:

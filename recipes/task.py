@@ -69,6 +69,21 @@ class Trainable(Protocol):
     @property
     def eval_loss(self) -> Callable[..., Any]: ...
 
+    @property
+    def frozen(self) -> tuple[tuple[Any, Any], ...]:
+        """(shapes, axes) of each tree of weights that lies beside the state, and is not trained."""
+        ...
+
+    @property
+    def fixed_axes(self) -> Any: ...
+    def fixed(self, key: jax.Array, /) -> Any:
+        """Weights that a state holds, and that are not trained."""
+        ...
+
+    def whole(self, params: Any, fixed: Any, /, *frozen: Any) -> Any:
+        """What the losses take for their parameters."""
+        ...
+
     def init(self, key: jax.Array, /) -> Any: ...
     def weight(self, batch: Any, /) -> Any: ...
     def eval_rows(self, most: int, multiple: int) -> int:
@@ -86,8 +101,26 @@ class Trainable(Protocol):
     def read(self, c: Any, **how: Any) -> Data: ...
 
 
+class AllTrained:
+    """Of a Trainable all of whose weights are trained."""
+
+    @property
+    def frozen(self) -> tuple[tuple[Any, Any], ...]:
+        return ()
+
+    @property
+    def fixed_axes(self) -> Any:
+        return {}
+
+    def fixed(self, key: jax.Array) -> Any:
+        return {}
+
+    def whole(self, params: Any, fixed: Any, *frozen: Any) -> Any:
+        return params
+
+
 @dataclass(frozen=True, eq=False)
-class Task:
+class Task(AllTrained):
     """A model, a loss and data of a caller's.
 
     init(key) -> params: a dictionary of float32 arrays, perhaps of dictionaries. axes: the same, for each array a tuple

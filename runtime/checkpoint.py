@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from runtime import agree, exits, format1, steps
 from runtime.config import RunError, UsageError
 from runtime.digest import fingerprint, named_arrays
-from runtime.steps import PARAMS, read_record
+from runtime.steps import FIXED, PARAMS, read_record
 from runtime.stored import NO_RECORD, Record, damage, differing, make_record, nested, read_arrays
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what is raised here with a better message
@@ -214,26 +214,35 @@ class Given(NamedTuple):
     params: Any
     step: int  # of the run that they are of
     digest: str  # as params_digest
+    fixed: Any = None  # what is saved with them, and not trained
+    facts: Mapping[str, Any] = {}  # with which the step was saved
 
 
-def load_params(directory: Path, abstract: Any, warn: Callable[[str], None]) -> Given:
+def load_params(
+    directory: Path, abstract: Any, warn: Callable[[str], None], fixed: Any = None, only: int | None = None
+) -> Given:
     """The parameters of the newest step in `directory` in which they are intact, verified, in the shardings of
-    `abstract`. Nothing else is read, so a step may hold nothing else; and nothing is changed, for the run may go on.
+    `abstract`; and `fixed`, abstract, too. Nothing else is read, so a step may hold nothing else; and nothing is
+    changed, for the run may go on. only: the step that it must be.
 
     A step whose parameters are damaged is named through `warn`, and the one before it is tried. Raises UsageError where
     there is no step, or one of another model; CheckpointError where all are damaged.
     """
-    wanted = named_arrays({"params": abstract})
+    both = {"params": abstract, "fixed": fixed or {}}
+    wanted = named_arrays(both)
     damaged: dict[int, str] = {}
-    on_disk = agree.decided("steps to start from", lambda: steps.to_start_from(directory))
+    listed = lambda: steps.to_start_from(directory, only)
+    on_disk = agree.decided("steps to start from", listed)
     while untried := [step for step in on_disk if step not in damaged]:
         step = untried[-1]
-        arrays, digests, problems = _load_params(directory / str(step), wanted)
+        arrays, record, problems = _load_params(directory / str(step), wanted)
         if not problems:
-            params = jax.tree.structure(abstract).unflatten([arrays[name] for name in wanted])
-            return Given(params, step, fingerprint(named_arrays(params), digests))
+            found = jax.tree.structure(both).unflatten([arrays[name] for name in wanted])
+            params = named_arrays(found["params"])
+            digest = fingerprint(params, {name: record["arrays"][PARAMS + name]["digest"] for name in params})
+            return Given(found["params"], step, digest, found["fixed"], record.get("facts", {}))
         damaged[step] = damage(step, problems)
-        on_disk = agree.decided("steps to start from", lambda: steps.to_start_from(directory))
+        on_disk = agree.decided("steps to start from", listed)
         if step in on_disk:  # else the run has deleted it meanwhile
             warn(f"{directory.parent}: {damaged[step]}")
     raise CheckpointError(
@@ -242,16 +251,16 @@ def load_params(directory: Path, abstract: Any, warn: Callable[[str], None]) -> 
     )
 
 
-def _load_params(folder: Path, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """(arrays, the digest of each parameter by its name, problems of all processes). Format 1 named these as we do."""
+def _load_params(folder: Path, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """(arrays, the record, problems of all processes). Format 1 named these as we do."""
     record = agree.decided("record of a checkpoint", lambda: read_record(folder))
     if record is None:
         return {}, {}, [NO_RECORD]
-    saved = {name: x for name, x in record["arrays"].items() if name.startswith(PARAMS)}
+    saved = {name: x for name, x in record["arrays"].items() if name.startswith((PARAMS, FIXED))}
     if rows := differing(saved, wanted, sorted(saved.keys() | wanted.keys())):
         raise UsageError(f"init.workdir: {folder} holds another model than its config.json says:\n" + "\n".join(rows))
     arrays, problems = read_arrays(folder, record, dict(wanted))
-    return arrays, {name.removeprefix(PARAMS): x["digest"] for name, x in saved.items()}, problems
+    return arrays, record, problems
 
 
 if __name__ == "__main__":

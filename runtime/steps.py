@@ -13,7 +13,7 @@ from typing import Any
 from runtime.config import UsageError
 
 COPIES = ("record.json", "record.copy.json")
-PARAMS = "params/"  # begins the names of parameters in a record
+PARAMS, FIXED = "params/", "fixed/"  # begin names in a record: of parameters, and of those that are not trained
 DAMAGED, FOREIGN, DELETED = ".damaged", ".foreign", ".deleted"
 LEFTOVER = re.compile(r"[0-9]+(\.orbax-checkpoint-tmp.*|\.deleted)")  # of a save, or of a deletion, that was killed
 
@@ -52,11 +52,16 @@ def parameters_only(directory: Path) -> bool:
     return bool(arrays) and all(name.startswith(PARAMS) for name in arrays)
 
 
-def to_start_from(directory: Path) -> list[int]:
-    """Committed steps of another run, oldest first. Raises UsageError where there is none."""
+def to_start_from(directory: Path, only: int | None = None) -> list[int]:
+    """Committed steps of another run, oldest first; or the one that it must be. Raises UsageError for none."""
     if not (steps := list(committed(directory))):
         raise UsageError(f"init.workdir={directory.parent}: this run has no checkpoint, so it cannot be started from")
-    return steps
+    if only is not None and only not in steps:
+        raise UsageError(
+            f"init.workdir={directory.parent}: step {only}, beside which an adapter was trained, is not there any more "
+            f"({', '.join(map(str, steps))} are): a run that goes on deletes its old steps, so keep a copy of a base"
+        )
+    return steps if only is None else [only]
 
 
 def rotate(directory: Path, keep: int, keep_every: int) -> None:

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from parallel.layout import mesh as meshes
 from parallel.layout import rules
 from parallel.layout.axes import SLOW
-from recipes import door, language, memory, xla
+from recipes import door, language, memory, parameters, xla
 from runtime import config as configuration
 from runtime.config import UsageError
 from runtime.console import human_bytes
@@ -46,9 +46,7 @@ class Model:
 
     def load(self, say: Say) -> tuple[Any, str, int]:
         """(weights for decoding, the digest of their checkpoint, its step)."""
-        from runtime.checkpoint import load_params  # slow to import
-
-        given = load_params(self.workdir / "checkpoints", self.abstract, say)
+        given = parameters.read(self.workdir, self.axes, self.abstract, say)
         found = weights.unstack(given.params, self.axes, self.network, self.dtype, self.mesh)
         return found, given.digest, given.step
 

@@ -3,6 +3,7 @@
 python tests/huggingface_oracle.py make FOLDER     a tiny random model of each family, its logits and all its gradients
 python tests/huggingface_oracle.py read FOLDER     what transformers makes of a folder: logits and greedy tokens
 python tests/huggingface_oracle.py chat FOLDER     ids of the conversations in its chats.json, but for the last message
+python tests/huggingface_oracle.py peft FOLDER     what PEFT makes of an adapter, beside the base that it names: logits
 """
 
 import json
@@ -89,5 +90,21 @@ def chat(folder: Path) -> None:
     (folder / "chats.ids.json").write_text(json.dumps(found))
 
 
+def peft(folder: Path) -> None:
+    """Also those of the base alone. Ends with 1 where PEFT warns: it does of weights that it does not find."""
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = torch.from_numpy(tokens())[:, :-1]
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alone = model(ids).logits.numpy()
+        logits = PeftModel.from_pretrained(model, str(folder)).eval()(ids).logits.numpy()
+    np.savez(folder.with_suffix(".peft.npz"), logits=logits, base=alone)
+    # What one library says of the other's age is no matter of ours.
+    sys.exit("\n".join(said for w in caught if "deprecated" not in (said := str(w.message))) or 0)
+
+
 if __name__ == "__main__":
-    {"make": make, "read": read, "chat": chat}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "read": read, "chat": chat, "peft": peft}[sys.argv[1]](Path(sys.argv[2]))

@@ -33,7 +33,8 @@ RESULTS = ROOT / "runs" / "prove"
 REPORT = ROOT / "docs" / "proofs.md"
 CORES = 2
 TAKEN_OUT = "taken out, "
-TORCH = ("torch==2.13.0", "transformers==5.24.0", "gguf==0.19.0", "accelerate==1.*")  # oracles: PowerSGD, models
+# Oracles: of PowerSGD, models, weights, adapters.
+TORCH = ("torch==2.13.0", "transformers==5.24.0", "gguf==0.19.0", "accelerate==1.*", "peft==0.21.2")
 TRANSFORMERS4 = ("transformers==4.57.*", "huggingface-hub<1.0", "tokenizers>=0.22,<0.23.1")
 
 
@@ -241,7 +242,7 @@ def find_torch() -> None:
     if os.environ.get("SLACKLINE_TORCH_PYTHON"):
         return
     python = ROOT / ".venv-torch" / "bin" / "python"
-    there = [python, "-c", "import torch, transformers"]
+    there = [python, "-c", "import torch, transformers, peft"]
     if not python.exists() or subprocess.run(there, capture_output=True).returncode:
         print(f"installing {' and '.join(TORCH)} into .venv-torch", flush=True)
         subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)

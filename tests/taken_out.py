@@ -1483,7 +1483,7 @@ CASES = [
     TakenOut(
         "sample: it is kept at its step",
         "recipes/fit.py",
-        "                _keep_sample(run, state.params, done)\n",
+        "                _keep_sample(run, run.whole(state), done)\n",
         "                pass\n",
         "tests/test_ending.py::test_what_fails_at_the_end_costs_only_itself_and_is_said",
     ),

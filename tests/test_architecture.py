@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from configs import base
+from parallel.strategies import beside
 from recipes import methods
 from runtime import config as configuration
 from runtime import launch
@@ -73,9 +74,9 @@ CODEC = {
     }.items()
     for name in names.split()
 }  # fmt: skip
-STRATEGIES = "stale local streaming eager warmed overlap backward".split()
+STRATEGIES = "stale local streaming eager warmed overlap backward beside".split()
 STRATEGY = {name: f"parallel/strategies/{name}.py" for name in STRATEGIES}
-FEATURES = CODEC | STRATEGY | {"muon": "optim/muon.py", "messages": "optim/messages.py"}
+FEATURES = CODEC | STRATEGY | {"muon": "optim/muon.py", "messages": "optim/messages.py", "lora": "model/lora.py"}
 # {recipe: (mesh, its config, its codec, further features)}
 INT4 = {"sync__codec": "int4"}
 RECIPES = {
@@ -104,6 +105,7 @@ RECIPES = {
         "sign",
         "int exact messages warmed",
     ),
+    "LoRA": ((4, 2, 1), INT4 | {"lora__rank": 2, "init__workdir": "runs/base"}, "int", "lora beside"),
 }
 
 
@@ -138,11 +140,15 @@ QUICK = ("one device", "muon", "int8", "topk", "powersgd", "diloco")
 def test_what_runs_while_a_step_is_traced_is_its_tiers(recipe):
     mesh, config, codec, features = RECIPES[recipe]
     wanted = STEP | (EXCHANGE | {CODEC[codec]} if codec else set()) | {FEATURES[name] for name in features.split()}
-    (phase,) = helpers.build(helpers.tiny(**config), mesh).phases
+    parts = helpers.build(helpers.tiny(**config), mesh)
+    (phase,) = parts.phases
+    calls = phase.strategy.programs()
+    if parts.frozen:
+        calls = beside.programs(phase.strategy, lambda params, _, base: parts.task.lora.join(base, params))
 
     def trace():
-        for program in phase.strategy.programs().values():
-            jax.jit(program).lower(phase.state, phase.batch)
+        for program in calls.values():
+            jax.jit(program).lower(phase.state, phase.batch, *parts.frozen)
 
     found = files_run_by(trace)
     assert found <= wanted, f"more is run: {sorted(found - wanted)}"

@@ -295,7 +295,7 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_it_taken(spoiled, par
 
 def test_a_step_that_its_run_deletes_meanwhile_is_not_called_damaged(spoiled, parts, monkeypatch):
     lists = iter([[1, 2, 9], [1, 2]])
-    monkeypatch.setattr(steps, "to_start_from", lambda _: next(lists))
+    monkeypatch.setattr(steps, "to_start_from", lambda *_: next(lists))
     assert load_params(spoiled / "checkpoints", parts.state.params, pytest.fail).step == 2
 
 

@@ -364,6 +364,7 @@ def made(tmp_path_factory) -> tuple[Path, Any]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    oracle.python = python
     oracle("make", folder)
     return folder, oracle
 

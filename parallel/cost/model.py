@@ -56,11 +56,14 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """layer: the weights of one. hidden: arrays of F that the feed-forward half begins with. visible: keys that a query
-    sees on average. itemsize: of the compute dtype."""
+    """layer: the weights of one. trained_…: the same, or adapters beside weights that lie in the compute dtype. hidden:
+    arrays of F that the feed-forward half begins with. visible: keys that a query sees on average. itemsize: of the
+    compute dtype."""
 
     layer: tuple[Weight, ...]
     ends: tuple[Weight, ...]
+    trained_layer: tuple[Weight, ...]
+    trained_ends: tuple[Weight, ...]
     layers: int
     dim: int
     mlp_dim: int
@@ -73,18 +76,12 @@ class Network:
     itemsize: int
 
     @classmethod
-    def of(cls, shapes: Any, axes: Any, model: Any, seq_len: int, itemsize: int) -> "Network":
-        """shapes, axes: of the parameters, `blocks` with a leading dimension of layers. model: its ModelConfig."""
-        flat = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple)))
-        layer, ends = [], []
-        for path, x in jax.tree_util.tree_leaves_with_path(shapes):
-            names = [part.key for part in path]
-            inside = names[0] == "blocks"
-            weight = Weight("/".join(names[-2:]), tuple(x.shape)[inside:], tuple(flat[path])[inside:])
-            (layer if inside else ends).append(weight)
+    def of(cls, weights: tuple, trained: tuple, model: Any, seq_len: int, itemsize: int) -> "Network":
+        """weights, trained: (shapes, axes), `blocks` with a leading dimension of layers. model: its ModelConfig."""
+        layer, ends = _weights(*weights)
         window = min(seq_len, model.sliding_window or seq_len)
         return cls(
-            layer=tuple(layer), ends=tuple(ends), layers=model.num_layers, dim=model.model_dim, mlp_dim=model.mlp_dim,
+            layer, ends, *_weights(*trained), layers=model.num_layers, dim=model.model_dim, mlp_dim=model.mlp_dim,
             hidden=sum(w.axes[-1] == "mlp" and len(w.shape) > 1 for w in layer), seq_len=seq_len, itemsize=itemsize,
             queries=model.num_heads * model.head_dim, keys=model.num_kv_heads * model.head_dim, vocab=model.vocab_size,
             visible=window - window**2 / (2 * seq_len),
@@ -94,6 +91,18 @@ class Network:
     def head(self) -> Weight:
         """What makes logits: a weight of its own, or the embedding."""
         return next((w for w in self.ends if w.name == "head"), self.ends[0])
+
+
+def _weights(shapes: Any, axes: Any) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
+    """Of a layer, and of the ends."""
+    flat = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple)))
+    layer, ends = [], []
+    for path, x in jax.tree_util.tree_leaves_with_path(shapes):
+        names = [part.key for part in path]
+        inside = names[0] == "blocks"
+        weight = Weight("/".join(names[-2:]), tuple(x.shape)[inside:], tuple(flat[path])[inside:])
+        (layer if inside else ends).append(weight)
+    return tuple(layer), tuple(ends)
 
 
 @dataclass(frozen=True)
@@ -291,9 +300,9 @@ def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float
     """Temporary bytes by the moments at which a step may hold most: {moment: {array: bytes}}. The state lies beside
     them."""
     (fsdp,), t, n = rules.RULES["embed"], lay.cut("mlp"), tokens(net, lay)
-    layer = sum(_own(w, lay) for w in net.layer)
+    layer = sum(_own(w, lay) for w in net.trained_layer)
     whole = sum(_own(w, lay, without=fsdp) for w in net.layer)
-    weights = net.layers * layer + sum(_own(w, lay) for w in net.ends)
+    weights = net.layers * layer + sum(_own(w, lay) for w in net.trained_ends)
     always = {
         "gradients of micro-steps": weights * FLOAT32 * (lay.accumulate > 1),
         "of the exchange meanwhile": flight.meanwhile,
@@ -337,4 +346,5 @@ def _kept(net: Network, lay: Layout) -> float:
 def updated(net: Network, lay: Layout) -> float:
     """Bytes of memory that the optimizer reads and writes, and what adds up micro-steps."""
     each = UPDATE_BYTES + ADDED_BYTES * lay.accumulate * (lay.accumulate > 1)
-    return each * (net.layers * sum(_own(w, lay) for w in net.layer) + sum(_own(w, lay) for w in net.ends))
+    layer, ends = (sum(_own(w, lay) for w in weights) for weights in (net.trained_layer, net.trained_ends))
+    return each * (net.layers * layer + ends)

@@ -74,6 +74,12 @@ def abstract_batch(
     return {name: jax.ShapeDtypeStruct((*shape, *x.shape), x.dtype, sharding=sharding) for name, x in row.items()}
 
 
+def placed(mesh: Mesh, shapes: Any, specs: Any) -> Any:
+    """A tree of abstract arrays, with their shardings."""
+    shardings = rules.shardings(mesh, specs)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def evaluation(loss_fn: Callable, mesh: Mesh) -> Callable:
     """evaluate(params, batch[D, B, …]) -> the sums that loss_fn gives, over all rows; D: the size of `replica`."""
 

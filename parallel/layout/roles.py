@@ -17,7 +17,7 @@ DRAWN = "drawn"  # a codec's own state, drawn anew where it does not fit
 FLAG = "flag"  # what is known of something in flight
 WINDOW = "window"  # the last sizes that the guard judges by, […, W]
 TALLY = "tally"  # counts that are added up over replicas
-FIXED = "fixed"  # weights that are not trained
+FIXED = "fixed"  # weights that are saved with the others, and not trained
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ learns that replicas exist; what crosses `replica` is what the exchange sends, a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -37,6 +37,7 @@ class State:
     strategy: Any  # the strategy's own: local parameters, pending messages
     guard: Any  # counters of refused updates, and the windows it judges by
     codec: Any  # residuals, and the codec's own state (parallel/exchange/residuals.py)
+    fixed: Any = field(default_factory=dict)  # weights that are saved with the others, and not trained
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ TOGETHER = 2**27  # bytes on one device
 FROM_MEAN = "carried over as its mean, so that every replica starts from the same"
 FROM_SHARED = "made for every replica from what all share"
 ADDED_UP = "carried over as its sum"
-ESSENTIAL = ("params/", "opt/", "step")  # without these it is another model, or another optimizer
+ESSENTIAL = ("params/", "opt/", "fixed/", "step")  # without these it is another model, or another optimizer
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class _Plan:
             known = [name for name in self.fresh if not fold.server_of(name) or name not in self.saved]
             self._say("begun anew, for it has another shape or was not there", known)
         left = sorted(set(self.saved) - self.read)
-        other_model = [name for name in left if name.startswith(("params/", "opt/", f"{OWN}opt/"))]
+        other_model = [name for name in left if name.startswith(("params/", "opt/", "fixed/", f"{OWN}opt/"))]
         self._say("dropped, for there is no place for it now", left)
         notes = [f"{what}: {', '.join(names)}" for what, names in self.said.items() if names]
         return Adapted(steps, notes, self.missing + other_model)

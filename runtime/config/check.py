@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,8 @@ def relations(flat: dict[str, Any], offer: bool = True) -> Iterator[str]:
     if flat["compute.attention"] == "cudnn" and flat["compute.dtype"] == "float32":
         yield "compute.attention=cudnn knows no compute.dtype=float32: set bfloat16, or compute.attention=reference"
     yield from _sync_relations(flat, offer)
+    if flat["lora.rank"]:
+        yield from _lora_relations(flat)
     if flat["profile.steps"]:
         try:
             if profile_range(flat["profile.steps"]).start >= flat["steps"]:
@@ -132,6 +135,21 @@ def _sync_relations(flat: dict[str, Any], offer: bool) -> Iterator[str]:
     if flat["sync.overlap"] > K:
         yield f"sync.overlap={flat['sync.overlap']}: one fragment is on the wire at a time, for at most {K} steps"
     yield from _whole_rounds(flat, K, "sync.interval / sync.fragments", offer)
+
+
+def _lora_relations(flat: dict[str, Any]) -> Iterator[str]:
+    said = f"lora.rank={flat['lora.rank']}"
+    if not flat["init.workdir"]:
+        yield f"{said} trains an adapter beside a model that is there: name the run that holds it in init.workdir"
+    if flat["sync.exchange"] == "backward":
+        yield (
+            f"{said}: sync.exchange=backward sends whole layers' gradients while the next one's is made, and an "
+            "adapter has too few to be worth that: set sync.exchange=after"
+        )
+    try:
+        re.compile(flat["lora.pattern"])
+    except re.error as error:
+        yield f"lora.pattern={flat['lora.pattern']!r} is no regular expression: {error}"
 
 
 def _warm_relations(flat: dict[str, Any]) -> Iterator[str]:

@@ -86,7 +86,7 @@ class Range(NamedTuple):
 RANGES: dict[Range, str] = {
     Range(0, math.inf, "()"): (
         "model.norm_eps model.rope_theta model.init_std model.rope_scaling.low_freq_factor "
-        "model.rope_scaling.high_freq_factor optimizer.eps"
+        "model.rope_scaling.high_freq_factor lora.alpha optimizer.eps"
     ),
     Range(1, math.inf, "[)"): (
         "steps log_every eval_batches model.num_layers model.model_dim model.num_heads model.num_kv_heads "
@@ -95,7 +95,7 @@ RANGES: dict[Range, str] = {
         "sync.interval sync.fragments"
     ),
     Range(0, math.inf, "[)"): (
-        "eval_every model.sliding_window model.rope_scaling.factor compute.loss_chunk_mib optimizer.lr "
+        "eval_every lora.rank model.sliding_window model.rope_scaling.factor compute.loss_chunk_mib optimizer.lr "
         "optimizer.warmup_steps "
         "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss "
         "optimizer.freeze_steps guard.zscore sync.replicas sync.warm_steps sync.staleness sync.compensation "
@@ -129,6 +129,7 @@ UNREAD: dict[str, dict[Any, str]] = {
         "signum": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.clip_norm optimizer.freeze_steps",
         "onebit_adam": "optimizer.momentum optimizer.clip_norm",
     },
+    "lora.rank": {0: "lora.alpha lora.pattern lora.rs lora.freeze_a"},
     "optimizer.schedule": {"constant": "optimizer.final_lr_fraction"},
     "guard.zscore": {0: "guard.window"},
     "sample.tokens": {0: "sample.prompt sample.temperature sample.every"},

@@ -19,8 +19,8 @@ class Change(NamedTuple):
 
 SCHEDULE = "steps optimizer.lr optimizer.schedule optimizer.warmup_steps optimizer.final_lr_fraction"
 CHANGES = (
-    Change("model. data.vocab_size", "refused: the weights mean something else", refused=True),
-    Change("init.", "nothing: what has begun goes on from its own checkpoints"),
+    Change("model. lora. data.vocab_size", "refused: the weights mean something else", refused=True),
+    Change("init.", "nothing: what has begun goes on from its own checkpoints; a base is refused where it is another"),
     Change("data.tokenizer data.end_of_document", "refused where it is not the tokenizer that the run has of its own"),
     Change(SCHEDULE, "the learning rate follows the new schedule from the next update on"),
     Change("optimizer.", "from the next update on; refused where the optimizer remembers something else"),
