@@ -1,14 +1,13 @@
 """What it costs to average adapters: held-out loss of a tiny model that is tuned on other text than it was trained on,
 with all weights, with an adapter, and with an adapter whose A is frozen; synchronously and with DiLoCo.
 
-python bench/lora.py --seeds=3 --workdir=/tmp/lora          (prints a table in Markdown)
+python bench/lora.py --seeds=3        (prints a table in Markdown)
 
 The base reads Python's standard library, what is tuned on is this repository's documents as they are when it begins.
 Without a codec: nothing but what is averaged differs. RATES are the best of three each (1, 3 and 10 thousandths for all
 weights, 3, 10 and 30 for adapters), tried with `sync`, 2 replicas and seed 0.
 """
 
-import argparse
 import contextlib
 import io
 import shutil
@@ -18,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)
 
 import slackline as sl  # noqa: E402
 from parallel.cost.bytes import bytes_per_step  # noqa: E402
+from runtime import usage  # noqa: E402
 
 STEPS, H = 120, 30
 SHARED: dict[str, Any] = {
@@ -50,9 +50,9 @@ def tuned(folder: Path, kind: str, strategy: str, replicas: int, lr: float, seed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workdir", type=Path, default=Path("/tmp/slackline-lora"))
+    parser = usage.parser(__doc__, "python bench/lora.py")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of which means are taken")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/lora"), metavar="PATH", help="where runs are kept")
     args = parser.parse_args()
     if not (args.workdir / "text").exists():
         shutil.copytree(ROOT / "docs", args.workdir / "text")

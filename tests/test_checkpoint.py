@@ -125,6 +125,7 @@ def damage(file: Path, rng: np.random.Generator) -> str:
     return f"{file} byte {position} bit {bit}"
 
 
+@pytest.mark.slow
 def test_every_flip_and_cut_that_changes_a_value_is_detected_and_the_array_named(saved, tmp_path):
     """96 random flips and truncations over all files of a step."""
     rng = np.random.default_rng(7)

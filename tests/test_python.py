@@ -46,6 +46,7 @@ def whole(tmp_path_factory):
     return fit(tmp_path_factory.mktemp("python") / "run")
 
 
+@pytest.mark.slow
 def test_losses_and_weights_are_the_command_line_s(whole, tmp_path):
     changes = configuration.flatten({"mesh": MESH, "sync": DILOCO, **SMALL})
     helpers.train(tmp_path / "run", *(f"--config.{key}={x}" for key, x in changes), simulate=4)
