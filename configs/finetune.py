@@ -1,7 +1,9 @@
-"""Tunes an imported chat model on conversations of one's own: all weights, the loss on what the assistant says.
+"""Tunes an imported chat model, runs/base, on conversations of one's own, chat.jsonl: all weights, the loss on what
+the assistant says.
 
 python -m model.huggingface import path/to/SmolLM2-135M-Instruct runs/base
-python train.py --config=configs/finetune.py --config.init.workdir=runs/base --config.data.path=chat.jsonl
+python train.py --config=configs/finetune.py
+python train.py --config=configs/finetune.py --config.init.workdir=runs/smollm2 --config.data.path=mine.jsonl
 
 Rows of chat.jsonl are {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]} or
 {"prompt": "…", "completion": "…"}. `python -m data.chat show chat.jsonl --workdir=runs/base` shows what is learned.
@@ -18,6 +20,8 @@ def get_config():
     c.steps = 30
     c.log_every = 1
     c.eval_every = 10
+    c.init.workdir = "runs/base"
+    c.data.path = "chat.jsonl"
     c.data.document_mask = True
     c.data.seq_len = 256
     c.data.batch_size = 4
