@@ -64,7 +64,7 @@ class Conversation:
 
     def _fitting(self, asked: list[dict[str, str]], say: Callable[[str], None]) -> list[int]:
         """The prompt, without the first questions and answers where all would leave no room."""
-        first, left_out = len(asked) and int(asked[0]["role"] == "system"), 0
+        first, left_out = int(asked[0]["role"] == "system"), 0
         while len(prompt := self.template.prompt(asked, self.tokenizer)) + LEAST_ROOM > self.engine.context:
             if len(asked) - first < 3:
                 raise ValueError(
@@ -74,7 +74,7 @@ class Conversation:
             del asked[first : first + 2]
             left_out += 1
         if left_out:
-            say(f"(no more room: the first {left_out} of what was asked and answered are forgotten)")
+            say(f"(no more room for all: {left_out} of the first questions and answers forgotten)")
         return prompt
 
 
@@ -125,12 +125,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser = usage.parser(__doc__, "python chat.py")
     options.add(parser, workdir="a model with a chat template; default: runs/smollm2, which is fetched")
     parser.add_argument("--system", default="", help="what the model is told before all else")
-    parser.add_argument("--max_tokens", type=int, metavar="N", default=512, help="tokens of an answer, at most")
+    parser.add_argument(
+        "--max_tokens", type=usage.positive, metavar="N", default=512, help="tokens of an answer, at most"
+    )
     options.add_sampling(parser, temperature=0.0)
-    args, changes = options.parse(parser, argv)
-    if args.max_tokens < 1:
-        raise UsageError(f"--max_tokens={args.max_tokens}: expected 1 or more")
-    return args, changes
+    return options.parse(parser, argv)
 
 
 def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:

@@ -54,12 +54,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
 def shown(found: dict[str, Any]) -> str:
     """The table as wide as the terminal; elsewhere, as in a log, all of it."""
     return table.fitting(found, terminal_columns()) if is_terminal(sys.stdout) else table.markdown(found)
@@ -70,10 +64,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="one like configs/compare/quickstart.py")
     parser.add_argument("--workdir", metavar="PATH", help="where results are kept; default: runs/compare-<config>")
     parser.add_argument(
-        "--simulate", type=positive, metavar="N", help="simulated CPU devices, over which the replicas are laid"
+        "--simulate", type=usage.positive, metavar="N", help="simulated CPU devices, over which the replicas are laid"
     )
     parser.add_argument(
-        "--processes", type=positive, metavar="N", default=1, help="rows at once, each on a core of its own"
+        "--processes", type=usage.positive, metavar="N", default=1, help="rows at once, each on a core of its own"
     )
     parser.add_argument("--tune", action="store_true", help="try the candidates of each row, and train nothing else")
     parser.add_argument("--only", default="", help="rows whose name contains this; the baseline always runs")

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data import corpus
+from data.tokenizer import encode_prompt
 from runtime import exits, usage
 from runtime.config import UsageError, bad_input
 from serving import loaded, options
@@ -37,21 +37,20 @@ MOST_SLOTS = 64  # answers at once
 
 def main(argv: list[str]) -> int:
     args, changes = parse(argv)
-    with bad_input():
-        prompts = [args.prompt] if args.prompts is None else args.prompts.read_text().splitlines()
+    prompts = [args.prompt] if args.prompts is None else _lines(args.prompts)
     sampling = options.sampling_of(args)
     tell = lambda line: print(line, file=sys.stderr, flush=True)
     model = loaded.open_model(args.workdir, changes, args.simulate)
     with bad_input():
-        ids = [tuple(map(int, corpus.encode_prompt(model.tokenizer, prompt))) for prompt in prompts]
+        ids = [tuple(encode_prompt(model.tokenizer, prompt).tolist()) for prompt in prompts]
     eos = frozenset({model.tokenizer.eos} - {-1})
-    seeds = [replace(sampling, seed=sampling.seed + i) for i in range(args.samples)]
+    seeds = [replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(args.samples)]
     requests = [Request(prompt, args.max_tokens, how, eos) for prompt in ids for how in seeds]
-    slots = min(len(requests), MOST_SLOTS)
-    engine = loaded.open_engine(model, slots, args.context, not args.no_invariant, tell, len(requests))
     with bad_input():
         for request in requests:
-            engine.check(request)
+            request.check(loaded.context_of(model, args.context), model.network.vocab_size)
+    slots = min(len(requests), MOST_SLOTS)
+    engine = loaded.open_engine(model, slots, args.context, not args.no_invariant, tell, len(requests))
     engine.start()
     with contextlib.closing(engine):
         if len(requests) == 1:
@@ -62,6 +61,16 @@ def main(argv: list[str]) -> int:
         else:
             _print_all(engine, model.tokenizer, [p for p in prompts for _ in range(args.samples)], requests, args)
     return 0
+
+
+def _lines(file: Path) -> list[str]:
+    with bad_input():
+        if not file.is_file():
+            raise UsageError(f"--prompts={file}: there is no such file")
+        found = file.read_text().splitlines()
+    if not found:
+        raise UsageError(f"--prompts={file} is empty: expected a prompt a line")
+    return found
 
 
 def _print_all(engine: Engine, tokenizer: Any, prompts: list[str], requests: list[Request], args: Any) -> None:
@@ -77,14 +86,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     options.add(parser)
     parser.add_argument("--prompt", default="", help="what is continued")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="in its place a prompt a line, all at once")
-    parser.add_argument("--max_tokens", type=int, metavar="N", default=100, help="tokens of an answer, at most")
-    parser.add_argument("--samples", type=int, metavar="N", default=1, help="answers to each prompt, of seeds in a row")
+    parser.add_argument(
+        "--max_tokens", type=usage.positive, metavar="N", default=100, help="tokens of an answer, at most"
+    )
+    parser.add_argument(
+        "--samples", type=usage.positive, metavar="N", default=1, help="answers to each prompt, of seeds in a row"
+    )
     parser.add_argument("--stop", action="append", default=[], help="text before which an answer ends; may be repeated")
     options.add_sampling(parser, temperature=0.8)
-    args, changes = options.parse(parser, argv)
-    if args.samples < 1:
-        raise UsageError(f"--samples={args.samples}: expected 1 or more")
-    return args, changes
+    return options.parse(parser, argv)
 
 
 def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:

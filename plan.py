@@ -158,11 +158,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", type=Path, metavar="FILE", help="all candidates, as JSON")
     parser.add_argument("--write", type=Path, metavar="FILE", help="the pick, as a config that runs")
     parser.add_argument("--version", action="version", version=configuration.version(), help="show versions")
-    args, rest = parser.parse_known_args(argv)
-    for word in rest:
-        if not word.startswith("--config.") or "=" not in word:
-            raise UsageError(f"{word}: not an option of plan.py, which takes keys as --config.KEY=VALUE: see --help")
-    return args, rest
+    return configuration.with_changes(parser, argv)
 
 
 def run(argv: list[str], leave: Callable[[int], Any] = int) -> int:

@@ -126,12 +126,6 @@ def check_packages() -> None:
         raise UsageError(f"serving needs {' and '.join(missing)}: `pip install -r requirements-deploy.txt`")
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(options, changes of the config)."""
     parser = usage.parser(__doc__, "python serve.py")
@@ -143,9 +137,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     )
     parser.add_argument("--host", default="127.0.0.1", help="the address of this machine at which it listens")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: one that is free")
-    parser.add_argument("--slots", type=positive, default=16, metavar="N", help="answers that are made at once")
+    parser.add_argument("--slots", type=usage.positive, default=16, metavar="N", help="answers that are made at once")
     parser.add_argument(
-        "--most_waiting", type=positive, default=256, metavar="N", help="requests that wait; a further one is refused"
+        "--most_waiting",
+        type=usage.positive,
+        default=256,
+        metavar="N",
+        help="requests that wait; a further one is refused",
     )
     parser.add_argument("--keys", type=Path, help="the file of those who may ask, of python -m serving.keys")
     parser.add_argument("--tls_cert", type=Path, help="this server's certificate, in PEM")

@@ -17,6 +17,13 @@ def parser(doc: str | None, command: str, then: str = "") -> argparse.ArgumentPa
     return _Parser(then, prog=command, description=about, epilog=text, formatter_class=_Style, allow_abbrev=False)
 
 
+def positive(text: str) -> int:
+    """Of an option that counts something."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def apart(doc: str) -> tuple[str, list[str]]:
     """(the paragraphs that are no examples, the lines of those that are)."""
     paragraphs = [part.strip("\n") for part in doc.strip().split("\n\n")]

@@ -12,7 +12,7 @@ from typing import Any
 
 from serving.lane import Lane, Running, fetched, read
 from serving.programs import Programs, bucket
-from serving.requests import MOST_TOP, End, Full, Request, Token
+from serving.requests import End, Full, Request, Token
 
 PROMPT_TURN = 512  # positions of new prompts that a turn reads at most: those who wait for their next token wait for it
 Receive = Callable[[Token | End], None]
@@ -74,7 +74,7 @@ class Engine:
     def submit(self, request: Request, receive: Receive) -> Ticket:
         """receive is called in the engine's thread, with every token, and an End at last. Raises Full; ValueError for a
         request that cannot be answered."""
-        self.check(request)
+        request.check(self.context, self.vocab_size)
         ticket = Ticket(request, receive, self._wake)
         with self._changed:
             if not self.ready or len(self._waiting) >= self.most_waiting:
@@ -122,23 +122,6 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def check(self, request: Request) -> None:
-        """Raises ValueError for one that cannot be answered."""
-        prompt, most = request.prompt, self.context
-        if not prompt:
-            raise ValueError("the prompt is empty: it needs one token at least")
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise ValueError(f"a prompt's ids lie in [0, {self.vocab_size})")
-        if request.max_tokens < (0 if request.echo else 1):
-            raise ValueError(f"max_tokens={request.max_tokens}: an answer has one token at least")
-        if len(prompt) + request.max_tokens > most:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and the answer may have {request.max_tokens}: together at most "
-                f"{most}"
-            )
-        if not -1 <= request.top_logprobs <= MOST_TOP:
-            raise ValueError(f"top_logprobs={request.top_logprobs}: from -1 (none) to {MOST_TOP}")
-
     # ── the engine's thread ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _loop(self) -> None:
@@ -177,8 +160,11 @@ class Engine:
                     self._end(running, "cancelled")
 
     def _take_weights(self) -> None:
-        if self._next and not self.running:
+        if self.running:
+            return
+        with self._changed:
             load, self._next = self._next, None
+        if load:
             self._weights, self.fingerprint, self.step = load() or (self._weights, self.fingerprint, self.step)
 
     def _admit(self) -> None:

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from parallel.layout import mesh as meshes
 from parallel.layout import rules
 from parallel.layout.axes import SLOW
-from recipes import door, language, memory, parameters, xla
+from recipes import door, language, memory, methods, parameters, xla
 from runtime import config as configuration
 from runtime.config import UsageError
 from runtime.console import human_bytes
@@ -65,7 +65,7 @@ def open_model(workdir: str, changes: Mapping[str, Any], simulate: int | None) -
         raise UsageError(
             f"mesh.{SLOW}={config.mesh[SLOW]}: nothing of an answer crosses a slow link. Start one on each replica"
         )
-    door.check_given(path, door.methods.NONE, ("task",))
+    door.check_given(path, methods.NONE, ("task",))
     return laid_out(path, config, door.mesh_of(config, simulate), door.tokenizer_of(path, config.data))
 
 
@@ -88,15 +88,21 @@ def _any_length(config: Any, mesh: Mesh) -> Any:
     return configuration.nested(flat | {"data.seq_len": 256 * mesh.size})
 
 
+def context_of(model: Model, context: int | None) -> int:
+    """Tokens of prompt and answer, at most. Raises UsageError for more than the model has positions for."""
+    c, longest = model.network, context or model.config.data.seq_len
+    if c.position == "learned" and longest > c.max_seq_len:
+        raise UsageError(f"--context={longest}: this model has {c.max_seq_len} positions, each with a learned weight")
+    return longest
+
+
 def open_engine(model: Model, slots: int, context: int | None, invariant: bool, say: Say, most_waiting: int) -> Engine:
     """Ready to be started. slots: requests at once, of each length.
 
     Raises UsageError for a context that the model has no positions for, or more than the devices' memory holds.
     """
     c, began = model.network, time.monotonic()
-    longest = context or model.config.data.seq_len
-    if c.position == "learned" and longest > c.max_seq_len:
-        raise UsageError(f"--context={longest}: this model has {c.max_seq_len} positions, each with a learned weight")
+    longest = context_of(model, context)
     lengths = sorted({min(SHORT, longest), longest})
     rungs = _rungs(slots, model.mesh.shape["fsdp"], invariant)
     _check_memory(model, rungs[-1], lengths, say)

@@ -48,7 +48,7 @@ def dry_run(config: Any, text: str, changes: dict[str, Any], slots: int, context
     compilers.prepare(target.chip)
     say(target.said())
     model = _laid_out(config, target, changes)
-    longest = context or model.config.data.seq_len
+    longest = loaded.context_of(model, context)
     abstract = weights.abstract(model.abstract, model.axes, model.network, model.dtype, model.mesh)
     programs = Programs(model.network, model.mesh, model.dtype, abstract, [slots], [longest])
     held = sum(_shard_bytes(x) for x in jax.tree.leaves(abstract))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime import config as configuration
+from runtime import usage
 from runtime.config import UsageError, bad_input
 from serving.requests import Sampling
 
@@ -19,10 +20,15 @@ def add(parser: argparse.ArgumentParser, workdir: str = "") -> None:
     """workdir: what stands for it where none is given, for --help; "": one must be given."""
     about = workdir or "a run, or an import of model.huggingface"
     parser.add_argument("--workdir", required=not workdir, metavar="PATH", help=about)
-    parser.add_argument("--simulate", type=int, metavar="N", help="so many CPU devices, over which the mesh is laid")
+    parser.add_argument(
+        "--simulate", type=usage.positive, metavar="N", help="so many CPU devices, over which the mesh is laid"
+    )
     parser.add_argument("--config.KEY", metavar="VALUE", help=f"{', '.join(KEYS)}: by default one device")
     parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens of prompt and answer, at most; default: data.seq_len"
+        "--context",
+        type=usage.positive,
+        metavar="N",
+        help="tokens of prompt and answer, at most; default: data.seq_len",
     )
     parser.add_argument(
         "--no_invariant", action="store_true",
@@ -42,12 +48,10 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(options, changes of the config)."""
-    args, rest = parser.parse_known_args(argv)
+    args, rest = configuration.with_changes(parser, argv)
     changes = {}
     for word in rest:
-        key, is_one, text = word.removeprefix("--config.").partition("=")
-        if not word.startswith("--config.") or not is_one:
-            raise UsageError(f"{word}: not an option of {parser.prog}: see --help")
+        key, _, text = word.removeprefix("--config.").partition("=")
         if key not in KEYS:
             raise UsageError(f"--config.{key} changes nothing of an answer: only {', '.join(KEYS)} can be set here")
         with bad_input():

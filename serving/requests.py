@@ -36,6 +36,23 @@ class Request:
     top_logprobs: int = -1
     echo: bool = False
 
+    def check(self, context: int, vocab_size: int) -> None:
+        """Raises ValueError where it cannot be answered. context: tokens of prompt and answer, at most."""
+        count, most = len(self.prompt), self.max_tokens
+        if not count:
+            raise ValueError("the prompt is empty: it needs one token at least")
+        if min(self.prompt) < 0 or max(self.prompt) >= vocab_size:
+            raise ValueError(f"a prompt's ids lie in [0, {vocab_size})")
+        if most < (0 if self.echo else 1):
+            raise ValueError(f"max_tokens={most}: an answer has one token at least")
+        if count + most > context:
+            raise ValueError(
+                f"max_tokens={most}: after a prompt of {count} there is room for {max(0, context - count)}, as prompt "
+                f"and answer have {context} tokens together"
+            )
+        if not -1 <= self.top_logprobs <= MOST_TOP:
+            raise ValueError(f"top_logprobs={self.top_logprobs}: from -1 (none) to {MOST_TOP}")
+
 
 class Token(NamedTuple):
     """logprob: natural logarithm, of the model's own distribution, whatever it was sampled from; None for a prompt's

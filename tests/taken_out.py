@@ -1894,8 +1894,8 @@ CASES = [
     TakenOut(
         "engine: new weights wait for those who are being answered",
         "serving/engine.py",
-        "if self._next and not self.running:",
-        "if self._next:",
+        "        if self.running:\n            return\n",
+        "",
         "tests/test_engine.py::test_new_weights_are_taken_when_those_before_have_answered",
     ),
     TakenOut(
@@ -1932,6 +1932,48 @@ CASES = [
         "    while size > 1:\n        size //= 2\n        x = x[..., :size] + x[..., size:]\n    return x[..., 0]\n",
         "    return jnp.sum(x, axis=-1)\n",
         "tests/test_smollm2.py::test_programs_of_4_8_and_16_slots_have_the_same_bits",
+    ),
+    TakenOut(
+        "lora: what is used is the weight and its adapter",
+        "model/lora.py",
+        "return (x.w.astype(dtype) + self.scale * product).astype(x.w.dtype)",
+        "return x.w",
+        "tests/test_lora.py::test_logits_are_those_of_merged_weights_and_gradients_follow_from_theirs",
+    ),
+    TakenOut(
+        "lora: the adapter alone is trained",
+        "recipes/tuned.py",
+        "return self.lora.init(key, self.lora.trained)",
+        "return self.model.init(key)",
+        "tests/test_lora.py::test_a_state_holds_the_adapter_alone_and_the_base_lies_beside_it_once",
+    ),
+    TakenOut(
+        "lora: another base is refused",
+        "recipes/parameters.py",
+        "if given.digest != before.get(DIGEST, given.digest):",
+        "if False:",
+        "tests/test_lora.py::test_another_base_is_refused",
+    ),
+    TakenOut(
+        "lora: a rank is below a matrix's own",
+        "model/lora.py",
+        "if c.rank >= least:",
+        "if False:",
+        "tests/test_lora.py::test_bad_values_are_refused_before_anything_is_computed",
+    ),
+    TakenOut(
+        "generate: what cannot be answered is refused before anything compiles",
+        "generate.py",
+        "            request.check(loaded.context_of(model, args.context), model.network.vocab_size)\n",
+        "            pass\n",
+        "tests/test_generate.py::test_what_a_run_cannot_do_is_refused_before_anything_compiles",
+    ),
+    TakenOut(
+        "chat: what has no room is left out",
+        "chat.py",
+        "del asked[first : first + 2]",
+        "del asked[:2]",
+        "tests/test_generate.py::test_what_came_first_is_forgotten_where_there_is_no_room_which_is_said",
     ),
 ]
 

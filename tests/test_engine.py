@@ -286,7 +286,7 @@ def test_a_stop_id_ends_an_answer_and_is_not_in_it():
     [
         (Request((), 4), "empty"),
         (Request((1, 256), 4), r"\[0, 256\)"),
-        (Request((1,) * 30, 4), "30 tokens and the answer may have 4: together at most 32"),
+        (Request((1,) * 30, 4), "max_tokens=4: after a prompt of 30 there is room for 2"),
         (Request((1,), 0), "max_tokens=0"),
         (Request((1,), 4, top_logprobs=MOST_TOP + 1), "top_logprobs=21"),
     ],

@@ -86,8 +86,8 @@ def post(body, path="/v1/completions", *more, length=None):
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-@pytest.fixture
-def server():
+def servers():
+    """Makes a server, and ends all that it made."""
     made = []
 
     def make(*given, **options):
@@ -97,6 +97,9 @@ def server():
     yield make
     for found in made:
         found.end()
+
+
+server = pytest.fixture(servers, name="server")
 
 
 def wait_for(condition, seconds=5.0):

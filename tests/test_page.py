@@ -8,22 +8,12 @@ from serving import keys
 
 pytest.importorskip("starlette", reason="pip install -r requirements-deploy.txt")
 
-from test_listen import Server
+from test_listen import servers
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not browser.PROGRAM, reason="needs Chromium")]
 
 
-@pytest.fixture
-def server():
-    made = []
-
-    def make(*given, **options):
-        made.append(Server(*given, **options))
-        return made[-1]
-
-    yield make
-    for found in made:
-        found.end()
+server = pytest.fixture(servers, name="server")
 
 
 def say(page, text, tokens):

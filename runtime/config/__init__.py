@@ -6,7 +6,7 @@ while a run goes on.
 
 from runtime.config.check import check_batch, profile_range, validate
 from runtime.config.errors import RunError, UsageError, bad_input
-from runtime.config.flags import checked, define_flags, execute, override, parse, typed, version
+from runtime.config.flags import checked, define_flags, execute, override, parse, typed, version, with_changes
 from runtime.config.keys import (
     CHOICES,
     SMALLEST_VOCABULARY,
@@ -66,4 +66,5 @@ __all__ = [
     "typed",
     "validate",
     "version",
+    "with_changes",
 ]

@@ -1,5 +1,6 @@
 """The command line: flags, the config file, overrides. A Python config file is executed when given as --config."""
 
+import argparse
 import importlib.metadata
 import platform
 import re
@@ -200,6 +201,17 @@ def _shorten_warm_up(before: dict[str, Any], flat: dict[str, Any], overridden: d
     flat[key], all_of_it = before[key] * steps // before["steps"], before["steps"]
     note = f"{key}={before[key]} does not fit into steps={steps}"
     return [f"{note}: it is {flat[key]}, the same share as of {all_of_it}"]
+
+
+def with_changes(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(options, the words --config.KEY=VALUE). Raises UsageError for a word that is neither."""
+    args, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if not word.startswith("--config.") or "=" not in word:
+            raise UsageError(
+                f"{word}: not an option of {parser.prog}, which takes keys as --config.KEY=VALUE: see --help"
+            )
+    return args, rest
 
 
 def typed(key: str, text: str | None) -> Any:
