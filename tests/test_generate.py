@@ -69,7 +69,7 @@ def test_what_a_run_cannot_do_is_refused_before_anything_compiles(options, messa
         (["--prompts=/dev/null"], "--prompts=/dev/null"),
         (["--config.optimizer.lr=1"], "--config.optimizer.lr changes nothing of an answer"),
         (["--config.mesh.tensor=x"], "mesh.tensor=x: expected an integer"),
-        (["--lr=1"], "--lr=1: not an option of python generate.py"),
+        (["--lr=1"], "--lr=1: not an option of generate.py"),
         ([], "there is no config.json of a run"),
     ],
 )

@@ -208,9 +208,8 @@ def with_changes(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[
     args, rest = parser.parse_known_args(argv)
     for word in rest:
         if not word.startswith("--config.") or "=" not in word:
-            raise UsageError(
-                f"{word}: not an option of {parser.prog}, which takes keys as --config.KEY=VALUE: see --help"
-            )
+            name = parser.prog.removeprefix("python ")
+            raise UsageError(f"{word}: not an option of {name}, which takes keys as --config.KEY=VALUE: see --help")
     return args, rest
 
 
