@@ -90,7 +90,7 @@ def compiled(row: Row) -> dict[str, Any]:
     parts, found, before = recipe.make(config, target), {}, time.process_time()
     K = parts.strategy.steps_per_call
     for name, lower in programs.steps(parts).items():
-        reading = aot.read(name, aot.compiled(lower, parts), parts, target, config)
+        reading = aot.read(name, aot.compiled(lower, parts.xla_options), parts, target, config)
         found[name] = {
             "peak": reading.peak_bytes / GIB,
             "temporary": reading.temporary_bytes / GIB,

@@ -49,7 +49,7 @@ def compiled(lowered: Any, parts: Any, compiler: str) -> tuple[Any, str]:
     if about.exists():
         found = json.loads(about.read_text())
         return aot.Refused(**found) if "sentence" in found else Kept(_read(digest), found), digest
-    program = aot.compiled(lambda: lowered, parts)
+    program = aot.compiled(lambda: lowered, parts.xla_options)
     FOLDER.mkdir(parents=True, exist_ok=True)
     if isinstance(program, aot.Refused):
         found = {"sentence": program.sentence, "temporaries": program.temporaries}

@@ -71,11 +71,11 @@ def lowerings(config: Any, parts: Parts) -> dict[str, Callable[[], Any]]:
     return programs.steps(parts) | others
 
 
-def compiled(lower: Callable[[], Any], parts: Parts) -> Any:
+def compiled(lower: Callable[[], Any], xla_options: dict[str, Any]) -> Any:
     """The program, or Refused where it does not fit. Raises RunError where the compiler fails for another reason."""
     lowered = lower()
     try:
-        return lowered.compile(compiler_options=parts.xla_options)
+        return lowered.compile(compiler_options=xla_options)
     except Exception as error:  # of a type that JAX does not name in public
         first = str(error).splitlines()[0] if str(error) else ""
         if found := compilers.refused(error):

@@ -157,7 +157,7 @@ def compiled(case: Case, c: Candidate) -> Compiled:
     peaks, readings = [], []
     try:
         for name, lower in programs.steps(parts).items():
-            program = aot.compiled(lower, parts)
+            program = aot.compiled(lower, parts.xla_options)
             peaks.append(aot.peak(program, parts, name)[1])
             if not isinstance(program, aot.Refused):
                 readings.append(aot.read(name, program, parts, case.target, config))

@@ -145,7 +145,7 @@ def compile_all(config: Any, parts: Parts, target: Target, console: Console, fol
     found, refused = {}, {}
     for name, lower in aot.lowerings(config, parts).items():
         console.doing(f"compiling {name} for {target.text}")
-        program = aot.compiled(lower, parts)
+        program = aot.compiled(lower, parts.xla_options)
         if isinstance(program, Refused):
             refused[name] = program
         elif folder:
@@ -166,7 +166,7 @@ def on_larger(
         for name, lower in aot.lowerings(config, make(config, other)).items():
             if name in refused and name not in found:
                 console.doing(f"compiling {name} for {other.text}, to see what it is made of")
-                program = aot.compiled(lower, parts)
+                program = aot.compiled(lower, parts.xla_options)
                 if not isinstance(program, Refused):
                     found[name] = aot.read(name, refused[name], parts, target, config, (other.text, program))
         other = targets.larger(other, hardware.catalogue())
@@ -180,6 +180,6 @@ def compiled_with(config: Any, target: Target, console: Console) -> verdict.Pred
         console.doing(f"compiling for {on.text} with {', '.join(f'{k}={v}' for k, v in changes.items())}")
         parts = make(changed(config, changes), on)
         lowered: dict[str, Callable[[], Any]] = programs.steps(parts)
-        return max(aot.peak(aot.compiled(lower, parts), parts, name)[1] for name, lower in lowered.items())
+        return max(aot.peak(aot.compiled(lower, parts.xla_options), parts, name)[1] for name, lower in lowered.items())
 
     return predict

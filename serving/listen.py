@@ -4,7 +4,6 @@ The first SIGTERM or Ctrl-C lets those who wait have their answers, the second o
 """
 
 import asyncio
-import contextlib
 import os
 import socket
 import ssl
@@ -153,5 +152,4 @@ class _Protocol(H11Protocol):
             self._patience = None
 
     def _close(self) -> None:
-        with contextlib.suppress(Exception):
-            self.transport.close()
+        self.transport.close()

@@ -4,6 +4,7 @@ What generate.py, chat.py and serve.py have in common."""
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class Model:
         given = parameters.read(self.workdir, self.axes, self.abstract, say)
         found = weights.unstack(given.params, self.axes, self.network, self.dtype, self.mesh)
         return found, given.digest, given.step
+
+    @cached_property
+    def decoding(self) -> Any:
+        """Shapes and shardings of the weights for decoding."""
+        return weights.abstract(self.abstract, self.axes, self.network, self.dtype, self.mesh)
 
     @property
     def xla_options(self) -> dict[str, Any]:
@@ -144,12 +150,17 @@ def _rungs(slots: int, shards: int, invariant: bool) -> list[int]:
     return found
 
 
+def needs(model: Model, slots: int, lengths: Sequence[int]) -> tuple[int, int]:
+    """Bytes of a device: (of weights; of keys, values and what else is known of slots, at most)."""
+    sizes = model.mesh.shape
+    programs = Programs(model.network, model.mesh, model.dtype, model.decoding, [slots], lengths)
+    kept = sum(memory.tree_bytes(programs.state(slots, length), sizes) for length in lengths)
+    return memory.tree_bytes(model.decoding, sizes), kept
+
+
 def _check_memory(model: Model, slots: int, lengths: Sequence[int], say: Say) -> None:
     """Says what a device needs at most, and refuses what it has not."""
-    c, sizes, itemsize = model.network, model.mesh.shape, model.dtype.itemsize
-    numbers = sum(x.size for x in jax.tree.leaves(model.abstract))
-    held = numbers * itemsize / sizes["tensor"]
-    kept = 2 * c.num_layers * slots * sum(lengths) * c.num_kv_heads * c.head_dim * itemsize / model.mesh.size
+    held, kept = needs(model, slots, lengths)
     limit = memory.of_device()
     said = f"a device needs {human_bytes(held)} for weights and up to {human_bytes(kept)} for keys and values"
     if limit is not None and held + kept > limit:

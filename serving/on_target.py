@@ -2,23 +2,20 @@
 send, and how fast they can be at best."""
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-
 from parallel.cost import compilers, hardware, hlo, schedule, targets, wire
 from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
-from recipes import door
+from recipes import aot, door
 from runtime import config as configuration
 from runtime import library_log
 from runtime.config import UsageError, bad_input
 from runtime.console import human_bytes
-from serving import loaded, weights
+from serving import loaded
 from serving.programs import Programs, buckets
 
 FITS, DOES_NOT_FIT = 0, 1
@@ -49,10 +46,8 @@ def dry_run(config: Any, text: str, changes: dict[str, Any], slots: int, context
     say(target.said())
     model = _laid_out(config, target, changes)
     longest = loaded.context_of(model, context)
-    abstract = weights.abstract(model.abstract, model.axes, model.network, model.dtype, model.mesh)
-    programs = Programs(model.network, model.mesh, model.dtype, abstract, [slots], [longest])
-    held = sum(_shard_bytes(x) for x in jax.tree.leaves(abstract))
-    kept = sum(_shard_bytes(x) for x in jax.tree.leaves(programs.state(slots, longest)))
+    held, kept = loaded.needs(model, slots, [longest])
+    programs = Programs(model.network, model.mesh, model.dtype, model.decoding, [slots], [longest])
     say(
         f"{meshes.describe(model.mesh)}, {model.dtype}; of each chip {human_bytes(held)} of weights, "
         f"{human_bytes(kept)} of keys and values ({slots} slots of {longest:,} tokens)"
@@ -89,18 +84,13 @@ def _laid_out(config: Any, target: Target, changes: dict[str, Any]) -> loaded.Mo
 
 def _compiled(name: str, lower: Callable[[], Any], model: loaded.Model, target: Target, state: float) -> Found:
     """state: bytes of weights, keys and values of a device, which are there whether the program reads them or not."""
-    try:
-        program = lower().compile(compiler_options=model.xla_options)
-    except Exception as error:  # of a type that JAX does not name in public
-        if not compilers.refused(error):
-            raise
+    program = aot.compiled(lower, model.xla_options)
+    if isinstance(program, aot.Refused):
         return Found(name, None)
-    memory, read = program.memory_analysis(), hlo.Program.read(program.as_text())
-    sent: dict[str, float] = {}
-    for c in wire.collectives(read, model.mesh):
-        sent[c.axis] = sent.get(c.axis, 0.0) + c.sent
-    own = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    return Found(name, state + own, memory.temp_size_in_bytes, sent, schedule.flops(read) / target.chip.bf16)
+    found, read = program.memory_analysis(), hlo.Program.read(program.as_text())
+    own = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+    multiply = schedule.flops(read) / target.chip.bf16
+    return Found(name, state + own, found.temp_size_in_bytes, wire.per_axis(read, model.mesh), multiply)
 
 
 def _said(x: Found) -> str:
@@ -111,10 +101,6 @@ def _said(x: Found) -> str:
         f"{x.name}: peak {human_bytes(x.peak)}, of which {human_bytes(x.temporaries)} temporary; sends {sent}; "
         f"{1e3 * x.multiply:.2f} ms to multiply"
     )
-
-
-def _shard_bytes(x: Any) -> int:
-    return x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
 
 
 def config_of(args: argparse.Namespace) -> Any:
