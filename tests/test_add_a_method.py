@@ -184,6 +184,7 @@ def same(found, expected) -> None:
         np.testing.assert_allclose(found[name], x, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_without_a_start_together_it_is_diloco_that_takes_the_mean(page):
     outer = local.Outer("sgd", 1.0, 0.0)
     same(toy(page[1], 10, interval=4, together=0), toy(local.DiLoCo, 10, interval=4, outer=outer))

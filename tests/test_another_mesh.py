@@ -131,6 +131,7 @@ def test_local_replicas_go_on_from_their_mean(tmp_path):
     steps(config, (2, 1, 1), 2, restored, first=6)
 
 
+@SLOW  # in the default run: test_seams.py, with nothing trained
 def test_the_same_mesh_and_codec_restores_the_same_bits(tmp_path):
     _, state, _ = saved(tmp_path, options("int4"), (4, 2, 1), 2)
     _, restored, _, notes = go_on(tmp_path, options("int4"), (4, 2, 1))

@@ -101,6 +101,7 @@ FUSED = [
 UNFUSED = "--xla_cpu_max_isa=AVX"  # which has no such instruction; XLA reads it once, when a process begins
 
 
+@SLOW  # in the default run: what crosses the slow axis, below
 @pytest.mark.parametrize(("mesh", "codec", "more"), CASES)
 def test_a_step_is_that_of_the_same_messages_sent_after_the_backward_pass(mesh, codec, more):
     config, parts, program = made(mesh, codec, **more)
@@ -142,6 +143,7 @@ def test_what_crosses_the_slow_axis_is_a_message_a_layer_one_more_and_the_ends(m
     assert sum(sent.values()) == sum(sum(exchange_bytes(message).values()) for message in messages)
 
 
+@SLOW
 def test_a_gradient_that_is_refused_leaves_no_trace():
     """Not finite, or a spike: known only when all has been sent. Counted; what is owed, too, stays as it was."""
     config, parts, program = made((4, 2, 1), "int4")
@@ -168,6 +170,7 @@ def test_a_gradient_that_is_refused_leaves_no_trace():
         assert not np.array_equal(jax.device_get(state.params["embed"]), before[0]["embed"])
 
 
+@SLOW
 def test_a_spike_that_stays_is_applied_scaled_to_the_limit():
     """After three refusals in a row; as `after` does it, but for what is owed."""
     ends = []

@@ -97,6 +97,7 @@ def digests(step: Path) -> dict[str, str]:
 # ── what is taken ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_parameters_of_the_newest_step_and_an_optimizer_of_its_own(first, second):
     begun, theirs = (digests(path) for path in (second[0] / "checkpoints" / "0", first / "checkpoints" / "2"))
     params = [name for name in theirs if name.startswith("params/")]

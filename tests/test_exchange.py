@@ -63,7 +63,7 @@ def show(case) -> str:
 
 
 SLOW = pytest.mark.slow
-QUICK = {"none-two_stage", "int4-two_stage", "sign-gather", "topk-gather", "powersgd-two_stage"}
+QUICK = {"none-two_stage", "int4-two_stage", "topk-gather", "powersgd-two_stage"}
 
 
 def every(case, form: str):
@@ -289,7 +289,7 @@ def test_with_sgd_the_parameters_less_what_is_owed_follow_exact_sgd(case, algori
         assert np.abs(x[n] - lr * rest[n] - exact[n]).max() <= 1e-5 * np.abs(exact[n]).max(), n
 
 
-@pytest.mark.parametrize("algorithm", ["gather", "two_stage"])
+@pytest.mark.parametrize("algorithm", ["gather", pytest.param("two_stage", marks=SLOW)])
 def test_votes_keep_their_majority(algorithm):
     """Of stochastic signs, whose scale is the largest vote: ±1 is carried exactly."""
     exchange = make(("sign", (("stochastic", True),)), algorithm, (4, 1, 1))

@@ -126,6 +126,7 @@ def expected() -> tuple[Any, Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]
     return weights, adapter, tokens_BT, np.asarray(logits), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)], ids=helpers.name)
 def test_logits_are_those_of_merged_weights_and_gradients_follow_from_theirs(mesh):
     weights, adapter, tokens_BT, logits, gradients = expected()

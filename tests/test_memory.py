@@ -40,7 +40,8 @@ def test_on_a_tpu_too(codec):
     assert used <= 2 + in_flight
 
 
-@pytest.mark.parametrize("mesh", [(1, 4, 2), pytest.param((2, 4, 1), marks=pytest.mark.slow)], ids=helpers.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 4, 1)], ids=helpers.name)
 def test_evaluation_and_the_sample_need_no_more_than_the_step(mesh):
     """With micro-steps, and sequences and a vocabulary that make activations and logits larger than the weights."""
     sizes = {"data__batch_size": 128, "optimizer__accumulate": 16, "data__seq_len": 128, "data__vocab_size": 2048}

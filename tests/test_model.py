@@ -224,7 +224,9 @@ def slope(f, w: np.ndarray, direction: np.ndarray, h: float = 2e-3) -> float:
     return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
 
 
-@pytest.mark.parametrize("name", WITH_GRADIENT)
+@pytest.mark.parametrize(
+    "name", [WITH_GRADIENT[0], *(pytest.param(x, marks=pytest.mark.slow) for x in WITH_GRADIENT[1:])]
+)
 def test_gradient_equals_finite_differences(name):
     """Along the gradient itself (its length), along random directions, and at single weights.
 

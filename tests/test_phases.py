@@ -24,10 +24,7 @@ CASES = {
     "eager int4": LOCAL | {"sync__strategy": "eager", "sync__codec": "int4"},
     "diloco none, adam outside": LOCAL | {"sync__strategy": "diloco", "sync__outer__optimizer": "adam"},
 }
-QUICK = "diloco int4"
-EACH = pytest.mark.parametrize(
-    "case", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+DILOCO = CASES["diloco int4"]
 
 
 def config_of(case: dict, **more):
@@ -63,15 +60,15 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@EACH
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_it_is_a_synchronous_run_that_goes_on_with_another_strategy(tmp_path, case):
     """To the bit, in every array; and so is a run that is stopped before the border, at it, or after it."""
-    mesh = (2, 1, 1) if case == QUICK else MESH
-    plain, cold = helpers.build(config_of({}), mesh), helpers.build(config_of(CASES[case]), mesh)
+    stops = (WARM - 2, WARM, LAST - H)
+    plain, cold = helpers.build(config_of({}), MESH), helpers.build(config_of(CASES[case]), MESH)
     config = config_of(CASES[case], sync__warm_steps=WARM)
-    warm = helpers.build(config, mesh)
+    warm = helpers.build(config, MESH)
     programs = compile_steps(warm, helpers.QUICKLY)
-    stops = (WARM - 2,) if case == QUICK else (WARM - 2, WARM, LAST - H)
     found = trained(warm, programs, helpers.init_state(config, warm), 0, config, tmp_path, stops)
 
     exact = {"step": programs["warm step"]}
@@ -93,7 +90,7 @@ def test_it_is_a_synchronous_run_that_goes_on_with_another_strategy(tmp_path, ca
 def test_its_bytes_are_those_of_both_phases():
     """Counted in the compiled programs: whole gradients in the first steps, then one exchange a round."""
     bytes_of = {}
-    for name, case in {"warm": CASES[QUICK] | {"sync__warm_steps": WARM}, "cold": CASES[QUICK], "plain": {}}.items():
+    for name, case in {"warm": DILOCO | {"sync__warm_steps": WARM}, "cold": DILOCO, "plain": {}}.items():
         parts = helpers.build(config_of(case), MESH)
         programs = compile_steps(parts, helpers.QUICKLY)
         bytes_of[name] = describe.wire_bytes(parts, describe.traffic(parts, programs), LAST)["replica"]
@@ -104,8 +101,8 @@ def test_its_bytes_are_those_of_both_phases():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (CASES[QUICK] | {"sync__warm_steps": LAST}, "sync.warm_steps=8: must be less than steps=8"),
-        (CASES[QUICK] | {"sync__warm_steps": 3}, "sync.warm_steps=3 is not a multiple of sync.interval=2.*2 or 4"),
+        (DILOCO | {"sync__warm_steps": LAST}, "sync.warm_steps=8: must be less than steps=8"),
+        (DILOCO | {"sync__warm_steps": 3}, "sync.warm_steps=3 is not a multiple of sync.interval=2.*2 or 4"),
         ({"sync__warm_steps": 4}, "with sync.strategy=sync and sync.codec=none all steps are like that"),
         (
             {"sync__warm_steps": 4, "sync__codec": "sign", "optimizer__name": "onebit_adam"},

@@ -159,7 +159,7 @@ def errors(count: int, rank: int, feedback: Feedback | None, steps: int = 4, rep
 
 
 @pytest.mark.parametrize("feedback", [None, Feedback()], ids=["plain", "feedback"])
-@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4])
 def test_a_mean_of_no_higher_rank_is_sent_without_a_loss(count, feedback):
     """With fewer outer products than the rank too, where QR is given columns that depend on each other."""
     assert max(errors(count, 4, feedback)) <= 1e-5

@@ -64,6 +64,7 @@ def test_a_codec_gives_the_same_bits_between_processes(tmp_path, replicas):
     assert len(digests) == len(sent) == 1
 
 
+@pytest.mark.slow  # in the default run: test_agree.py, without a run
 def test_sigterm_to_the_launcher_saves_at_one_step_in_all_processes_and_only_loopback_is_listened_on(tmp_path):
     """Explicit flags bind the coordinator to loopback here; JAX's own default would be every interface."""
     options = ["--config.steps=5000", "--config.checkpoint.every=5", "--config.mesh.replica=2", "--config.log_every=1"]

@@ -34,6 +34,7 @@ def store(tmp_path):
     return prove.Store(tmp_path / "results", "abc", "3.11")
 
 
+@pytest.mark.slow
 def test_a_piece_of_pytest_is_counted(tmp_path, store):
     (tmp_path / "test_made.py").write_text(CASES)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")

@@ -70,6 +70,7 @@ def test_ctrl_c_ends_at_the_border_of_a_call_and_the_same_call_goes_on(whole, tm
     assert gone_on.summary["params_digest"] == whole.summary["params_digest"]
 
 
+@pytest.mark.slow
 def test_a_run_is_opened_on_another_mesh(whole):
     text = "def main():\n    return 1\n" * 20
     alone = sl.open(whole.workdir)
@@ -79,6 +80,7 @@ def test_a_run_is_opened_on_another_mesh(whole):
     assert whole.plot()._repr_png_().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_loop_of_one_s_own_makes_the_same_updates(whole):
     updates = sl.steps("tiny", mesh=MESH, **SMALL, sync=DILOCO)
     losses = [float(np.mean(metrics["loss"])) for _, metrics in updates]
@@ -86,6 +88,7 @@ def test_a_loop_of_one_s_own_makes_the_same_updates(whole):
     assert updates.done == 8 and params_digest(updates.state.params) == whole.summary["params_digest"]
 
 
+@pytest.mark.slow
 def test_one_gradient_goes_through_a_round_codec_in_three_lines():
     """What is applied and what is owed add up to what was given, also where it is sent again with what is owed."""
     parts = sl.build("tiny", mesh=MESH, sync={"codec": "powersgd"})

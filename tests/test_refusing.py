@@ -65,7 +65,7 @@ def allowed(strategy: str, codec: str, optimizer: str) -> bool:
 
 
 CELLS = list(product(STRATEGIES, NAMES, OPTIMIZERS))
-QUICK = {("sync", "topk", "adamw"), ("stale", "none", "signum"), ("eager", "int4", "adamw")}
+QUICK = {("sync", "topk", "adamw"), ("stale", "none", "signum")}
 
 
 def residual(params, batch, constrain):

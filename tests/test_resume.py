@@ -75,7 +75,8 @@ def check_same_run(workdir: Path, uninterrupted: Path) -> None:
     assert columns(workdir) == columns(uninterrupted), "metrics.jsonl has each step once, with the same values"
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in the default run: SIGTERM, below; a kill while saving, in test_checkpoint.py
+@pytest.mark.parametrize("kills", [1, 10])
 def test_killed_at_random_moments_and_resumed(tmp_path, uninterrupted, kills):
     chance = random.Random(kills)
     for kill in range(kills):
@@ -93,9 +94,8 @@ def test_killed_at_random_moments_and_resumed(tmp_path, uninterrupted, kills):
     assert restored == sorted(restored)
 
 
-@pytest.mark.parametrize(
-    "config", ["tiny", pytest.param(None, marks=pytest.mark.slow)], ids=["the same command", "the workdir alone"]
-)
+@pytest.mark.slow  # in the default run: test_task.py, in one process
+@pytest.mark.parametrize("config", ["tiny", None], ids=["the same command", "the workdir alone"])
 def test_sigterm_saves_and_the_run_goes_on(tmp_path, stopped, uninterrupted, config):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     done = helpers.run_here(tmp_path, *(OPTIONS if config else ()), config=config)
@@ -103,6 +103,7 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, stopped, uninterrupted, con
     check_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_checkpoints_does_not_begin_again(tmp_path):
     helpers.run_here(tmp_path, "--config.checkpoint.every=5", "--config.sample.tokens=0")
     rows = (tmp_path / "metrics.jsonl").read_bytes()
@@ -113,6 +114,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_begin_again(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == rows
 
 
+@pytest.mark.slow  # in the default run: test_checkpoint.py, without a run
 def test_a_damaged_newest_step_is_named_and_the_one_before_it_used(tmp_path):
     helpers.run_here(tmp_path, "--config.steps=6", "--config.checkpoint.every=3", "--config.sample.tokens=0")
     newest = tmp_path / "checkpoints" / "6" / "state"

@@ -117,6 +117,7 @@ def test_streaming_of_one_fragment_without_overlap_is_diloco():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same_params)
 
 
+@SLOW
 def test_diloco_of_one_step_and_plain_sgd_is_synchronous_sgd():
     sgd = {"optimizer__name": "sgd", "optimizer__momentum": 0.0, "optimizer__weight_decay": 0.0,
            "optimizer__clip_norm": 0.0, "optimizer__lr": 0.1}  # fmt: skip
@@ -477,9 +478,10 @@ WITHOUT_GRADIENT = [
 ]
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("options", "says_zero"),
-    [pytest.param(*case, marks=[] if i == 1 else [SLOW]) for i, case in enumerate(WITHOUT_GRADIENT)],
+    WITHOUT_GRADIENT,
     ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "",
 )
 def test_the_row_of_a_token_that_never_occurs_does_not_drift(options, says_zero):
@@ -574,6 +576,7 @@ def test_a_run_that_would_not_end_in_whole_rounds_is_refused():
             methods.check_begin(strategy.steps_per_call, begin, end)
 
 
+@SLOW
 def test_an_eager_run_that_is_extended_goes_on_like_one_that_was_not_ended():
     R, H, rounds = 3, 4, 40
     strategy, params = toy(eager.Eager, R, 0.02, interval=H, outer=local.Outer("sgd", 1.0, 0.0))

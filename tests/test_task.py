@@ -308,7 +308,7 @@ def schedule_free():
     return optax.chain(optax.clip(1.0), optax.scale_by_adam(), optax.trace(0.5), decaying)
 
 
-@pytest.mark.parametrize("name", [x if x == "diloco" else pytest.param(x, marks=pytest.mark.slow) for x in STRATEGIES])
+@pytest.mark.parametrize("name", [x if x == "sync" else pytest.param(x, marks=pytest.mark.slow) for x in STRATEGIES])
 def test_a_codec_a_strategy_an_optimizer_and_a_loss_of_a_caller_s_train_and_go_on_to_the_same_bits(
     task, name, tmp_path, monkeypatch
 ):
@@ -414,6 +414,7 @@ def test_the_file_of_a_run_is_named_by_the_objects_of_its_row_too(task, tmp_path
     assert len({name for names in named for name in names}) == 3 * len(named)
 
 
+@pytest.mark.slow
 def test_rows_of_a_comparison_hold_objects(tmp_path):
     rows = [
         {"name": "plain", "changes": {}},

@@ -164,6 +164,7 @@ def test_a_bad_gradient_is_skipped_counted_and_leaves_no_trace():
     assert np.isfinite(float(metrics["loss"][0]))
 
 
+@pytest.mark.slow
 def test_a_run_of_bad_gradients_ends_with_a_message(tmp_path):
     options = ["--config.optimizer.lr=1e30", "--config.optimizer.clip_norm=0.0", "--config.guard.abort_after=3"]
     done = helpers.run_here(tmp_path, *options, check=False)
