@@ -205,7 +205,7 @@ def import_model(path: Path, workdir: Path, say: Callable[[str], None]) -> None:
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{workdir.name}.", dir=workdir.parent) as made:
         at = Path(made) / "run"
-        checkpoints = Checkpoints(at / "checkpoints")
+        checkpoints = Checkpoints(at / "checkpoints", one_at_a_time=True)
         checkpoints.save(0, {"params": params}, None, _facts(source))
         checkpoints.finish()
         checkpoints.close()

@@ -23,6 +23,8 @@ from runtime.digest import fingerprint, named_arrays
 from runtime.steps import FIXED, PARAMS, read_record
 from runtime.stored import NO_RECORD, Record, damage, differing, make_record, nested, read_arrays
 
+CHUNK = 64 << 20  # bytes that are coded at a time, if a save is to take little memory
+
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what is raised here with a better message
 
 
@@ -37,7 +39,8 @@ class Checkpoints:
     answer: the view that another machine has of a shared directory may be seconds old.
 
     keep: so many of the newest steps stay, and the best by eval loss. keep_every: and every so many steps; 0: none.
-    warn: is told what was set aside. kinds: what each array of the state is, for the record.
+    warn: is told what was set aside. kinds: what each array of the state is, for the record. one_at_a_time: on its way
+    to the disk is about one array, and not the whole state: `save` takes longer, in less memory.
     """
 
     def __init__(
@@ -47,8 +50,10 @@ class Checkpoints:
         keep_every: int = 0,
         warn: Callable[[str], None] = lambda _: None,
         kinds: Mapping[str, str] | None = None,
+        one_at_a_time: bool = False,
     ):
         self.directory, self._keep, self._keep_every, self._warn = directory, keep, keep_every, warn
+        self._one_at_a_time = one_at_a_time
         self._kinds = kinds or {}
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[list[int]] | None = None
@@ -68,12 +73,25 @@ class Checkpoints:
         if moved := agree.decided("room for a checkpoint", lambda: steps.make_room(self.directory / str(step))):
             self._warn(moved)
         try:
-            saving = ocp.save_checkpointables_async(
-                str((self.directory / str(step)).absolute()), {"state": nested(arrays), "record": Record(record)}
-            )
+            with ocp.Context(**self._limits(arrays)):
+                saving = ocp.save_checkpointables_async(
+                    str((self.directory / str(step)).absolute()), {"state": nested(arrays), "record": Record(record)}
+                )
         except Exception as error:  # Orbax raises what its storage raises, of many types
             raise self._failed(error) from error
         self._pending = self._background.submit(self._commit, saving, step)
+
+    def _limits(self, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Orbax's options for one array at a time: it refuses a limit that the largest does not fit into."""
+        if not self._one_at_a_time:
+            return {}
+        largest = max(sum(shard.data.nbytes for shard in x.addressable_shards) for x in arrays.values())
+        storage = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK)
+        saving = ocp.options.ArrayOptions.Saving(storage_options=storage)
+        return {
+            "memory_options": ocp.options.MemoryOptions(write_concurrent_bytes=max(5 * largest // 4, CHUNK)),
+            "array_options": ocp.options.ArrayOptions(saving=saving),
+        }
 
     def _commit(self, saving: Any, step: int) -> list[int]:
         saving.result()
