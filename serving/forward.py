@@ -2,8 +2,8 @@
 one device's part of the weights (serving/weights.py) and of the rows.
 
 A row's bits depend on that row alone, and not on how many there are: a product of rows with [out, in] weights adds in
-the same order for any number of rows from 4 on, and sums over a last dimension are trees of elementwise additions,
-which no compiler orders anew. Which numbers of rows agree is seen at start (serving/ladder.py).
+the same order for any number of rows from 4 on, and so a norm's sums are such products, too. Which numbers of rows
+agree is seen at start (serving/ladder.py).
 
 N rows (slots, or positions of one prompt), D model, H query heads of this device, G key/value heads of it, M = H / G,
 K head size, S positions kept.
@@ -11,6 +11,7 @@ K head size, S positions kept.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,26 +21,24 @@ from jax import lax
 from model.attention import rope_tables, rotate
 from model.config import ModelConfig
 
+# XLA:CPU multiplies one row with transposed weights at a third of the rate since then, and at a higher one before.
+WEIGHTS_FIRST = jax.__version_info__ >= (0, 11)
 QUERIES = 256  # of a prompt, whose scores are held at a time
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-def tree_sum(x: jax.Array) -> jax.Array:
-    """The sum over the last dimension, in an order that is the same whatever the others are."""
-    size = 1 << (x.shape[-1] - 1).bit_length()
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
-    while size > 1:
-        size //= 2
-        x = x[..., :size] + x[..., size:]
-    return x[..., 0]
+def row_sum(x: jax.Array) -> jax.Array:
+    """The sum over the last dimension: a product with ones. Of its eight columns one is taken, since XLA:CPU adds
+    otherwise for a single one."""
+    return jnp.matmul(x, jnp.ones((x.shape[-1], 8), x.dtype), precision=lax.Precision.HIGHEST)[..., 0]
 
 
 def norm(c: ModelConfig, weights: Any, name: str, x: jax.Array, kind: str = "") -> jax.Array:
     """As RMSNorm and LayerNorm of model/layers.py."""
     y = x.astype(jnp.float32)
     if (kind or c.norm) == "layer":
-        y = y - (tree_sum(y) / y.shape[-1])[..., None]
-    y = y * lax.rsqrt(tree_sum(y * y) / y.shape[-1] + c.norm_eps)[..., None] * weights[name]
+        y = y - (row_sum(y) / y.shape[-1])[..., None]
+    y = y * lax.rsqrt(row_sum(y * y) / y.shape[-1] + c.norm_eps)[..., None] * weights[name]
     bias = weights.get(f"{name}_bias")
     return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
 
@@ -49,8 +48,19 @@ def embedded(c: ModelConfig, weights: Any, tokens_N: jax.Array, positions_N: jax
     table_VD = weights["embed"]
     ids_N = tokens_N - lax.axis_index("tensor") * table_VD.shape[0]
     own_N = (ids_N >= 0) & (ids_N < table_VD.shape[0])
-    x_ND = lax.psum(jnp.where(own_N[:, None], table_VD[jnp.where(own_N, ids_N, 0)], 0), "tensor")
+    x_ND = _over_tensor(jnp.where(own_N[:, None], table_VD[jnp.where(own_N, ids_N, 0)], 0))
     return x_ND + weights["position"][positions_N] if c.position == "learned" else x_ND
+
+
+def _times(x_NI: jax.Array, w_EI: jax.Array, dtype: Any = None) -> jax.Array:
+    """[N, E] in this dtype, of rows and weights [out, in]."""
+    product = partial(jnp.matmul, preferred_element_type=dtype)
+    return product(w_EI, x_NI.T).T if WEIGHTS_FIRST and x_NI.shape[0] == 1 else product(x_NI, w_EI.T)
+
+
+def _over_tensor(x: jax.Array) -> jax.Array:
+    """The sum over devices. XLA:CPU takes its time for one device's, too."""
+    return lax.psum(x, "tensor") if lax.axis_size("tensor") > 1 else x
 
 
 def rope(c: ModelConfig, positions_N: jax.Array) -> Any:
@@ -63,7 +73,7 @@ def rope(c: ModelConfig, positions_N: jax.Array) -> Any:
 def block(c: ModelConfig, w: Any, x_ND: jax.Array, tables: Any, attend: Attend) -> tuple[jax.Array, Any]:
     """One layer. attend(q [N, H, K], k, v [N, G, K]) -> (y [N, H·K], what it keeps)."""
     h_ND = norm(c, w, "attention_norm", x_ND)
-    heads_NE = _plus(h_ND @ w["qkv"].T, w.get("qkv_bias"))
+    heads_NE = _plus(_times(h_ND, w["qkv"]), w.get("qkv_bias"))
     heads_NEK = heads_NE.reshape(heads_NE.shape[0], -1, c.head_dim)
     G = heads_NEK.shape[1] // (c.num_heads // c.num_kv_heads + 2)
     q_NHK, k_NGK, v_NGK = jnp.split(heads_NEK, (heads_NEK.shape[1] - 2 * G, heads_NEK.shape[1] - G), axis=1)
@@ -72,14 +82,14 @@ def block(c: ModelConfig, w: Any, x_ND: jax.Array, tables: Any, attend: Attend) 
     if tables is not None:
         q_NHK, k_NGK = rotate(q_NHK, *tables), rotate(k_NGK, *tables)
     y_NE, kept = attend(q_NHK, k_NGK, v_NGK)
-    x_ND = x_ND + _plus(lax.psum(y_NE @ w["out"].T, "tensor"), w.get("out_bias"))
-    h_NF = _plus(norm(c, w, "mlp_norm", x_ND) @ w["up"].T, w.get("up_bias"))
+    x_ND = x_ND + _plus(_over_tensor(_times(y_NE, w["out"])), w.get("out_bias"))
+    h_NF = _plus(_times(norm(c, w, "mlp_norm", x_ND), w["up"]), w.get("up_bias"))
     if c.mlp == "swiglu":
         gate_NF, up_NF = jnp.split(h_NF, 2, axis=1)
         h_NF = jax.nn.silu(gate_NF) * up_NF
     else:
         h_NF = jax.nn.gelu(h_NF, approximate=True)
-    return x_ND + _plus(lax.psum(h_NF @ w["down"].T, "tensor"), w.get("down_bias")), kept
+    return x_ND + _plus(_over_tensor(_times(h_NF, w["down"])), w.get("down_bias")), kept
 
 
 def _plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -90,7 +100,7 @@ def logits(c: ModelConfig, weights: Any, x_ND: jax.Array) -> jax.Array:
     """[N, V], float32, whole on each device. The vocabulary's rows that a mesh has beyond the model's are not there."""
     x_ND = norm(c, weights, "final_norm", x_ND)
     head_VD = weights["embed" if c.tie_embeddings else "head"]
-    own_NV = jnp.einsum("nd,vd->nv", x_ND, head_VD, preferred_element_type=jnp.float32)
+    own_NV = _times(x_ND, head_VD, jnp.float32)
     return lax.all_gather(own_NV, "tensor", axis=1, tiled=True)
 
 
@@ -101,7 +111,7 @@ def _weights_of(scores: jax.Array, visible: jax.Array) -> jax.Array:
     """softmax over the last dimension, of what is visible."""
     scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
     e = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    return e / tree_sum(e)[..., None]
+    return e / jnp.sum(e, axis=-1, keepdims=True)
 
 
 def _visible(c: ModelConfig, query: jax.Array, key: jax.Array) -> jax.Array:
