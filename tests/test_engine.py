@@ -2,7 +2,6 @@
 
 import threading
 import time
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crowds import GREEDY, OCCUPANCIES, Crowd, pool_of, prompt
 
 from parallel.layout import rules
 from serving import ladder, sampling, weights
@@ -19,7 +19,6 @@ from serving.lane import Lane
 from serving.programs import Programs, bucket, buckets
 from serving.requests import MOST_TOP, End, Request, Sampling
 
-GREEDY = Sampling(temperature=0.0)
 FAMILIES = {
     "llama": {"model__num_kv_heads": 4},
     "gpt2": {"model__norm": "layer", "model__mlp": "gelu", "model__position": "learned", "model__bias": "all",
@@ -83,10 +82,6 @@ def small() -> tuple[Made, Programs]:
     return found, found.programs([4, 8], [32])
 
 
-def prompt(size: int, seed: int = 0) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(seed).integers(0, 256, size).tolist())
-
-
 def check_against_training(made: Made, engine: Engine) -> None:
     for size in (1, 2, 11, 17):
         request = Request(prompt(size), 8, GREEDY, top_logprobs=3, echo=True)
@@ -131,68 +126,13 @@ def test_parameters_are_used_up():
 # ── bits ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Crowd:
-    """Requests that come, are cancelled and end in an order of a seed. alone: {request: its tokens by itself}."""
-
-    def __init__(self, engine: Engine, alone: dict[Request, list[int]]):
-        self.engine, self.alone, self.most = engine, alone, 0  # slots in use
-
-    def run(self, draw: np.random.Generator, count: int) -> None:
-        """So many at once, and as many more one after another."""
-        heard: list[tuple[Request, list[Any], threading.Event]] = []
-        pool = list(self.alone)
-        submit = lambda: heard.append(self._submit(pool[draw.integers(len(pool))], int(draw.integers(1, 30))))
-        with self.engine._changed:  # its thread waits
-            for _ in range(count):
-                submit()
-        for _ in range(count):
-            submit()
-            time.sleep(draw.choice([0, 0.002]))
-        for request, tokens, done in heard:
-            assert done.wait(60)
-            ids, reason = [token.id for token in tokens[:-1]], tokens[-1].reason
-            assert reason in ("length", "stop", "cancelled"), reason
-            assert ids == self.alone[request][: len(ids)]
-            assert reason == "cancelled" or len(ids) == len(self.alone[request])
-
-    def _submit(self, request: Request, cancel_after: int) -> Any:
-        tokens, done, tickets = [], threading.Event(), []
-
-        def receive(what: Any) -> None:
-            tokens.append(what)
-            self.most = max([self.most, *(len(lane.slots) for lane in self.engine._lanes.values())])
-            if len(tokens) == cancel_after and tickets:
-                tickets[0].cancel()
-            if isinstance(what, End):
-                done.set()
-
-        tickets.append(self.engine.submit(request, receive))
-        return request, tokens, done
-
-
-def pool_of(count: int, longest: int) -> list[Request]:
-    draw = np.random.default_rng(1)
-    hows = [
-        GREEDY,
-        Sampling(1.0, seed=3),
-        Sampling(0.7, top_k=20, top_p=0.8, seed=4),
-        Sampling(1.2, min_p=0.05, repetition_penalty=1.3),
-    ]
-    found = []
-    for i in range(count):
-        size = int(draw.integers(1, longest))
-        stops = frozenset(draw.integers(0, 256, 12).tolist()) if i % 3 == 0 else frozenset()
-        found.append(Request(prompt(size, i), int(draw.integers(1, 16)), replace(hows[i % 4], seed=i), stops))
-    return found
-
-
 def check_crowds(made: Made, programs: Programs, schedules: int, pool: int, longest: int) -> None:
     engine = made.engine(programs)
-    alone = {request: [token.id for token in engine.answer(request)[0]] for request in pool_of(pool, longest)}
-    crowd = Crowd(engine, alone)
+    crowd = Crowd(engine, pool_of(pool, longest))
     for seed in range(schedules):
         draw = np.random.default_rng(seed)
-        crowd.run(draw, count=int(draw.choice([1, 3, 4, 5, 8, 9, 16, 17])))
+        count = int(draw.choice(OCCUPANCIES))
+        crowd.run(crowd.drawn(draw, count), crowd.drawn(draw, count))
     engine.close()
     assert crowd.most == programs.rungs[-1]
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from crowds import OCCUPANCIES, Crowd, Wish, pool_of
 
 import slackline as sl
 from bench.torch_generate import Transformers
@@ -88,3 +89,29 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(sizes, workdir, thei
 def test_programs_of_4_8_and_16_slots_have_the_same_bits(workdir):
     opened = loaded.open_model(str(workdir), {}, None)
     assert loaded.open_engine(opened, 16, 256, True, print, 1).programs.rungs == (4, 8, 16)
+
+
+@pytest.mark.parametrize("sizes, schedules", [({}, 120), ({"fsdp": 2}, 40), ({"tensor": 3}, 40)], ids=str)
+def test_an_answer_has_its_bits_whatever_comes_and_goes(sizes, schedules, workdir):
+    """Requests as hypothesis makes them up, up to 64 at once."""
+    hypothesis = pytest.importorskip("hypothesis", reason="pip install -r requirements-prove.txt")
+    st = hypothesis.strategies
+    opened = loaded.open_model(str(workdir), {f"mesh.{axis}": size for axis, size in sizes.items()}, None)
+    engine = loaded.open_engine(opened, 64, 64, True, print, 256)
+    engine.start()
+    crowd = Crowd(engine, pool_of(48, 24))
+    wish = st.builds(Wish, st.integers(0, 47), st.integers(1, 30), st.sampled_from([0.0, 0.02, 0.2]))
+    together = st.sampled_from([*OCCUPANCIES, 64]).flatmap(lambda n: st.lists(wish, min_size=n, max_size=n))
+    counts: set[int] = set()
+
+    @hypothesis.settings(max_examples=schedules, deadline=None, derandomize=True, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+    @hypothesis.given(together, st.lists(wish, max_size=8))
+    def run(together: list[Wish], later: list[Wish]) -> None:
+        counts.add(len(together))
+        crowd.run(together, later)
+
+    with contextlib.closing(engine):
+        run()
+    assert counts == {*OCCUPANCIES, 64} and crowd.most == engine.programs.rungs[-1]
+    print(f"{sizes}: programs of {engine.programs.rungs} slots")
