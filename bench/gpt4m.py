@@ -21,7 +21,7 @@ def get_config():
     c.model.norm = "layer"
     c.model.mlp = "gelu"
     c.model.position = "learned"
-    c.model.bias = True
+    c.model.bias = "all"
     c.compute.dtype = "float32"
     c.compute.remat = "none"
     c.data.seq_len = 32

@@ -56,7 +56,7 @@ def finish(run: Run, state: Any, evaluated: Evaluation, link: Link | None = None
             failed.append(what)
             console.warn(f"no {what}: {type(error).__name__}: {error}")
 
-    console.doing("digesting the weights and writing a sample")
+    console.doing("digesting the weights")
     digest = params_digest(state.params)
     if run.workdir.leader:
         baselines = attempt("baselines", lambda: run.data.baselines(evaluated_on(run)))
@@ -92,7 +92,7 @@ def evaluated_on(run: Run) -> list[dict[str, np.ndarray]]:
 def summarise(run: Run, digest: str, evaluated: Evaluation, baselines: Baselines) -> None:
     unit = run.parts.task.unit
     last = [row for row in read(run.workdir.path / "metrics.jsonl") if "loss" in row][-1]
-    run.phases.mark("training and end")
+    run.phases.mark("training and end", then="writing a sample and the report")
     run.workdir.update_summary(
         parameters=num_parameters(run.parts),
         mesh=dict(run.parts.mesh.shape),

@@ -14,7 +14,7 @@ from collections import deque
 
 ERASE_LINE = "\r\x1b[2K"
 REDRAW_SECONDS = 0.1  # steps of a few ms would flood a slow ssh link with redraws nobody can read
-SILENCE_SECONDS = 3.0  # longer than this nobody waits without being told for what
+SILENCE_SECONDS = 2.0  # longer than this nobody waits without being told for what
 NOTEBOOK_COLUMNS = 110
 MIN_STEPS_FOR_ETA = 3  # the first steps contain the compilation
 
@@ -38,17 +38,29 @@ class Console:
         self._latest_shown = True
         self._drawn_at = float("-inf")
         self._announcement: threading.Timer | None = None
+        self._said_at = time.monotonic()
 
     def doing(self, what: str) -> None:
-        """From now on this is done, until the next call; said once, if it takes longer than SILENCE_SECONDS. "": no
-        more than what is printed anyway."""
-        if self._announcement is not None:
-            self._announcement.cancel()
-            self._announcement = None
-        if what and not self._quiet:
-            self._announcement = threading.Timer(SILENCE_SECONDS, self.say, [f"{what} …"])
-            self._announcement.daemon = True
-            self._announcement.start()
+        """From now on this is done, until the next call. Said when nothing was printed for SILENCE_SECONDS and it is
+        still done, and then, with its seconds, more and more rarely. "": no more than what is printed anyway."""
+        with self._lock:
+            if self._announcement is not None:
+                self._announcement.cancel()
+                self._announcement = None
+            if what and not self._quiet:
+                left = self._said_at + SILENCE_SECONDS - time.monotonic()
+                self._announce_in(max(SILENCE_SECONDS / 10, left), what, time.monotonic(), 0)
+
+    def _announce_in(self, seconds: float, what: str, began: float, times: int) -> None:
+        def announce() -> None:
+            with self._lock:
+                if self._announcement is timer:  # else something else is done since this moment
+                    self.say(f"{what} … {human_seconds(time.monotonic() - began)}" if times else f"{what} …")
+                    self._announce_in(SILENCE_SECONDS * 2 ** max(0, times - 2), what, began, times + 1)
+
+        timer = self._announcement = threading.Timer(seconds, announce)
+        timer.daemon = True
+        timer.start()
 
     def say(self, text: str) -> None:
         """Prints one plain line to stdout."""
@@ -119,6 +131,7 @@ class Console:
         if redraw:  # stderr may be the same screen: the live line must be gone from it before either stream writes
             print(self._erase_line(), end="", flush=True)
         print(text, file=stream, flush=True)
+        self._said_at = time.monotonic()
         if redraw:
             self._draw_live_line(force=True)
 
@@ -128,7 +141,7 @@ class Console:
         columns = NOTEBOOK_COLUMNS if self._notebook else terminal_columns() - 1
         erase, self._drawn = self._erase_line(), fit_fields(self._latest, columns)
         print(erase + self._drawn, end="", flush=True)
-        self._drawn_at = time.monotonic()
+        self._drawn_at = self._said_at = time.monotonic()
 
     def _erase_line(self) -> str:
         """A notebook knows no escape code for it: there the line is written over."""
@@ -137,6 +150,7 @@ class Console:
     def _show_latest_plain(self) -> None:
         if self._latest is not None:
             print(" | ".join(text for _, text in self._latest), flush=True)
+            self._said_at = time.monotonic()
         self._latest_shown = True
 
     def _eta(self, step: int) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,23 @@ import pytest
 from model.transformer import Transformer
 from parallel.cost import flops
 from parallel.layout.rules import Constrain
-from recipes import build, language
+from recipes import build, language, methods
 
 ALONE = Constrain(None)  # one device: nothing to constrain
 QUICKLY = {"xla_backend_optimization_level": "0"}
+
+CONFIGS = sorted(
+    ".".join(path.relative_to(helpers.ROOT).with_suffix("").parts)
+    for folder in ("configs", "bench")
+    for path in (helpers.ROOT / folder).rglob("*.py")
+    if "def get_config(" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_one_that_can_be_run(name):
+    methods.validate(importlib.import_module(name).get_config())
+
 
 # ── sizes of known models ────────────────────────────────────────────────────────────────────────────────────────
 

@@ -233,15 +233,30 @@ def test_human_seconds(s, text):
     assert human_seconds(s) == text
 
 
-def test_what_takes_long_is_said_once_and_only_by_process_0(capsys, monkeypatch):
-    monkeypatch.setattr(console_module, "SILENCE_SECONDS", 0.05)
-    for quiet, expected in ((False, "reading the data …\n"), (True, "")):
+def test_what_takes_long_is_said_more_and_more_rarely_and_only_by_process_0(capsys, monkeypatch):
+    monkeypatch.setattr(console_module, "SILENCE_SECONDS", 0.1)
+    for quiet in (False, True):
         console = Console(total_steps=9, every=1, quiet=quiet)
         console.doing("reading the data")
-        time.sleep(0.2)
+        time.sleep(0.75)  # said after 0.1, 0.2, 0.3, 0.4, and then after 0.6
         console.doing("compiling")  # over before it is worth a word
         console.doing("")
         console.doing("restoring")
         console.close()
-        time.sleep(0.2)
-        assert capsys.readouterr().out == expected
+        time.sleep(0.3)
+        first, *others = capsys.readouterr().out.splitlines() or [""]
+        assert first == ("" if quiet else "reading the data …")
+        assert all(re.fullmatch(r"reading the data … \d+ ms", line) for line in others)
+        assert len(others) == 0 if quiet else 1 <= len(others) <= 4
+
+
+def test_nobody_waits_longer_because_something_else_begins(capsys, monkeypatch):
+    """What counts is when anything was printed, not when that began which is done now."""
+    monkeypatch.setattr(console_module, "SILENCE_SECONDS", 1.0)
+    console = Console(total_steps=9, every=1)
+    console.say("the first line")
+    console._said_at -= 0.9
+    console.doing("compiling")
+    time.sleep(0.5)
+    console.doing("")
+    assert capsys.readouterr().out == "the first line\ncompiling …\n"
