@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from serving.forward import tree_sum
 from serving.requests import MOST_TOP
 
 FIELDS = {"temperature": jnp.float32, "top_k": jnp.int32, "top_p": jnp.float32, "min_p": jnp.float32,
@@ -19,16 +20,6 @@ FIELDS = {"temperature": jnp.float32, "top_k": jnp.int32, "top_p": jnp.float32, 
 WHOLE = 1 << 30  # in which probabilities are counted
 
 Rows = Mapping[str, jax.Array]  # of each field [N]
-
-
-def tree_sum(x: jax.Array) -> jax.Array:
-    """The sum over the last dimension, of elementwise additions, which no compiler orders anew for another N."""
-    size = 1 << (x.shape[-1] - 1).bit_length()
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
-    while size > 1:
-        size //= 2
-        x = x[..., :size] + x[..., size:]
-    return x[..., 0]
 
 
 def next_tokens(logits_NV: jax.Array, seen_NV: jax.Array, positions_N: jax.Array, how: Rows) -> jax.Array:
