@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from parallel.cost import compilers, hlo, play, schedule, wire
+from parallel.cost import compilers, hlo, pace, play, schedule, wire
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.link import Link
 from parallel.cost.schedule import Buffer
@@ -124,12 +124,12 @@ def read(
     read = hlo.Program.read(program.as_text())
     flops, moved = _or_nan(schedule.flops, read), _or_nan(schedule.bytes_moved, read)
     sent, why = _sent(read, parts)
-    rates = {axis: axis_rate(target, parts, axis) for axis in parts.mesh.axis_names if parts.mesh.shape[axis] > 1}
     total = lambda axis: sum(x.bytes for x in sent if x.axis == axis)
+    axes = [axis for axis in parts.mesh.axis_names if parts.mesh.shape[axis] > 1]
     seconds = {
         "compute": flops / target.chip.bf16,
         "memory": moved / target.chip.bandwidth,
-        "wire": {axis: total(axis) / rate for axis, rate in rates.items()},
+        "wire": {axis: axis_seconds(total(axis), target, parts, axis, link) for axis in axes},
     }
     about |= {"seconds": seconds, "played": _played(read, parts, target, link)}
     return Reading(**about, flops=flops, largest=schedule.largest(read), wire=sent, not_counted=why)
@@ -172,10 +172,12 @@ def stray_of(name: str, program: Any, parts: Parts) -> Traffic:
     return describe.traffic_beside(parts, {known: program})[known]
 
 
-def axis_rate(target: Target, parts: Parts, axis: str) -> float:
-    """Bytes a second of one chip along an axis of the mesh, at best."""
+def axis_seconds(size: float, target: Target, parts: Parts, axis: str, link: Link | None = None) -> float:
+    """That bytes of a chip take along an axis of the mesh, at best."""
+    if axis == SLOW and link:
+        return pace.seconds(target, parts.mesh.shape, axis, size, 0, link)
     devices = np.moveaxis(parts.mesh.devices, parts.mesh.axis_names.index(axis), -1)
-    return target.rate(devices.reshape(-1, devices.shape[-1]))
+    return size / target.rate(devices.reshape(-1, devices.shape[-1]))
 
 
 def predicted(name: str, parts: Parts) -> dict[str, dict[str, float]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from parallel.cost import compilers, hardware, targets
 from parallel.cost.hardware import GiB
+from parallel.cost.link import Link
 from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
@@ -42,7 +43,7 @@ def dry_run(config: Any, flags: Any, times: Phases) -> int:
     link = over_link.read(flags.link, flags.step_seconds, flags.dry_run, parts.replicas)
     check_state(parts, target)
     folder = summary.folder(flags.save) if flags.save else None
-    readings = compile_all(config, parts, target, console, folder)
+    readings = compile_all(config, parts, target, console, folder, link)
     times.mark("compile")
     console.table(f"compiled for {target.text}", verdict.rows(config, parts, target, readings))
     describe.refuse_stray({name: x.stray for name, x in readings.items() if x.stray}, config.sync.allow_stray_bytes)
@@ -138,9 +139,12 @@ def smallest(parts: Parts, target: Target) -> str:
 # ── compiling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compile_all(config: Any, parts: Parts, target: Target, console: Console, folder: Path | None) -> dict[str, Reading]:
+def compile_all(
+    config: Any, parts: Parts, target: Target, console: Console, folder: Path | None, link: Link | None
+) -> dict[str, Reading]:
     """What each program says, one after another, for each may take gigabytes while it is made. Of a program that was
-    refused, what it is made of is read in the same mesh's on larger chips. folder: where their texts are kept."""
+    refused, what it is made of is read in the same mesh's on larger chips. folder: where their texts are kept. link:
+    what `replica` crosses, if it is not the catalogue's."""
     gc.enable()  # what traces a program is garbage after it
     found, refused = {}, {}
     for name, lower in aot.lowerings(config, parts).items():
@@ -150,14 +154,14 @@ def compile_all(config: Any, parts: Parts, target: Target, console: Console, fol
             refused[name] = program
         elif folder:
             summary.keep(folder, name, program.as_text())
-        found[name] = aot.read(name, program, parts, target, config)
+        found[name] = aot.read(name, program, parts, target, config, link=link)
         del program
         gc.collect()
-    return found | on_larger(refused, config, parts, target, console)
+    return found | on_larger(refused, config, parts, target, console, link)
 
 
 def on_larger(
-    refused: dict[str, Refused], config: Any, parts: Parts, target: Target, console: Console
+    refused: dict[str, Refused], config: Any, parts: Parts, target: Target, console: Console, link: Link | None
 ) -> dict[str, Reading]:
     """Read on the smallest larger kind of chips on which each fits, those that fit on any."""
     found: dict[str, Reading] = {}
@@ -168,7 +172,8 @@ def on_larger(
                 console.doing(f"compiling {name} for {other.text}, to see what it is made of")
                 program = aot.compiled(lower, parts.xla_options)
                 if not isinstance(program, Refused):
-                    found[name] = aot.read(name, refused[name], parts, target, config, (other.text, program))
+                    its = other.text, program
+                    found[name] = aot.read(name, refused[name], parts, target, config, its, link)
         other = targets.larger(other, hardware.catalogue())
     return found
 

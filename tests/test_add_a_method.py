@@ -116,6 +116,7 @@ def test_the_exchange_is_the_mean_over_replicas(registered, algorithm, monkeypat
     test_exchange.test_the_exchange_is_the_mean_over_replicas_as_exactly_as_the_codec_promises(CASE, algorithm)
 
 
+@pytest.mark.slow  # in the default run: the same of the codecs that there are
 def test_replicas_on_any_number_of_devices_give_the_same_bits(registered):
     test_exchange.test_replicas_on_any_number_of_devices_give_the_same_bits(CASE, "two_stage")
 

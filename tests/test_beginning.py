@@ -110,6 +110,7 @@ def test_a_run_begins_with_the_parameters_of_the_newest_step_and_an_optimizer_of
     assert [start["restored_step"] for start in summary(second[0])["starts"]] == [None]
 
 
+@pytest.mark.slow
 def test_it_has_the_model_and_the_tokenizer_of_the_other_run(first, second):
     ours, theirs = (configuration.read_json(path) for path in (second[0], first))
     assert ours.model == theirs.model and ours.model.num_layers == 1

@@ -301,8 +301,9 @@ def test_every_program_sends_its_exchange_and_named_scalars_over_the_slow_axis_a
 # ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("codec", ["int4", pytest.param("topk", marks=SLOW), pytest.param("powersgd", marks=SLOW)])
-@pytest.mark.parametrize("strategy", ["sync", pytest.param("stale", marks=SLOW)])
+@SLOW  # in the default run: test_train.py, and on a small problem test_refusing.py
+@pytest.mark.parametrize("codec", ["int4", "topk", "powersgd"])
+@pytest.mark.parametrize("strategy", ["sync", "stale"])
 def test_a_gradient_of_nan_leaves_no_trace(strategy, codec):
     """The same state as if the call had not been made, but for the counters and, when stale, the queue."""
     config = helpers.tiny(**options(strategy, codec) | ({"sync__staleness": 1} if strategy == "stale" else {}))

@@ -494,14 +494,18 @@ def test_the_programs_of_a_run_are_compiled_for_every_kind_of_chip(text, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["2xh100:4", "2xv5p-8"])
 def test_what_crosses_slices_is_the_closed_form(text, tmp_path):
+    """And takes its time on the link that is told."""
     needs(target(text).chip.name)
-    _, said, found = run(tmp_path, text, *SHAPE, "--config.sync.codec=int8")
+    _, said, found = run(tmp_path, text, *SHAPE, "--config.sync.codec=int8", "--link=1mbit")
     step = found["programs"]["step"]
     assert found["mesh"]["replica"] == 2 and "a replica for each slice" in said
     slow = {
         sent["dtype"]: sent["bytes"] for sent in step["wire"] if sent["axis"] == "replica" and sent["dtype"] == "u8"
     }
     assert slow == step["predicted_wire"]["replica"]
+    sent = sum(sent["bytes"] for sent in step["wire"] if sent["axis"] == "replica")
+    assert step["seconds"]["wire"]["replica"] == pytest.approx(8 * 1514 / 1448 * 4 * sent / 1e6)  # 4 chips share it
+    assert step["played"]["exposed"]["replica"] == pytest.approx(step["seconds"]["wire"]["replica"], rel=0.05)
 
 
 @pytest.mark.slow
