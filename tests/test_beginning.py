@@ -120,6 +120,7 @@ def test_it_has_the_model_and_the_tokenizer_of_the_other_run(first, second):
     assert [file[0] for file in record["sources"][0]["files"]] == ["b.txt"]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_when_the_other_run_is_gone(first, second, tmp_path, capsys):
     workdir, options = second
     moved = first.rename(tmp_path / "moved")
