@@ -131,7 +131,7 @@ def lines(files: set[str]) -> int:
 
 # Residuals without error feedback, units before the step; a local strategy does without the synchronous one.
 MAY_REST = {f"parallel/{name}.py" for name in ("exchange/residuals", "exchange/units", "strategies/sync")}
-QUICK = ("one device", "int8", "diloco")
+QUICK = ("one device", "int8")
 
 
 @pytest.mark.parametrize(

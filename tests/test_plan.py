@@ -274,6 +274,7 @@ def test_smaller_chunks_of_logits_read_and_write_the_heads_gradient_more_often()
 ONE_MESH = {"mesh__replica": 2, "mesh__tensor": 1}  # with every exchange
 
 
+@pytest.mark.slow
 def test_a_slower_link_never_makes_anything_faster():
     found = [plan.search(case("tiny", "h100:4x2", link, **ONE_MESH)) for link in ("100gbit", "1gbit", "100mbit")]
     times = [{c.flags: c.seconds for c in [*f.fitting, *f.others]} for f in found]

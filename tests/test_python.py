@@ -110,6 +110,7 @@ def test_one_gradient_goes_through_a_round_codec_in_three_lines():
         np.testing.assert_allclose(x, wanted[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_plot_shows_what_counting_letters_achieves(whole):
     """As plots/loss.png does: in nats per token, which of bytes are ln 2 times the bits."""
     labels = [text.get_text() for text in whole.plot().figure.axes[0].texts]
@@ -128,6 +129,7 @@ def test_a_state_that_is_set_is_where_the_next_call_begins():
     assert seen == [1, 2, *range(103, 109)]
 
 
+@pytest.mark.slow
 def test_objects_stand_where_the_config_has_names(whole, tmp_path):
     """A codec and a strategy that equal registered ones make the same run; the workdir keeps what they were."""
     own = {"strategy": Yours, "codec": Mine(), "interval": 4}
@@ -178,6 +180,7 @@ def test_what_is_wrong_is_one_sentence(call, parts):
     assert error.value._render_traceback_() == [f"UsageError: {error.value}"]
 
 
+@pytest.mark.slow
 def test_a_folder_is_no_run_and_a_run_without_a_checkpoint_is_none(whole, tmp_path):
     (tmp_path / "config.json").write_bytes((whole.workdir / "config.json").read_bytes())
     with pytest.raises(sl.UsageError, match="no checkpoint"):

@@ -102,6 +102,7 @@ def strays(parts) -> dict[str, str]:
     return {name: f"{t.culprits}{t.not_counted}" for name, t in found.items() if t.stray or t.not_counted}
 
 
+@pytest.mark.slow
 def test_no_program_sends_what_nobody_asked_for():
     """A vocabulary of 4,096 rows: a look-up in a table of that size, left to XLA, crosses the slow axis."""
     assert strays(helpers.build(helpers.tiny(data__vocab_size=4096), (2, 2, 2))) == {}
