@@ -54,7 +54,7 @@ def test_every_mesh_of_eight_devices_trains_like_one_device(mesh, uneven):
     check(mesh, uneven)
 
 
-@SLOW  # in the default run test_processes.py::test_processes_train_like_one, by train.py's losses
+@SLOW
 @pytest.mark.parametrize(("processes", "mesh"), [(2, (2, 1, 2)), (2, (1, 2, 1)), (4, (2, 2, 1))])
 def test_several_processes_train_like_one_device(processes, mesh, tmp_path):
     script = [f"{helpers.ROOT}/tests/one_of_several.py", f"{tmp_path}/out.npz", ",".join(map(str, mesh))]

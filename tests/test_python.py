@@ -57,7 +57,7 @@ def test_losses_and_weights_are_the_command_line_s(whole, tmp_path):
     assert summary["wire_bytes_per_step"] == whole.wire_bytes
 
 
-@pytest.mark.slow  # in the default run: test_a_loop_of_one_s_own, and the command line's own test of a stop
+@pytest.mark.slow
 def test_ctrl_c_ends_at_the_border_of_a_call_and_the_same_call_goes_on(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(door.Interrupt, "requested", lambda self, step: step == 3)

@@ -75,7 +75,7 @@ def check_same_run(workdir: Path, uninterrupted: Path) -> None:
     assert columns(workdir) == columns(uninterrupted), "metrics.jsonl has each step once, with the same values"
 
 
-@pytest.mark.slow  # in the default run: SIGTERM, below; a kill while saving, in test_checkpoint.py
+@pytest.mark.slow  # in the default run: what a kill leaves of a save, in test_checkpoint.py
 @pytest.mark.parametrize("kills", [1, 10])
 def test_killed_at_random_moments_and_resumed(tmp_path, uninterrupted, kills):
     chance = random.Random(kills)

@@ -86,7 +86,7 @@ def test_every_key_of_the_group_is_read_by_a_method_or_by_all():
 # ── the same on every mesh ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@SLOW  # in the default run: test_parity.py, for several replicas on a device, and the strategies against NumPy, below
+@SLOW  # in the default run: the strategies against NumPy, below
 @pytest.mark.parametrize("strategy", OPTIONS)
 @pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2), (1, 1, 1)])
 def test_four_replicas_train_alike_on_every_mesh(strategy, mesh):

@@ -107,7 +107,7 @@ def with_rest(params, batch):
     return total, rest
 
 
-@pytest.mark.slow  # in the default run: one of a language model, in test_python.py
+@pytest.mark.slow
 def test_a_gradient_of_a_task_goes_through_an_exchange_by_itself():
     made = textbook.binary(40)
     built = sl.build("base", task=made, mesh={"replica": 2}, **textbook.PLAIN | {"data": {"batch_size": 8}})
