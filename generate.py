@@ -46,11 +46,12 @@ def main(argv: list[str]) -> int:
     eos = frozenset({model.tokenizer.eos} - {-1})
     seeds = [replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(args.samples)]
     requests = [Request(prompt, args.max_tokens, how, eos) for prompt in ids for how in seeds]
+    context = loaded.context_of(model, args.context)
     with bad_input():
         for request in requests:
-            request.check(loaded.context_of(model, args.context), model.network.vocab_size)
+            request.check(context, model.network.vocab_size)
     slots = min(len(requests), MOST_SLOTS)
-    engine = loaded.open_engine(model, slots, args.context, not args.no_invariant, tell, len(requests))
+    engine = loaded.open_engine(model, slots, context, not args.no_invariant, tell, len(requests))
     engine.start()
     with contextlib.closing(engine):
         if len(requests) == 1:

@@ -68,6 +68,7 @@ def fit(
         else:
             finish.finish(run, outcome.state, outcome.evaluated)
     finally:
+        phases.close()
         lock.release()
     return Trained(
         config=asked.config,

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     early.end_at_ctrl_c()
     gc.disable()  # what imports and tracing make stays: looking through it for garbage delays the start
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -35,8 +36,11 @@ from runtime.workdir import default_name
 
 
 def main(argv: list[str]) -> int:
-    phases = Phases(STARTED)
+    with contextlib.closing(Phases(STARTED)) as phases:
+        return train(argv, phases)
 
+
+def train(argv: list[str], phases: Phases) -> int:
     # ── Config ───────────────────────────────────────────────────────────────────────────────────────────────────
     config, flags = methods.parse(argv, __doc__ or "")
     methods.validate(config)

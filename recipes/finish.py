@@ -68,6 +68,7 @@ def finish(run: Run, state: Any, evaluated: Evaluation, link: Link | None = None
             attempt("samples.txt", lambda: (folder / "samples.txt").write_text(text + "\n", encoding="utf-8"))
             console.say(f"a sample:\n{text}")
     if run.workdir.leader:
+        console.doing("drawing the plot and the report")
         attempt("plots/loss.png", lambda: plot(run, evaluated, baselines))
         attempt(report.PAGE, lambda: report.write([folder], folder / report.PAGE))
         console.doing("")
@@ -92,7 +93,7 @@ def evaluated_on(run: Run) -> list[dict[str, np.ndarray]]:
 def summarise(run: Run, digest: str, evaluated: Evaluation, baselines: Baselines) -> None:
     unit = run.parts.task.unit
     last = [row for row in read(run.workdir.path / "metrics.jsonl") if "loss" in row][-1]
-    run.phases.mark("training and end", then="writing a sample and the report")
+    run.phases.mark("training and end", then="writing a sample")
     run.workdir.update_summary(
         parameters=num_parameters(run.parts),
         mesh=dict(run.parts.mesh.shape),

@@ -160,7 +160,7 @@ def compiled(case: Case, c: Candidate) -> Compiled:
             program = aot.compiled(lower, parts.xla_options)
             peaks.append(aot.peak(program, parts, name)[1])
             if not isinstance(program, aot.Refused):
-                readings.append(aot.read(name, program, parts, case.target, config, link=case.link))
+                readings.append(aot.read(name, program, parts, case.target, config))
             del program
     except RunError as error:
         return Compiled(math.nan, None, math.nan, {}, str(error))

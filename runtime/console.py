@@ -38,27 +38,31 @@ class Console:
         self._latest_shown = True
         self._drawn_at = float("-inf")
         self._announcement: threading.Timer | None = None
-        self._said_at = time.monotonic()
+        self._alive_at = time.monotonic()
 
     def doing(self, what: str) -> None:
-        """From now on this is done, until the next call. Said when nothing was printed for SILENCE_SECONDS and it is
-        still done, and then, with its seconds, more and more rarely. "": no more than what is printed anyway."""
+        """From now on this is done, until the next call. Said when for SILENCE_SECONDS nothing was printed and no step
+        made, and then, with its seconds, after more and more of silence. "": no more than what is printed anyway."""
         with self._lock:
             if self._announcement is not None:
                 self._announcement.cancel()
                 self._announcement = None
             if what and not self._quiet:
-                left = self._said_at + SILENCE_SECONDS - time.monotonic()
-                self._announce_in(max(SILENCE_SECONDS / 10, left), what, time.monotonic(), 0)
+                self._announce_after(SILENCE_SECONDS, what, time.monotonic(), 0)
 
-    def _announce_in(self, seconds: float, what: str, began: float, times: int) -> None:
+    def _announce_after(self, silence: float, what: str, began: float, times: int) -> None:
         def announce() -> None:
             with self._lock:
-                if self._announcement is timer:  # else something else is done since this moment
-                    self.say(f"{what} … {human_seconds(time.monotonic() - began)}" if times else f"{what} …")
-                    self._announce_in(SILENCE_SECONDS * 2 ** max(0, times - 2), what, began, times + 1)
+                if self._announcement is not timer:  # something else is done since this moment
+                    return
+                if time.monotonic() < self._alive_at + silence:  # something was printed meanwhile
+                    self._announce_after(silence, what, began, times)
+                    return
+                self.say(f"{what} … {human_seconds(time.monotonic() - began)}" if times else f"{what} …")
+                self._announce_after(SILENCE_SECONDS * 2 ** max(0, times - 2), what, began, times + 1)
 
-        timer = self._announcement = threading.Timer(seconds, announce)
+        left = max(SILENCE_SECONDS / 10, self._alive_at + silence - time.monotonic())
+        timer = self._announcement = threading.Timer(left, announce)
         timer.daemon = True
         timer.start()
 
@@ -99,7 +103,7 @@ class Console:
             if row["step_seconds"] is not None:
                 self._step_seconds.append(float(row["step_seconds"]))
             self._latest = status_fields(row, self._total_steps, self._eta(row["step"]))
-            self._latest_shown = False
+            self._latest_shown, self._alive_at = False, time.monotonic()
             is_last = row["step"] >= self._total_steps
             if self._live:
                 self._draw_live_line(force=is_last)
@@ -131,7 +135,7 @@ class Console:
         if redraw:  # stderr may be the same screen: the live line must be gone from it before either stream writes
             print(self._erase_line(), end="", flush=True)
         print(text, file=stream, flush=True)
-        self._said_at = time.monotonic()
+        self._alive_at = time.monotonic()
         if redraw:
             self._draw_live_line(force=True)
 
@@ -141,7 +145,7 @@ class Console:
         columns = NOTEBOOK_COLUMNS if self._notebook else terminal_columns() - 1
         erase, self._drawn = self._erase_line(), fit_fields(self._latest, columns)
         print(erase + self._drawn, end="", flush=True)
-        self._drawn_at = self._said_at = time.monotonic()
+        self._drawn_at = time.monotonic()
 
     def _erase_line(self) -> str:
         """A notebook knows no escape code for it: there the line is written over."""
@@ -150,7 +154,6 @@ class Console:
     def _show_latest_plain(self) -> None:
         if self._latest is not None:
             print(" | ".join(text for _, text in self._latest), flush=True)
-            self._said_at = time.monotonic()
         self._latest_shown = True
 
     def _eta(self, step: int) -> str:

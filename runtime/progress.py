@@ -35,6 +35,11 @@ class Phases:
         self.seconds["total"] = round(now - self._started, 3)  # the last one
         self._last = now
 
+    def close(self) -> None:
+        """Nothing more is announced: what was done has ended, or failed."""
+        if self.console:
+            self.console.doing("")
+
 
 class Recorder:
     """Reads each step's metrics one step late, so that the device never waits for the host; logs and shows them."""

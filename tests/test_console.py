@@ -255,8 +255,22 @@ def test_nobody_waits_longer_because_something_else_begins(capsys, monkeypatch):
     monkeypatch.setattr(console_module, "SILENCE_SECONDS", 1.0)
     console = Console(total_steps=9, every=1)
     console.say("the first line")
-    console._said_at -= 0.9
+    console._alive_at -= 0.9
     console.doing("compiling")
     time.sleep(0.5)
     console.doing("")
     assert capsys.readouterr().out == "the first line\ncompiling …\n"
+
+
+def test_what_shows_that_a_run_goes_on_puts_it_off(capsys, monkeypatch):
+    """A step, printed or not, and a line."""
+    monkeypatch.setattr(console_module, "SILENCE_SECONDS", 0.5)
+    console = Console(total_steps=100, every=50)
+    console._alive_at -= 9
+    console.step(row(1))
+    console.doing("evaluating")
+    time.sleep(0.3)
+    console.say("halfway")
+    time.sleep(0.4)
+    console.doing("")
+    assert capsys.readouterr().out == "halfway\n"

@@ -5,15 +5,18 @@ In this process: train.run without --simulate takes the devices that the tests h
 
 import json
 import re
+import threading
 from types import SimpleNamespace
 
 import helpers
 import numpy as np
 import pytest
 
+import slackline as sl
 import train
 from data.tokenizer import ByteTokenizer
 from recipes import finish, language, programs
+from runtime.config import UsageError
 from runtime.metrics import MetricsLog
 
 SHORT = ("--config=configs/tiny.py", "--config.steps=2", "--config.eval_every=0", "--config.checkpoint.every=0",
@@ -132,3 +135,12 @@ def test_by_default_a_sample_begins_with_the_first_words_of_what_is_held_out():
     data = SimpleNamespace(first_words=lambda: "def first", prompt=encode, tokenizer=ByteTokenizer())
     prompt_P = finish.try_prompt(SimpleNamespace(tokens=4, prompt="auto"), data, 32)
     assert bytes(prompt_P.tolist()) == b"def first"
+
+
+def test_after_a_start_that_failed_nothing_is_announced(tmp_path):
+    """In a notebook the process goes on."""
+    before = {*threading.enumerate()}
+    assert run(tmp_path / "run", "--config.data.path=missing.txt") == 2
+    with pytest.raises(UsageError, match="does not exist"):
+        sl.fit("tiny", workdir=tmp_path / "other", data={"path": "missing.txt"})
+    assert not [thread for thread in {*threading.enumerate()} - before if isinstance(thread, threading.Timer)]
