@@ -675,6 +675,20 @@ CASES = [
         "tests/test_exits.py -k libraries_print",
     ),
     TakenOut(
+        "messages: nothing is announced once it has failed",
+        "runtime/progress.py",
+        '        if self.console:\n            self.console.doing("")\n',
+        "        pass\n",
+        "tests/test_ending.py -k nothing_is_announced",
+    ),
+    TakenOut(
+        "messages: what shows that a run goes on puts a message off",
+        "runtime/console.py",
+        "if time.monotonic() < self._alive_at + silence:",
+        "if False:",
+        "tests/test_console.py -k puts_it_off",
+    ),
+    TakenOut(
         "messages: what takes long is said",
         "runtime/console.py",
         "timer.start()",
@@ -1964,7 +1978,7 @@ CASES = [
     TakenOut(
         "generate: what cannot be answered is refused before anything compiles",
         "generate.py",
-        "            request.check(loaded.context_of(model, args.context), model.network.vocab_size)\n",
+        "            request.check(context, model.network.vocab_size)\n",
         "            pass\n",
         "tests/test_generate.py::test_what_a_run_cannot_do_is_refused_before_anything_compiles",
     ),
