@@ -2,7 +2,7 @@
 one device's part of the weights (serving/weights.py) and of the rows.
 
 A row's bits depend on that row alone, and not on how many there are: a product of rows with [out, in] weights adds in
-the same order for any number of rows from 4 on, and a norm's sums are such products, too, or trees of elementwise
+the same order for any number of rows from 8 on, and a norm's sums are such products, too, or trees of elementwise
 additions, which no compiler orders anew. Which numbers of rows agree is seen at start (serving/ladder.py).
 
 N rows (slots, or positions of one prompt), D model, H query heads of this device, G key/value heads of it, M = H / G,
@@ -23,6 +23,8 @@ from model.config import ModelConfig
 
 # XLA:CPU multiplies one row with transposed weights at a third of the rate since then, and at a higher one before.
 WEIGHTS_FIRST = jax.__version_info__ >= (0, 11)
+GROUP = 16  # rows that XLA:CPU multiplies at once: of more, it adds in another order
+FEW = 4 * GROUP  # rows, up to which a product waits for the weights to arrive
 QUERIES = 256  # of a prompt, whose scores are held at a time
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -64,9 +66,20 @@ def embedded(c: ModelConfig, weights: Any, tokens_N: jax.Array, positions_N: jax
 
 
 def _times(x_NI: jax.Array, w_EI: jax.Array, dtype: Any = None) -> jax.Array:
-    """[N, E] in this dtype, of rows and weights [out, in]."""
+    """[N, E] in this dtype, of rows and weights [out, in]. XLA:CPU takes two thirds of the time for a few rows if the
+    weights stand first; without the barrier it turns the product round again."""
     product = partial(jnp.matmul, preferred_element_type=dtype)
-    return product(w_EI, x_NI.T).T if WEIGHTS_FIRST and x_NI.shape[0] == 1 else product(x_NI, w_EI.T)
+    rows_first = lambda x_NI, w_EI: product(x_NI, w_EI.T)
+    weights_first = lambda x_NI, w_EI: lax.optimization_barrier(product(w_EI, x_NI.T)).T
+
+    def in_groups(x_NI: jax.Array, w_EI: jax.Array) -> jax.Array:
+        groups = [x_NI[first : first + GROUP] for first in range(0, x_NI.shape[0], GROUP)]
+        return jnp.concatenate([weights_first(x_NI, w_EI) for x_NI in groups])
+
+    if x_NI.shape[0] == 1:
+        return (weights_first if WEIGHTS_FIRST else rows_first)(x_NI, w_EI)
+    on_cpu = in_groups if x_NI.shape[0] <= FEW else rows_first
+    return lax.platform_dependent(x_NI, w_EI, cpu=on_cpu, default=rows_first)
 
 
 def _over_tensor(x: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ from serving.engine import Engine
 from serving.programs import Programs
 
 SHORT = 512  # positions of the lane for most requests, beside that of the whole context
-LEAST = 4  # slots of a device in the smallest rung: with fewer, XLA:CPU adds in another order
+LEAST = 8  # slots of a device in the smallest rung: with fewer, XLA:CPU of some versions adds in another order
 
 PAUSE = 3  # seconds between two lines while programs compile
 
