@@ -14,6 +14,7 @@ if __name__ == "__main__":
     from runtime import early
 
     early.end_at_ctrl_c()
+    early.one_arena()
 
 import sys
 from pathlib import Path

@@ -87,7 +87,7 @@ class Checkpoints:
             return {}
         largest = max(sum(shard.data.nbytes for shard in x.addressable_shards) for x in arrays.values())
         storage = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK)
-        saving = ocp.options.ArrayOptions.Saving(storage_options=storage)
+        saving = ocp.options.ArrayOptions.Saving(storage_options=storage, ocdbt_target_data_file_size=CHUNK)
         return {
             "memory_options": ocp.options.MemoryOptions(write_concurrent_bytes=max(5 * largest // 4, CHUNK)),
             "array_options": ocp.options.ArrayOptions(saving=saving),

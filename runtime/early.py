@@ -1,8 +1,13 @@
-"""Ctrl-C while the imports are under way: a library may swallow the exception, or show where it was."""
+"""What has to be done before the imports. Ctrl-C while they are under way: a library may swallow the exception, or show
+where it was. And how malloc keeps what is freed."""
 
+import ctypes
 import os
+import platform
 import signal
 from typing import Any
+
+ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
 
 
 def end_at_ctrl_c() -> None:
@@ -15,6 +20,13 @@ def raise_at_ctrl_c() -> None:
     """From now on KeyboardInterrupt, as usual."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def one_arena() -> None:
+    """What a thread has freed, glibc keeps for that thread: in writing a checkpoint as much as the largest array and
+    more. It is too late for this when there are threads."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(ARENA_MAX, 1)
 
 
 def _end(*_: Any) -> None:
