@@ -1,0 +1,99 @@
+"""What a log says of its run, for people and for programs. It reads every record, and writes nothing."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from islands import record as records
+from islands.log import Entry, Log
+from islands.store import Store, run
+from islands.view import View
+
+BEAT_LIMIT = 1024  # bytes of a heartbeat
+
+
+def of(store: Store) -> dict[str, Any]:
+    """version, records, members, refused, snapshots: see docs/islands.md. Raises UsageError where there is no log."""
+    log = run(Log.open(store))
+    entries = run(log.read())
+    run(log.look_ahead())
+    view, names = log.view, sorted({*log.view.members, *log.view.islands})
+    return {
+        "version": view.version,
+        "records": view.next,
+        "members": [
+            _member(name, view, entries, _beat(store, name)) for name in sorted({*view.members, *view.islands})
+        ],
+        "refused": [
+            {"sequence": entry.sequence, "island": entry.island, "reason": entry.verdict.why}
+            for entry in entries
+            if not entry.verdict.folded
+        ],
+        "snapshots": [
+            {"version": version, "digest": manifest, "confirmed_by": sorted(names)}
+            for version, of_version in sorted(view.snapshots.items())
+            for manifest, names in sorted(of_version.items())
+        ],
+    }
+
+
+def _member(name: str, view: View, entries: list[Entry], beat: dict[str, Any]) -> dict[str, Any]:
+    """staleness: rounds ahead of the slowest live island. lag_records: that it has not read yet, by what it said last.
+    age_s: since then, by the store's clock and this machine's; null: it has never said anything."""
+    member, island = view.members.get(name), view.islands.get(name)
+    return {
+        "name": name,
+        "role": member.role if member else "",
+        "state": _state(name, view, entries),
+        "incarnation": island.incarnation if island else 0,
+        "clock": island.clock if island else 0,
+        "staleness": island.clock - view.live_minimum() if island and island.live else 0,
+        "lag_records": view.version - beat["version"] if beat else None,
+        "age_s": round(time.time() - beat["modified"], 1) if beat else None,
+    }
+
+
+def _state(name: str, view: View, entries: list[Entry]) -> str:
+    """live, left, expired, revoked, or waiting: it has never joined."""
+    member, island = view.members.get(name), view.islands.get(name)
+    if island and island.live:
+        return "live"
+    if not member or member.revoked:
+        return "revoked"
+    for entry in reversed(entries):
+        if entry.record and entry.verdict.folded:
+            if entry.record.type == records.LEAVE and entry.island == name:
+                return "left"
+            if entry.record.type == records.EXPIRE and entry.record.target == name:
+                return "expired"
+    return "waiting"
+
+
+def _beat(store: Store, name: str) -> dict[str, Any]:
+    """What its last heartbeat says. Nobody signs it, and nothing but this picture comes of it."""
+    key = f"heartbeats/{name}"
+    data, modified = run(store.get(key, BEAT_LIMIT)), run(store.last_modified(key))
+    try:
+        found = json.loads(data or b"")
+        return {"version": int(found["version"]), "modified": modified} if modified else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def lines(status: dict[str, Any]) -> Iterator[str]:
+    yield f"version {status['version']}, {status['records']} records"
+    columns = ("name", "role", "state", "incarnation", "clock", "staleness", "lag_records", "age_s")
+    rows = [columns, *([_shown(member[column]) for column in columns] for member in status["members"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    for row in rows:
+        yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+    for refused in status["refused"]:
+        yield f"refused: record {refused['sequence']} of {refused['island'] or 'nobody known'}: {refused['reason']}"
+    for snapshot in status["snapshots"]:
+        by = ", ".join(snapshot["confirmed_by"])
+        yield f"snapshot of version {snapshot['version']}: {snapshot['digest'][:16]}…, confirmed by {by}"
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else str(value)
