@@ -12,7 +12,7 @@ train: $(VENV)/.ready  ## the quickstart, on a simulated mesh of 4 devices
 chat: $(VENV)/.ready-deploy  ## talk with SmolLM2-135M-Instruct, sharded over 3 simulated devices
 	@$(RUN) chat.py --simulate=3 --config.mesh.tensor=3
 
-test: $(VENV)/.ready-deploy  ## the tests that fit into 6 minutes on 2 cores
+test: $(VENV)/.ready-test  ## the tests that fit into 6 minutes on 2 cores
 	$(RUN) -m pytest $(WORKERS) --durations=10
 
 sample: $(VENV)/.ready-dev  ## one case of every slow test, but of the notebooks
@@ -42,7 +42,11 @@ $(VENV)/.ready-deploy: $(VENV)/.ready requirements-deploy.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-deploy.txt
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt requirements-data.txt requirements-deploy.txt requirements-notebooks.txt
+$(VENV)/.ready-test: $(VENV)/.ready-deploy requirements-islands.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-islands.txt
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt requirements-data.txt requirements-deploy.txt requirements-notebooks.txt requirements-islands.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

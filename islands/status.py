@@ -22,9 +22,7 @@ def of(store: Store) -> dict[str, Any]:
     return {
         "version": view.version,
         "records": view.next,
-        "members": [
-            _member(name, view, entries, _beat(store, name)) for name in sorted({*view.members, *view.islands})
-        ],
+        "members": [_member(name, view, entries, _beat(store, name)) for name in names],
         "refused": [
             {"sequence": entry.sequence, "island": entry.island, "reason": entry.verdict.why}
             for entry in entries

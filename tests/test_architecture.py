@@ -197,6 +197,7 @@ MAY_IMPORT = {
     "plan": {"recipes", *PARALLEL, "runtime"},
     "train": {"recipes", "data", *PARALLEL, "runtime"},
     "slackline": {"recipes", "data", "runtime"},
+    "islands": {"islands", "parallel/exchange", "runtime"},
     "serving": {"serving", "recipes", "model", "parallel/layout", "parallel/cost", "data", "runtime"},
     "serve": {"serving", "data", "runtime"},
     "generate": {"serving", "data", "runtime"},
