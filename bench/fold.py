@@ -3,9 +3,9 @@
 python bench/fold.py                     a minute, and 2.5 GB of memory
 python bench/fold.py --millions=10
 
-A push is read (its pieces hashed, checked and decoded) and folded; the parameters, the momentum and the buffer's sum are
-copied into other arrays, in turn. Every fourth push fills the buffer, and alone it touches the momentum: so four pushes
-are folded, and four copies made of what each of them touches. One thread.
+A push is read (its pieces hashed, checked and decoded) and folded; the parameters, the momentum and the buffer's sum
+are copied into other arrays, in turn. Every fourth push fills the buffer, and alone it touches the momentum: so four
+pushes are folded, and four copies made of what each of them touches. One thread.
 """
 
 import sys

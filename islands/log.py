@@ -103,7 +103,7 @@ class Log:
         data = yield from patient.get(RUN, RUN_LIMIT)
         if data is None:
             yield from patient.list("records")  # says so, if there is no folder or bucket either
-            raise UsageError(f"there is no log (no {RUN}): `python -m islands init LOG --config=…` makes one")
+            raise UsageError(f"there is no log: {RUN} is not there; give the folder or the path that has it")
         try:
             run = records.parse_run(data)
         except ValueError as error:

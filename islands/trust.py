@@ -51,7 +51,7 @@ class Key:
             mode, data = path.stat().st_mode, path.read_bytes()
         except OSError as error:
             raise UsageError(
-                f"{path}: {error.strerror}: `python -m islands keys new LOG NAME` makes the key of an island"
+                f"{path}: {error.strerror}: the file with the private key of an island is looked for there"
             ) from error
         if stat.S_IMODE(mode) & 0o077:
             raise UsageError(f"{path} can be read by others (mode {stat.S_IMODE(mode):o}): chmod 600 {path}")
@@ -60,7 +60,7 @@ class Key:
         except (ValueError, TypeError) as error:
             raise UsageError(f"{path} is no private key in PEM: {error}") from error
         if not isinstance(private, Ed25519PrivateKey):
-            raise UsageError(f"{path} is a key of another kind than Ed25519: `python -m islands keys new LOG NAME`")
+            raise UsageError(f"{path} is a key of another kind than Ed25519, the kind that islands sign with")
         return cls(private)
 
     def write(self, path: Path) -> None:

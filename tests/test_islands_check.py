@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("cryptography", reason="pip install -r requirements-islands.txt")
+
 from islands import check, trust
 from islands.__main__ import main
 from islands.folder import Folder

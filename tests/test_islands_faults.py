@@ -11,8 +11,11 @@ from pathlib import Path
 from random import Random
 
 import helpers
-import islanders
 import pytest
+
+pytest.importorskip("cryptography", reason="pip install -r requirements-islands.txt")
+
+import islanders
 
 from islands import trust
 from islands.faulty import FAULTS, KINDS, VERBS, Chance, Faulty, UnsyncedDisk
