@@ -11,11 +11,8 @@ from pathlib import Path
 from random import Random
 
 import helpers
-import pytest
-
-pytest.importorskip("cryptography", reason="pip install -r requirements-islands.txt")
-
 import islanders
+import pytest
 
 from islands import trust
 from islands.faulty import FAULTS, KINDS, VERBS, Chance, Faulty, UnsyncedDisk
@@ -314,6 +311,19 @@ def test_a_late_request_lands_after_its_sender_has_died():
     while schedule.processes:
         schedule.step()
     assert died and memory.objects["records/1"][1] > died[0]
+
+
+def test_a_process_dies_before_what_it_asks_for_is_done_or_after():
+    there = set()
+    for seed in range(10):
+        schedule = Schedule(Chance(Random(seed), {"crash": 1.0}))
+        memory = Memory(schedule.now)
+        died = []
+        schedule.start(memory.create("records/1", b"one"), died=lambda died=died: died.append(True))
+        schedule.step()
+        assert died and not schedule.processes
+        there.add("records/1" in memory.objects)
+    assert there == {False, True}
 
 
 # ── real processes that kill themselves ──────────────────────────────────────────────────────────────────────────
