@@ -2,7 +2,8 @@
 seconds of a simulated clock. The view and the fold are those of real islands.
 
 Printed is a table; table.md, loss.png, staleness.png and, of the textbook example, path.png are written into the
-workdir. Intervals are those of the mean over seeds, 95 %. The target is the loss with which the first scheme ends.
+workdir. Intervals are those of the mean over seeds, 95 %. A loss is that of the last eighth of the time; the target is
+the first scheme's.
 
 python -m islands.laboratory --task=mixture
 python -m islands.laboratory --task=mixture --schemes=synchronous,delayed,delayed+dylu --speeds=1,1,2,4 --islands=4
@@ -44,15 +45,16 @@ class Experiment:
 
 
 # Outer learning rates: of 0.0125 … 2, by factors of about 1.4 where it matters, the best on seeds that are not shown.
+# Larger ones of the last three end a moment lower, and leap to twice the loss in between.
 H = 50
 MIXTURE = {
     "synchronous": Scheme(Average(Outer("nesterov", 1.4, 0.9)), H, staleness=0),
     "naive": Scheme(Nesterov(Outer("nesterov", 0.025, 0.9), buffer=1), H),
     "delayed": Scheme(Nesterov(Outer("nesterov", 1.4, 0.9)), H),
     "delayed+dylu": Scheme(Nesterov(Outer("nesterov", 0.5, 0.9)), H, dylu=True),
-    "quorum": Scheme(Quorum(Outer("nesterov", 0.2, 0.9), 4), H),
-    "compensated": Scheme(Compensated(Outer("sgd", 1.0, 0.0)), H),
-    "plain": Scheme(Nesterov(Outer("sgd", 1.0, 0.0), buffer=1), H),
+    "quorum": Scheme(Quorum(Outer("nesterov", 0.14, 0.9), 4), H),
+    "compensated": Scheme(Compensated(Outer("sgd", 0.25, 0.0)), H),
+    "plain": Scheme(Nesterov(Outer("sgd", 0.25, 0.0), buffer=1), H),
 }
 # Every gradient is pushed, and applied as it is: Downpour, and stale-synchronous with bounds.
 DOWNPOUR = Scheme(Nesterov(Outer("sgd", 1.0, 0.0), buffer=1), 1)
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes[name].append(play(experiment.task(seed), sites, scheme, seconds, seed, watch))
             if path and seed == 0:
                 paths[name] = np.array(path)
-        print(f"{name}: {outcomes[name][0].steps:,} steps, loss {outcomes[name][0].losses[-1]:.4f}", flush=True)
+        print(f"{name}: {outcomes[name][0].steps:,} steps, loss {outcomes[name][0].loss:.4f}", flush=True)
     head, rows = tabulated(outcomes)
     print("\n" + _aligned(head, rows))
     workdir = Path(args.workdir)
@@ -197,10 +199,10 @@ def tabulated(outcomes: dict[str, list[Outcome]]) -> tuple[list[str], list[list[
         "most",
         "MB pushed",
     ]
-    target = float(np.mean([each.losses[-1] for each in next(iter(outcomes.values()))]))
+    target = float(np.mean([each.loss for each in next(iter(outcomes.values()))]))
     rows, first = [], math.inf
     for name, found in outcomes.items():
-        low, mean, high = interval([each.losses[-1] for each in found])
+        low, mean, high = interval([each.loss for each in found])
         curve = replace(found[0], losses=list(np.mean([each.losses for each in found], axis=0)))
         seconds = curve.seconds_to(target)
         first = seconds if not rows else first

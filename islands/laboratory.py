@@ -78,6 +78,11 @@ class Outcome:
     steps: int = 0
     bytes: int = 0
 
+    @property
+    def loss(self) -> float:
+        """At the end: the mean of the last eighth of the time, so that a moment's luck does not count."""
+        return float(np.mean(self.losses[-POINTS // 8 :]))
+
     def seconds_to(self, loss: float) -> float:
         """When the curve is first at this loss, or below; infinity: never."""
         return next((t for t, x in zip(self.times, self.losses, strict=True) if x <= loss), math.inf)

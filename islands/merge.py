@@ -7,7 +7,7 @@ Arrays are folded in place, a block of each at a time, while it is in a core's c
 
 Δ is a pseudo-gradient: the parameters that a round began with less those that it ended with. N live islands, θ the
 parameters, m the momentum, β `outer.momentum`, ε the outer learning rate: `outer.lr`, or the number OUTER_LR of the
-record.
+record that brings a step about.
 
 A push that members refuse when they have seen what is in it (not finite, beyond its norm bound, no payload at all) is
 folded as one of zeros: its round counts, and nothing of it is applied.

@@ -22,16 +22,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from islands import decode
+from islands import decode, state
 from islands.decode import PayloadError
 from islands.record import canonical, check_hex, load
+from islands.state import STEP
 from parallel.exchange.codecs import CODECS
 
 FORMAT = 1
 PIECE = 2**20  # elements
 BLOB = 2**25  # bytes; more where a record would otherwise name more than BLOBS of them
 BLOBS = 256
-STEP = 2**17  # elements that are decoded at a time: they stay in a core's cache
 
 Ranges = Mapping[str, Sequence[tuple[int, int]]]  # of each leaf [(first element, elements), …]
 Fetch = Callable[[str, int, int], bytes | memoryview]  # (digest of a blob, offset, length) -> these bytes of it
@@ -56,7 +56,10 @@ class Form:
 
     def named(self) -> dict[str, Any]:
         """The codec, as a manifest has it."""
-        name = next(name for name, kind in CODECS.items() if type(self.codec) is kind)
+        name = next((name for name, kind in CODECS.items() if type(self.codec) is kind), None)
+        if name is None:
+            own = type(self.codec).__name__
+            raise ValueError(f"{own} is not in CODECS (parallel/exchange/codecs/__init__.py): no other island knows it")
         keys = {each.name: getattr(self.codec, each.name) for each in fields(self.codec)}
         return {"name": name, "keys": {k: v.hex() if isinstance(v, float) else v for k, v in keys.items()}}
 
@@ -235,8 +238,8 @@ def _leaf(form: Form, leaf: str, found: Any, blobs: Mapping[str, int]) -> Sequen
             raise PayloadError(f"manifest: {leaf} has a piece of {piece.count} elements across a multiple of {whole}")
         if piece.length != -(-piece.count // block) * width:
             raise PayloadError(f"manifest: {leaf} has a piece of {piece.length} bytes for {piece.count} elements")
-        if piece.blob not in blobs or not 0 <= piece.offset <= blobs[piece.blob] - piece.length:
-            raise PayloadError(f"manifest: {leaf} has a piece outside the blobs of its record")
+        if piece.blob not in blobs:
+            raise PayloadError(f"manifest: {leaf} has a piece that is in none of the blobs of its record")
         try:
             check_hex(piece.digest, "digest", f"{leaf}: the digest of a piece")
         except ValueError as error:
@@ -281,8 +284,11 @@ def read(form: Form, found: Manifest, ranges: Ranges, fetch: Fetch) -> Iterator[
                     here = {name: x[row:last] for name, x in message.items()}
                     decode.decode(form.codec, here, buffer[: (last - row) * block])
                     begin, upto = piece.first + row * block, min(stop, piece.first + last * block)
-                    yield leaf, place, buffer[at - begin : upto - begin]
-                    place, at = place + upto - at, upto
+                    for first in range(at, upto, STEP):  # a block may be larger
+                        x = buffer[first - begin : min(upto, first + STEP) - begin]
+                        yield leaf, place, x
+                        place += len(x)
+                    at = upto
 
 
 def verify(form: Form, found: Manifest, ranges: Ranges, fetch: Fetch) -> None:
@@ -290,6 +296,12 @@ def verify(form: Form, found: Manifest, ranges: Ranges, fetch: Fetch) -> None:
     for leaf, wanted in ranges.items():
         for piece, _ in _overlaps(found[leaf], wanted):
             _message(form, piece, fetch)
+
+
+def norm(form: Form, found: Manifest, fetch: Fetch) -> float:
+    """Of all that is pushed, as every member finds it to the bit: what norm bounds are compared with."""
+    leaf_of = lambda leaf: (x for _, _, x in read(form, found, {leaf: form.whole()[leaf]}, fetch))
+    return state.norm({leaf: state.squares(leaf_of(leaf)) for leaf in form.sizes})
 
 
 def _overlaps(

@@ -41,8 +41,9 @@ def staleness(outcomes: Outcomes, path: Path) -> None:
     figure, (axes,) = _figure(1, "Staleness of pushes")
     stale = {name: np.array([x for each in found for x in each.staleness]) for name, found in outcomes.items()}
     last = max((int(x.max()) for x in stale.values() if len(x)), default=0)
-    edges = np.unique(np.linspace(0, last + 1, min(last + 1, BINS) + 1).astype(int)) - 0.5
-    wide = np.diff(edges) * 0.8 / len(stale)  # bars of one bin stand side by side
+    step = -(-(last + 1) // BINS)
+    edges = np.arange(0, last + 1 + step, step) - 0.5
+    wide = step * 0.8 / len(stale)  # bars of one bin stand side by side
     for i, (color, (name, x)) in enumerate(zip(_colors(len(stale)), stale.items(), strict=True)):
         share = np.histogram(x, edges)[0] / max(1, len(x)) * 100
         left = (edges[:-1] + edges[1:]) / 2 + (i - len(stale) / 2) * wide

@@ -59,15 +59,22 @@ class Run:
         return {leaf: self.state.arrays[f"params/{leaf}"] for leaf in self.state.leaves()}
 
 
+def between(n: int, low: float, high: float) -> np.ndarray:
+    """float32 that look random and are the same for ever, which NumPy's generators do not promise (splitmix64)."""
+    x = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return (low + (high - low) * ((x >> np.uint64(40)).astype(np.float64) / 2**24)).astype(np.float32)
+
+
 def one_fold(cut: int = 0) -> str:
     """The digest after every rule has folded payloads of int4, of all sizes and denormal numbers too. cut: where the
     large array is folded in two parts, by two processes."""
     form = Form({"u": 5000, "v": 7}, decode.build("int4"))
-    rng = np.random.default_rng(0)
-    data = {leaf: rng.standard_normal(n).astype(np.float32) for leaf, n in form.sizes.items()}
-    codes = lambda blocks: rng.integers(17, 255, (blocks, 64), dtype=np.uint8).tobytes()
+    data = {leaf: between(n, -2.0, 2.0) for leaf, n in form.sizes.items()}
+    codes = lambda blocks: between(64 * blocks, 17, 255).astype(np.uint8).tobytes()
     message = {  # as a JAX program would have made it, on any machine
-        "u": codes(40) + rng.integers(1, 0x4080, 40, dtype=np.uint16).tobytes(),
+        "u": codes(40) + between(40, 1, 0x4080).astype("<u2").tobytes(),
         "v": codes(1) + b"\x80\x3f",
     }
     blob = message["u"] + message["v"]
@@ -85,18 +92,18 @@ def one_fold(cut: int = 0) -> str:
             ranges = {"u": [(first, last - first)]} | ({"v": [(0, 7)]} if i == 0 else {})
             own = {leaf: data[leaf][wanted[0][0] :][: wanted[0][1]] for leaf, wanted in ranges.items()}
             run = Run(rule, own, "ab", staleness)
-            for island in "abab":
-                _push(run, island, payload.read(form, found, ranges, lambda digest, at, n: blob[at : at + n]))
+            for tokens, island in enumerate("abab", 3):
+                _push(run, island, tokens, payload.read(form, found, ranges, lambda digest, at, n: blob[at : at + n]))
             for array, x in run.state.arrays.items():
                 joined[array] = np.concatenate([joined[array], x]) if array in joined else x
         digests.append(states.State(joined, run.state.numbers).digest())
     return payload._digest("".join(digests).encode())
 
 
-def _push(run: Run, island: str, blocks) -> None:
+def _push(run: Run, island: str, tokens: int, blocks) -> None:
     base = run.view.islands[island].version if run.rule.pins else run.view.version
     clock = run.view.islands[island].clock
-    record = Record(type="push", island=island, incarnation=1, nonce="0" * 32, clock=clock, base=base, tokens=3)
+    record = Record(type="push", island=island, incarnation=1, nonce="0" * 32, clock=clock, base=base, tokens=tokens)
     run.view, verdict = run.view.after(record)
     assert verdict.folded
     merge.fold(run.rule, run.state, record, verdict, run.view, blocks)

@@ -623,6 +623,7 @@ def test_resuming_executes_no_config(run, capsys, monkeypatch):
     assert "resuming from step 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_as_they_are_read(run, capsys):
     """A whole number of any size from the checkpoint's record: another batch size does not change what was read."""
     assert train.run(["train.py", f"--workdir={run}", "--config.steps=3", "--config.data.batch_size=64"]) == 0

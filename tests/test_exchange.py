@@ -152,7 +152,11 @@ def test_the_exchange_is_the_mean_over_replicas_as_exactly_as_the_codec_promises
         assert case[0] == "none" or name == "bias" or error > 1e-4 or case[0] == "powersgd", "is the codec used at all?"
 
 
-@every_codec
+# The default run has one codec in blocks.
+@pytest.mark.parametrize(
+    ("case", "algorithm"),
+    [pytest.param(*p.values, id=p.id, marks=p.marks if p.id == "int4-two_stage" else SLOW) for p in EVERY],
+)
 def test_replicas_on_any_number_of_devices_give_the_same_bits(case, algorithm):
     feedback = Feedback(0.9)
     expected = run(make(case, algorithm, (1, 1, 1), 4, feedback), steps=2)

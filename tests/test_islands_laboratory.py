@@ -273,7 +273,7 @@ def final_losses(name: str, seeds, seconds: float, factor: float = 1.0) -> list[
     sites = [Site(speed) for speed in np.resize(found.speeds, found.islands)]
     outer = dataclasses.replace(scheme.rule.outer, lr=scheme.rule.outer.lr * factor)
     scheme = dataclasses.replace(scheme, rule=dataclasses.replace(scheme.rule, outer=outer))
-    return [play(toys.Mixture(seed), sites, scheme, seconds, seed).losses[-1] for seed in seeds]
+    return [play(toys.Mixture(seed), sites, scheme, seconds, seed).loss for seed in seeds]
 
 
 def test_naive_asynchronous_nesterov_ends_above_delayed_nesterov():

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import test_strategies as others
-from folding import CASES, NESTEROV, SGD, Run, one_fold
+from folding import CASES, NESTEROV, SGD, Run, between, one_fold
 
 from islands import decode, merge, payload
 from islands import state as states
@@ -275,6 +275,14 @@ def test_a_push_without_blocks_counts_and_applies_nothing():
     np.testing.assert_allclose(run.params()["u"], 1 - 0.1 * (0.5 + 0.8 * 0.5), rtol=1e-6)
 
 
+def test_a_quorum_of_pushes_without_tokens_applies_nothing():
+    run = Run(Quorum(NESTEROV, 2), {"u": np.ones(3)}, "ab")
+    for name in "ab":
+        run.write("push", name, {"u": np.ones(3)}, tokens=0)
+    assert run.state.numbers["pushes"] == 0
+    np.testing.assert_array_equal(run.params()["u"], 1)
+
+
 def test_a_push_too_far_ahead_is_refused():
     """Whatever its writer does: else it would open sums without end, and stale work would count."""
     run = Run(Average(NESTEROV, 1), {"u": np.ones(3)}, "ab", 1)
@@ -334,6 +342,19 @@ def elsewhere(python: str = sys.executable, **environment: str) -> str:
     done = subprocess.run([python, "-c", ELSEWHERE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+GOLDEN = "ee1f5b4d304de8ce5be9eba69796df792401acfead8bfe3e30ce90269015332f"
+GOLDEN_SQUARES = "ad408ba9aa772809ae1085e2ff8be11ac630457d96d7246731d207d3baead92e"
+
+
+def test_a_fold_has_the_bits_that_it_has_always_had():
+    """If this fails, logs that exist would replay to other parameters: then `format` of run.json must be raised, and
+    what is printed below put into GOLDEN."""
+    assert one_fold() == GOLDEN
+    x = between(5 * 4096 + 77, -1.0, 1.0)
+    x = x * x * x  # of many sizes, so that their sum depends on its order
+    assert payload._digest(states.squares([x]).tobytes()) == GOLDEN_SQUARES
 
 
 @pytest.mark.parametrize("cut", [1, 128, 2500, 4999])

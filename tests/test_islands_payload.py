@@ -1,5 +1,6 @@
 """Payloads: every block codec decodes in NumPy to the bits of its JAX decoder; a manifest says all that is needed."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -17,19 +18,21 @@ from parallel.exchange.codecs.base import is_round
 BLOCKS = [name for name, kind in CODECS.items() if not is_round(kind)]
 CASES = [
     *((name, ()) for name in BLOCKS),
+    ("int4", (("stochastic", True),)),
     ("topk", (("bits", 8),)),
     ("topk", (("bits", 4), ("chunk", 256))),
     ("topk", (("bits", 2), ("chunk", 256))),
     ("sign", (("stochastic", True),)),
     ("fp8", (("stochastic", True),)),
 ]
-QUICK = ("int4", "sign", "topk")  # one that is exact in its levels, one that draws, one with places
+# One that draws nothing, one that draws for every element, one with places.
+QUICK = [("int4", ()), ("int4", (("stochastic", True),)), ("topk", ())]
 PER_CODEC = pytest.mark.parametrize(
     "case", CASES, ids=lambda case: "-".join([case[0], *(f"{k}{v}" for k, v in case[1])])
 )
 PER_CODEC_OR_QUICK = pytest.mark.parametrize(
     "case",
-    [case if case in [(name, ()) for name in QUICK] else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
     ids=lambda case: "-".join([case[0], *(f"{k}{v}" for k, v in case[1])]),
 )
 DRAW = Draw(0, "a", 3)
@@ -85,8 +88,12 @@ def test_the_decoders_give_the_same_bits(case):
     rng = np.random.default_rng(1)
     for seed in range(6):
         message = encoded(codec, everything(PIECE, seed))
-        if seed % 3 == 2 and "scales" in message:  # what no encoder would write: any finite scale, any code
-            message["scales"] = rng.integers(0, 0x7600, message["scales"].shape).astype(np.uint16)
+        if seed % 3 == 2:  # what no encoder would write: any finite scale, often a denormal one, and any code
+            name = "scales" if "scales" in message else "values"
+            least = np.where(rng.random(message[name].shape) < 0.3, 0, 0x80)
+            anything = rng.integers(least, np.where(least, 0x7600, 0x90)).astype(np.uint16)
+            message[name] = anything if codec.block > 1 else message[name]
+        if seed % 3 == 2 and "scales" in message:
             if case[0] == "topk":
                 message["scales"].sort(axis=1)
             codes = rng.integers(0, 256, message["values"].shape).astype(np.uint8)
@@ -102,11 +109,12 @@ def test_levels_between_two_scales_are_rounded_once():
     from fractions import Fraction
 
     codec = decode.build("topk", bits=8)
-    rng = np.random.default_rng(0)
-    low = rng.integers(0x3F00, 0x4000, 4000).astype(np.uint32) << 16
-    high = low + (rng.integers(1, 300, 4000).astype(np.uint32) << 16)
+    rng, n = np.random.default_rng(0), 4000
+    low = rng.integers(0x3F00, 0x4000, n).astype(np.uint32) << 16
+    low[: n // 2] = 0x21800000  # 2^-60: a product half way between two floats is rounded up by that alone
+    high = (rng.integers(0x3F80, 0x4000, n) + 128 * rng.integers(1, 3, n)).astype(np.uint32) << 16
     scales = np.stack([low, high], axis=1).view(np.float32)
-    codes = rng.integers(1, 127, (4000, 1)).astype(np.uint8)
+    codes = rng.integers(1, 128, (n, 1)).astype(np.uint8)
     found = decode._levels(codec, codes, scales)[:, 0]
     for (a, b), code, x in zip(scales, codes[:, 0], found, strict=True):
         exact = Fraction(float(a)) + Fraction(float((b - a) * np.float32(code))) * Fraction(float(np.float32(1 / 127)))
@@ -187,6 +195,7 @@ def read(form: Form, blobs, manifest: bytes, ranges=None) -> dict[str, np.ndarra
     out = {leaf: np.full(sum(count for _, count in wanted), np.nan, np.float32) for leaf, wanted in ranges.items()}
     payload.verify(form, found, ranges, fetch_from(blobs))
     for leaf, place, values in payload.read(form, found, ranges, fetch_from(blobs)):
+        assert len(values) <= payload.STEP
         out[leaf][place : place + len(values)] = values
     return out
 
@@ -344,6 +353,30 @@ def test_a_manifest_that_is_wrong_is_refused_before_anything_is_read(what):
         payload.read_manifest(form, changed(manifest, CHANGES[what]), lengths)
 
 
+def test_pieces_that_fill_their_blob_but_not_as_they_must_are_refused():
+    """What the bytes of the blobs do not show."""
+    form, _, lengths, manifest = a_push()
+    blob = json.loads(manifest)["leaves"]["b"]["pieces"][0][2]
+    _, second = json.loads(manifest)["leaves"]["a"]["pieces"]
+    assert second[2] == blob, "the last piece of a, and then b, are in the last blob"
+
+    def a_byte_further(found) -> None:
+        at_piece("a", 1, 4, lambda length: length + 1)(found)
+        at_piece("b", 0, 3, lambda offset: offset + 1)(found)
+        at_piece("b", 0, 4, lambda length: length - 1)(found)
+
+    def an_empty_one(found) -> None:
+        (own,) = found["leaves"]["b"]["pieces"]
+        found["leaves"]["b"]["pieces"].append([5, 0, blob, own[3], 0, own[5]])
+
+    for change in (a_byte_further, an_empty_one):
+        with pytest.raises(PayloadError, match="^manifest: [ab] has a piece (of|from)"):
+            payload.read_manifest(form, changed(manifest, change), lengths)
+    without = lengths | {blob: lengths[blob] - decode.size(form.codec)}
+    with pytest.raises(PayloadError, match="^manifest: b ends at 0 of 5 elements"):
+        payload.read_manifest(form, changed(manifest, CHANGES["no piece"]), without)
+
+
 def test_a_piece_across_a_limit_is_refused():
     """Else one piece could want the memory of a whole leaf."""
     form, blobs, lengths, manifest = a_push()
@@ -361,6 +394,22 @@ def test_bytes_that_are_no_manifest_are_refused():
             payload.read_manifest(form, data, lengths)
     with pytest.raises(PayloadError, match="more than the"):
         payload.read_manifest(form, b" " * (payload.manifest_limit(form) + 1), lengths)
+
+
+def test_a_norm_is_that_of_what_is_decoded():
+    form, blobs, lengths, manifest = a_push()
+    found = payload.norm(form, payload.read_manifest(form, manifest, lengths), fetch_from(blobs))
+    decoded = np.concatenate(list(read(form, blobs, manifest).values())).astype(np.float64)
+    assert found == pytest.approx(np.sqrt(np.sum(decoded**2)), rel=1e-12)
+
+
+def test_a_codec_that_others_do_not_know_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Own(CODECS["int4"]):
+        pass
+
+    with pytest.raises(ValueError, match=r"^Own is not in CODECS .*: no other island knows it"):
+        push(Form({"a": 128}, Own()), [Part("a", 0, np.ones(128, np.float32))])
 
 
 def test_bytes_of_a_blob_that_belong_to_nothing_are_refused():

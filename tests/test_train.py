@@ -148,6 +148,7 @@ def test_llama3_8b_is_described_on_64_simulated_devices():
     assert done.returncode == 0 and "8.0 B" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow  # in the default run: the guard by itself, test_optimizer.py
 def test_a_bad_gradient_is_skipped_counted_and_leaves_no_trace():
     config = helpers.tiny(sync__codec="bf16")
     parts = helpers.build(config, (2, 2, 1))
