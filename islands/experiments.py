@@ -105,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         "--task", choices=sorted(EXPERIMENTS), required=True, help="what is trained: " + " or ".join(EXPERIMENTS)
     )
     parser.add_argument("--schemes", default="", help="names, by commas; default: all of the task")
-    parser.add_argument("--islands", type=usage.positive, help="how many; default: 8, or 4 of the textbook example")
+    parser.add_argument(
+        "--islands", type=usage.positive, metavar="N", help="how many; default: 8, or 4 of the textbook example"
+    )
     parser.add_argument(
         "--speeds", default="", help="steps a second, by commas, in turn over the islands; default: the task's"
     )
@@ -114,15 +116,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bandwidth", type=float, default=math.inf, help="bytes a second of each island's link")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds of each transfer")
     parser.add_argument(
-        "--fail", action="append", default=[], metavar="I@T+S", help="island I dies at T, and is back after S seconds"
+        "--fail", action="append", metavar="I@T+S", help="island I dies at T, and is back after S seconds"
     )
-    parser.add_argument("--join", action="append", default=[], metavar="I@T", help="island I joins at T")
-    parser.add_argument("--leave", action="append", default=[], metavar="I@T", help="island I leaves at T")
+    parser.add_argument("--join", action="append", metavar="I@T", help="island I joins at T")
+    parser.add_argument("--leave", action="append", metavar="I@T", help="island I leaves at T")
     parser.add_argument("--codec", default="", help="of what is pushed, with its default keys; default: float32")
     parser.add_argument(
         "--seconds", type=float, help="of simulated time; default: 2000, or 300 of the textbook example"
     )
-    parser.add_argument("--seeds", type=usage.positive, default=3, help="runs of each scheme")
+    parser.add_argument("--seeds", type=usage.positive, metavar="N", default=3, help="runs of each scheme")
     parser.add_argument(
         "--workdir", default="runs/laboratory", metavar="PATH", help="where table and plots are written"
     )
@@ -152,7 +154,7 @@ def _sites(args: argparse.Namespace, experiment: Experiment) -> list[Site]:
     except ValueError as error:
         raise UsageError(f"--speeds={args.speeds}: {error}") from error
     for option in ("fail", "join", "leave"):
-        for text in getattr(args, option):
+        for text in getattr(args, option) or ():
             i, change = _event(option, text, len(sites))
             fails = sites[i].fails + change.pop("fails", ())
             sites[i] = replace(sites[i], **change, fails=fails)

@@ -13,9 +13,11 @@ from runtime import usage
 # No commands of a user's: a guardian that bench/link.py starts, and what stands alone to be compared with.
 NOT_FOR_USERS = {"bench/namespaces.py", "bench/torch_gpt.py", "bench/torch_generate.py", "bench/handwritten.py"}
 MAIN = 'if __name__ == "__main__":'
-FILES = [file for folder in ("", "bench/", "runtime/", "serving/") for file in helpers.ROOT.glob(f"{folder}*.py")]
+FOLDERS = ("", "bench/", "runtime/", "serving/", "islands/")
+FILES = [file for folder in FOLDERS for file in helpers.ROOT.glob(f"{folder}*.py")]
 COMMANDS = sorted({str(file.relative_to(helpers.ROOT)) for file in FILES if MAIN in file.read_text()} - NOT_FOR_USERS)
-ELSEWHERE = {"runtime/checkpoint.py": "runtime.verify"}  # where its `main` is
+# Where its `main` is.
+ELSEWHERE = {"runtime/checkpoint.py": "runtime.verify", "islands/laboratory.py": "islands.experiments"}
 
 
 def shown(file: str, monkeypatch, capsys) -> str:
@@ -38,8 +40,8 @@ def test_the_commands_are_found():
 @pytest.mark.parametrize("file", COMMANDS)
 def test_help_has_one_shape(file, monkeypatch, capsys):
     text = shown(file, monkeypatch, capsys)
-    module = file.removesuffix(".py").replace("/", ".")
-    command = f"python -m {module}" if file.startswith(("runtime/", "serving/")) else f"python {file}"
+    module = file.removesuffix(".py").replace("/", ".").removesuffix(".__main__")
+    command = f"python -m {module}" if file.startswith(("runtime/", "serving/", "islands/")) else f"python {file}"
     found = re.fullmatch(
         r"usage: (?:sudo )?(?P<call>.*?)\n\n(?P<about>[A-Z].*?)\n\n(positional arguments:\n(?P<named>.*?)\n\n)?"
         r"options:\n(?P<options>.*?)\n\nexamples:\n(?P<examples>.*)\n",
