@@ -99,6 +99,7 @@ def check_against_training(made: Made, engine: Engine) -> None:
                 assert before_V[token.id] >= top[0] - 1e-4
 
 
+@pytest.mark.slow
 def test_an_answer_is_what_training_s_own_forward_pass_says():
     made, programs = small()
     engine = made.engine(programs)

@@ -319,6 +319,7 @@ def test_a_thousand_islands_are_played_within_a_minute():
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
     workdir = tmp_path / "lab"
     options = ["--task=textbook", "--seeds=2", "--seconds=20", "--schemes=ssp-0,downpour", f"--workdir={workdir}"]

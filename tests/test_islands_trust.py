@@ -440,6 +440,7 @@ def fuzz(times: int) -> tuple[int, int]:
     return refused, trusted
 
 
+@pytest.mark.slow
 def test_twenty_thousand_mutated_records_are_refused_or_sound():
     refused, trusted = fuzz(20_000)
     assert refused > 19_000

@@ -103,6 +103,7 @@ def test_the_user_sees_the_table_and_the_steps(finished):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_compiles_and_trains_nothing(tmp_path):
     done = helpers.run_here(tmp_path / "never", "--dry_run", "--config.mesh.fsdp=8")
     for text in ("configs/tiny.py, dry run\n", "memory per device"):
