@@ -28,8 +28,10 @@ from islands.laboratory import Outcome, Scheme, play
 from islands.merge import Average, Compensated, Nesterov, Outer, Quorum
 from islands.pace import Site
 from islands.toys import Mixture, Textbook
+from recipes.table import student_t
 from runtime import exits, usage
 from runtime.config import UsageError
+from runtime.console import aligned
 from runtime.metrics import replace_file
 
 
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 paths[name] = np.array(path)
         print(f"{name}: {outcomes[name][0].steps:,} steps, loss {outcomes[name][0].loss:.4f}", flush=True)
     head, rows = tabulated(outcomes)
-    print("\n" + _aligned(head, rows))
+    print("\n" + aligned([head, *rows]))
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
@@ -181,26 +183,14 @@ def _event(option: str, text: str, islands: int) -> tuple[int, dict[str, Any]]:
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """(low, mean, high): 95 % of the mean, by Student's t; of one value, the value."""
-    from scipy.special import stdtrit  # slow to import; JAX has it installed
-
     mean, count = float(np.mean(values)), len(values)
-    half = float(stdtrit(count - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    half = student_t(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
     return mean - half, mean, mean + half
 
 
 def tabulated(outcomes: dict[str, list[Outcome]]) -> tuple[list[str], list[list[str]]]:
-    head = [
-        "scheme",
-        "loss",
-        "95 % interval",
-        "s to target",
-        "× sooner",
-        "steps",
-        "pushes",
-        "stale: mean",
-        "most",
-        "MB pushed",
-    ]
+    head = ["scheme", "loss", "95 % interval", "s to target", "× sooner", "steps", "pushes", "stale: mean", "most",
+            "MB pushed"]  # fmt: skip
     target = float(np.mean([each.loss for each in next(iter(outcomes.values()))]))
     rows, first = [], math.inf
     for name, found in outcomes.items():
@@ -219,15 +209,6 @@ def tabulated(outcomes: dict[str, list[Outcome]]) -> tuple[list[str], list[list[
             f"{np.mean([each.bytes for each in found]) / 1e6:.1f}",
         ])  # fmt: skip
     return head, rows
-
-
-def _aligned(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["─" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
 
 
 def command() -> None:

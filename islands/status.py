@@ -9,6 +9,7 @@ from islands import record as records
 from islands.log import Entry, Log
 from islands.store import Store, run
 from islands.view import View
+from runtime.console import aligned
 
 BEAT_LIMIT = 1024  # bytes of a heartbeat
 
@@ -82,10 +83,7 @@ def _beat(store: Store, name: str) -> dict[str, Any]:
 def lines(status: dict[str, Any]) -> Iterator[str]:
     yield f"version {status['version']}, {status['records']} records"
     columns = ("name", "role", "state", "incarnation", "clock", "staleness", "lag_records", "age_s")
-    rows = [columns, *([_shown(member[column]) for column in columns] for member in status["members"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    for row in rows:
-        yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+    yield aligned([columns, *([_shown(member[column]) for column in columns] for member in status["members"])])
     for refused in status["refused"]:
         yield f"refused: record {refused['sequence']} of {refused['island'] or 'nobody known'}: {refused['reason']}"
     for snapshot in status["snapshots"]:

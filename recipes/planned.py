@@ -15,7 +15,7 @@ from recipes.candidate import MARGIN, Candidate
 from recipes.plan import CLOSE, Case, Found, picked
 from runtime import config as configuration
 from runtime.config import RunError, UsageError, changed
-from runtime.console import human_bytes, human_count
+from runtime.console import aligned, human_bytes, human_count
 
 ROWS = 8  # of the table: meshes
 COLUMNS = ("", "mesh", "micro-steps", "remat", "exchange", "a step", "tokens/s", "computing", "waiting for", "memory")
@@ -46,11 +46,6 @@ def table(found: Found) -> str:
         late = [LATE, *(f"× {c.delay:.2f}" for c in best[:ROWS])]
         rows = [(*row, more) for row, more in zip(rows, late, strict=True)]
     return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def by_mesh(found: Found) -> list[Candidate]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from parallel.layout.axes import SLOW, USED
 from recipes import planned, sites
-from runtime.console import human_bytes, human_count
+from runtime.console import aligned, human_bytes, human_count
 
 ROWS = 8  # of the table: exchanges
 
@@ -36,7 +36,7 @@ def table(found: sites.Found) -> str:
         rows.append(
             ("", share.target.text, own, str(c.layout.accumulate), c.layout.remat, planned.seconds(sites.bare(c)), held)
         )
-    return f"{planned.aligned([head, *rounds])}\n\n{planned.aligned(rows)}"
+    return f"{aligned([head, *rounds])}\n\n{aligned(rows)}"
 
 
 def explained(found: sites.Found, alone: Mapping[str, float]) -> list[str]:

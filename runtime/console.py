@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 ERASE_LINE = "\r\x1b[2K"
 REDRAW_SECONDS = 0.1  # steps of a few ms would flood a slow ssh link with redraws nobody can read
@@ -249,6 +250,12 @@ def number(value: float | None, spec: str) -> str:
 
 def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.{0 if seconds >= 0.1 else 1}f} ms"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Lines whose columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def human_bytes(n: float) -> str:

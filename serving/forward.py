@@ -76,9 +76,8 @@ def _times(x_NI: jax.Array, w_EI: jax.Array, dtype: Any = None) -> jax.Array:
         groups = [x_NI[first : first + GROUP] for first in range(0, x_NI.shape[0], GROUP)]
         return jnp.concatenate([weights_first(x_NI, w_EI) for x_NI in groups])
 
-    if x_NI.shape[0] == 1:
-        return (weights_first if WEIGHTS_FIRST else rows_first)(x_NI, w_EI)
-    on_cpu = in_groups if x_NI.shape[0] <= FEW else rows_first
+    fewest = 1 if WEIGHTS_FIRST else 2
+    on_cpu = in_groups if fewest <= x_NI.shape[0] <= FEW else rows_first
     return lax.platform_dependent(x_NI, w_EI, cpu=on_cpu, default=rows_first)
 
 

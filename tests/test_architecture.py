@@ -45,7 +45,7 @@ def parsed(file: Path) -> ast.Module:
 
 def room(file: Path) -> str:
     """Of a file: its folder at the root, or its own name there; parallel/ has four rooms, and a command its own."""
-    if file in (Path("model", "huggingface.py"), Path("data", "chat.py")):
+    if file in (Path("model", "huggingface.py"), Path("data", "chat.py"), Path("islands", "experiments.py")):
         return str(file.with_suffix(""))
     first = file.parts[0].removesuffix(".py")
     return "/".join(file.parts[:2]) if first == "parallel" and len(file.parts) > 2 else first
@@ -197,6 +197,7 @@ MAY_IMPORT = {
     "plan": {"recipes", *PARALLEL, "runtime"},
     "train": {"recipes", "data", *PARALLEL, "runtime"},
     "slackline": {"recipes", "data", "runtime"},
+    "islands/experiments": {"islands", "recipes", "runtime"},
     "islands": {"islands", "parallel/exchange", "runtime"},
     "serving": {"serving", "recipes", "model", "parallel/layout", "parallel/cost", "data", "runtime"},
     "serve": {"serving", "data", "runtime"},

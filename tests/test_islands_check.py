@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import re
 import time
 from typing import Any
 
+import helpers
 import pytest
 
 pytest.importorskip("cryptography", reason="pip install -r requirements-islands.txt")
@@ -55,6 +57,19 @@ class Closed(Memory):
 
     def delete(self, key: str) -> Any:
         yield Call("delete", lambda: None)
+
+
+def test_the_page_has_the_objects_of_a_log(tmp_path):
+    """docs/islands.md, its first table."""
+    page = (helpers.ROOT / "docs" / "islands.md").read_text()
+    table = page.split("## The log", 1)[1].split("\n\n", 2)[1]
+    named = re.findall(r"^\| `(\S+)`", table, re.MULTILINE)
+    key = trust.Key.new()
+    log = run(Log.begin(Folder(tmp_path), Run(owner=key.public, budget=1000, facts={}), {}, key))
+    assert run(log.beat())
+    shape = {rf"records/{0:020d}": "records/%020d", "heartbeats/owner": "heartbeats/NAME"}
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {shape.get(key, re.sub("[0-9a-f]{64}", "SHA256", key)) for key in made} == set(named)
 
 
 @pytest.mark.parametrize("make", [lambda path: Folder(path), lambda _: Memory(time.time)], ids=["folder", "memory"])
