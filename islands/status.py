@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from islands import record as records
-from islands.log import Entry, Log
+from islands.reader import Entry, Reader
 from islands.store import Store, run
 from islands.view import View
 from runtime.console import aligned
@@ -16,7 +16,7 @@ BEAT_LIMIT = 1024  # bytes of a heartbeat
 
 def of(store: Store) -> dict[str, Any]:
     """version, records, members, refused, snapshots: see docs/islands.md. Raises UsageError where there is no log."""
-    log = run(Log.open(store))
+    log = run(Reader.open(store))
     entries = run(log.read())
     run(log.look_ahead())
     view, names = log.view, sorted({*log.view.members, *log.view.islands})

@@ -15,7 +15,7 @@ What makes a record count (all others are dropped, and the verdict says why):
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from islands import record as records
@@ -85,6 +85,27 @@ class View:
         The staleness gate of an island with bound s: before it starts round c, c - live_minimum() <= s.
         """
         return self.complete
+
+    def as_fields(self) -> dict[str, Any]:
+        """As canonical JSON has it: numbers are no keys there."""
+        snapshots = {
+            str(version): {manifest: sorted(names) for manifest, names in of_version.items()}
+            for version, of_version in self.snapshots.items()
+        }
+        tables = {name: {own: asdict(x) for own, x in getattr(self, name).items()} for name in ("islands", "members")}
+        return {"version": self.version, "next": self.next, "complete": self.complete, "snapshots": snapshots, **tables}
+
+    @classmethod
+    def from_fields(cls, found: Mapping[str, Any]) -> "View":
+        """Of what `as_fields` gave, which is trusted."""
+        snapshots = {
+            int(version): {manifest: frozenset(names) for manifest, names in of_version.items()}
+            for version, of_version in found["snapshots"].items()
+        }
+        islands = {name: Island(**own) for name, own in found["islands"].items()}
+        members = {name: Member(**own) for name, own in found["members"].items()}
+        counts = {name: found[name] for name in ("version", "next", "complete")}
+        return cls(islands, members, snapshots=snapshots, **counts)
 
     def after(
         self, record: Record | None, refused: str = "", members: Mapping[str, Member] | None = None
