@@ -99,7 +99,7 @@ def get_config() -> Any:
 
     c.sync = ConfigDict()  # the slow axis
     c.sync.replicas = 0  # R; 0: the size of mesh.replica. A multiple of it puts several replicas on each device
-    c.sync.strategy = "sync"  # sync, stale, diloco, eager, streaming
+    c.sync.strategy = "sync"  # sync, stale, diloco, eager, streaming, island
     c.sync.codec = "none"  # none (float32), bf16, fp8, fp4, int8, int4, int2, sign, topk, randk, powersgd, demo
     c.sync.algorithm = "auto"  # gather, two_stage, psum; auto: gather for 2 replicas, else two_stage
     c.sync.exchange = "after"  # after: when all gradients are there; backward: layer by layer, hidden by the rest
@@ -117,14 +117,23 @@ def get_config() -> Any:
     # Strategies.
     c.sync.staleness = 1  # stale: steps by which a gradient is late
     c.sync.compensation = 0.0  # stale: λ of delay compensation; 0: off
-    c.sync.interval = 30  # diloco, eager, streaming: inner steps H from exchange to exchange
+    c.sync.interval = 30  # diloco, eager, streaming, island: inner steps H from exchange to exchange
     c.sync.fragments = 2  # streaming: parts of the model that are exchanged in turn
     c.sync.overlap = 0  # streaming: inner steps τ during which a fragment is on the wire
     c.sync.mix = 0.0  # streaming: α, how much of a replica's own parameters it keeps
-    c.sync.outer = ConfigDict()  # diloco, eager, streaming: what is done with the mean pseudo-gradient
+    c.sync.outer = ConfigDict()  # diloco, eager, streaming, island: what is done with the mean pseudo-gradient
     c.sync.outer.optimizer = "nesterov"  # nesterov, sgd, adam
     c.sync.outer.lr = 0.7  # with adam, whose steps are of unit size, about 1e-3
     c.sync.outer.momentum = 0.9
+
+    c.island = ConfigDict()  # sync.strategy=island: a job of its own, joined to others by a log: docs/islands.md
+    c.island.log = ""  # where the log is: a folder, s3://BUCKET/PATH, gs://…, az://…
+    c.island.name = ""  # of this island: a-z, 0-9, - and _
+    c.island.merge = "nesterov"  # average, compensated, nesterov, quorum
+    c.island.staleness = -1  # rounds by which an island may be ahead of the slowest; -1: no bound
+    c.island.quorum = 2  # quorum: pushes that make a step
+    c.island.dylu = False  # rounds in proportion to speed: the fastest makes sync.interval steps
+    c.island.norm_bound = 0.0  # of what one push may change; 0: none
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 200  # steps; 0: only at the end

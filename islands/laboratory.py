@@ -19,14 +19,13 @@ import numpy as np
 
 from islands import merge, pace, payload
 from islands import record as records
-from islands.pace import Site
+from islands.pace import SPEED, Site
 from islands.payload import Draw, Form, Part
 from islands.record import Record
 from islands.state import State, in_blocks
 from islands.view import View
 
 PATIENCE = 60.0  # seconds without a heartbeat, after which others take an island to be gone
-SPEED = "speed"  # in the numbers of a push: the steps a second of its round
 POINTS = 64  # of a curve
 
 Params = dict[str, np.ndarray]

@@ -123,11 +123,7 @@ class Log(Reader):
 
     def upload(self, data: bytes) -> Routine[Payload]:
         """Stores what a record is going to name. What is there already has its digest, too."""
-        payload = Payload(digest(data), len(data))
-        there = yield from self.store.create(payload_key(payload.digest), data, payload.bytes + 1)
-        if there != data:
-            raise LogError(f"{payload_key(payload.digest)} has other bytes than its name says: it was altered")
-        return payload
+        return (yield from upload(self.store, data))
 
     def leave(self) -> Routine[Entry]:
         """Holds nobody back from here on."""
@@ -152,15 +148,16 @@ class Log(Reader):
 
     # ── heartbeats ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def beat(self) -> Routine[bool]:
-        """Says that this process is there; whether it has: at most every 5 seconds, and not while the store is away."""
+    def beat(self, **more: Any) -> Routine[bool]:
+        """Says that this process is there; whether it has: at most every 5 seconds, and not while the store is away.
+        more: what else it says."""
         now = yield Call("now", self.store.clock.now)
         if now < self._next_beat:
             return False
         self._next_beat = now + BEAT
         said = {"incarnation": self.incarnation, "nonce": self.nonce, "version": self.view.version}
         try:
-            yield from self.store.put(f"heartbeats/{self.island}", records.canonical(said))
+            yield from self.store.put(f"heartbeats/{self.island}", records.canonical(said | more))
         except Away:
             return False
         return True
@@ -172,6 +169,15 @@ class Log(Reader):
             if (modified := (yield from self.store.last_modified(key))) is not None:
                 found[key.partition("/")[2]] = modified
         return found
+
+
+def upload(store: Patient, data: bytes) -> Routine[Payload]:
+    """As `Log.upload`, of what is stored before there is a log."""
+    payload = Payload(digest(data), len(data))
+    there = yield from store.create(payload_key(payload.digest), data, payload.bytes + 1)
+    if there != data:
+        raise LogError(f"{payload_key(payload.digest)} has other bytes than its name says: it was altered")
+    return payload
 
 
 def _same(a: Record, b: Record) -> bool:

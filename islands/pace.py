@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEAST = 1e-9  # of a step: what rounding may take off
+SPEED = "speed"  # in the numbers of a push: the steps a second of its round
 
 
 @dataclass(frozen=True)

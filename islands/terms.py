@@ -18,7 +18,7 @@ from islands.record import Payload, Record
 from islands.view import View
 from runtime.config import UsageError
 
-AGREED = "model.", "lora.", "island.", "sync.codec", "sync.interval", "sync.outer."  # begin the keys that are
+AGREED = "model.", "lora.", "island.", "sync.", "data.vocab_size"  # begin the keys that are
 OWN = "island.log", "island.name"  # of these, what is each island's own
 
 

@@ -19,7 +19,7 @@ from recipes.fit import Run, num_units
 from recipes.task import Data, Trainable
 from runtime import agree, library_log, steps
 from runtime import config as configuration
-from runtime.config import bad_input
+from runtime.config import UsageError, bad_input
 from runtime.console import Console
 from runtime.environment import environment
 from runtime.metrics import MetricsLog, optional_writers, read
@@ -65,12 +65,14 @@ def begin(
     side: the step is compiled while the data is read. facts: of code and versions; what the data is joins them. limit:
     bytes of a device, which a step must not exceed; None: not known."""
     given = origin(config, workdir)
+    islands = of_islands(config)
+    met = islands.meet(config, parts) if islands else None
     background = threads_beside_grain(2)
     taken = given if programs.takes_over(config, parts) else None
     compiling = background.submit(programs.compile_steps, parts)
     initializing = None if workdir.resuming else background.submit(programs.compile_init, parts, bool(taken))
     data, prompt_P = load_data(config, parts.task, workdir, console, facts, given)
-    loader = data.loader(config.seed, config.data.batch_size)
+    loader = data.loader(islands.data_seed(config) if islands else config.seed, config.data.batch_size)
     checkpoints = open_checkpoints(config, parts, workdir, console)
     times.mark("data", then="compiling the training step")
     compiled = compiling.result()
@@ -87,7 +89,10 @@ def begin(
         state, about_it = first_state(parts, config.seed, taken, others["init"], console)
         begun |= about_it
     times.mark("restore", then="making the first step")
-    about = data.describe(num_units(config, parts.task), programs.rows_of_evaluation(parts))
+    about, joined = data.describe(num_units(config, parts.task), programs.rows_of_evaluation(parts)), None
+    if islands:
+        saved, about = checkpoints.facts() if goes_on else {}, [*about, *islands.rows(config, met)]
+        joined, state = islands.Islander.join(met, config, parts, state, saved, console.say)
     wire_bytes = describe.start("before the first step", config, parts, compiled, others, times.seconds, console, about)
     recorder = make_recorder(config, parts, workdir, checkpoints, console, wire_bytes, start)
     if workdir.leader and given and not workdir.resuming:
@@ -97,10 +102,21 @@ def begin(
     beside = programs.Later(parts, config.sample, background, tell)
     run = Run(
         *(config, parts, compiled, beside, frozen, data, loader, prompt_P),
-        *(workdir, checkpoints, start, recorder, console, times, facts),
+        *(workdir, checkpoints, start, recorder, console, times, facts, joined),
     )
     agree.everyone("ready to train")
     return run, state
+
+
+def of_islands(config: Any) -> Any:
+    """recipes/island.py, which needs packages of its own; None where the run is no island."""
+    if config.sync.strategy != "island":
+        return None
+    try:
+        from recipes import island
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    return island
 
 
 def origin(config: Any, workdir: Workdir) -> Path | None:

@@ -24,6 +24,7 @@ from parallel.layout.axes import SLOW
 from parallel.layout.mesh import check_divisible, cut
 from parallel.strategies.backward import Backward
 from parallel.strategies.base import Strategy
+from parallel.strategies.island import Island
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
 from recipes import methods, tuned, xla
@@ -144,14 +145,16 @@ def build_strategy(
     """The strategy that was chosen, with its exchange. Raises ValueError, with the config's keys."""
     s = c.sync
     how = {key: s[key] for key in ("strategy", "codec", "algorithm", "exchange")}
-    if replicas == 1 and tuple(how.values()) != ("sync", "none", "auto", "after"):
+    codec, kind, fields = chosen
+    if kind is not Island and replicas == 1 and tuple(how.values()) != ("sync", "none", "auto", "after"):
         raise ValueError(
             f"{', '.join(f'sync.{key}={value}' for key, value in how.items())} with one replica: nothing is exchanged. "
             "Set mesh.replica or sync.replicas to 2 or more, or leave these four as they are by default"
         )
-    codec, kind, fields = chosen
     algorithm = "gather" if kind is Backward else s.algorithm
     wanted = codec.wants_error_feedback if s.error_feedback == "auto" else s.error_feedback == "on"
+    if kind is Island:  # what it sends is encoded outside of its programs
+        fields, codec = fields | {"feedback": wanted}, Identity()
     feedback = Feedback(s.decay, s.residual_dtype) if wanted and replicas > 1 else None
     leaves = units.leaves(shapes, task.axes)
 

@@ -98,6 +98,11 @@ class Run:
     console: Console
     phases: Phases
     facts: dict[str, Any]  # of code and versions, kept in each checkpoint
+    island: Any = None  # recipes/island.py: between the rounds of an island
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state."""
+        return self.facts | self.recorder.counted() | (self.island.facts() if self.island else {})
 
     def whole(self, state: Any) -> Any:
         """What is evaluated of a state."""
@@ -120,6 +125,8 @@ def train(run: Run, state: Any, notice: Any) -> Outcome:
         if not outcome.interrupted:
             run.recorder.finish()
     run.checkpoints.close()
+    if run.island:
+        run.island.end(outcome.interrupted)
     return outcome
 
 
@@ -159,7 +166,7 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
     evaluate = make_evaluator(config, run.parts, run.data, lambda: run.beside["evaluation"])
     profiler = Profiler(config.profile.steps, run.workdir.path)
     if run.start is None and config.checkpoint.every:
-        checkpoints.save(0, state, None, run.facts | recorder.counted())
+        checkpoints.save(0, state, None, run.about())
     evaluated, stopping = NOT_EVALUATED, False
     recorder.resume_clock()
     updates = Steps(run.parts, run.programs, state, run.loader, done, config.steps, run.frozen)
@@ -175,6 +182,8 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
             recorder.flush()
             run.phases.mark("first step")
             run.beside.start()
+        if run.island:
+            updates.state = state = run.island.after(done, state)
         last, stopping = done == config.steps, notice.requested(done)
         evaluating = due(done, config.eval_every, config.steps)
         saving = stopping or due(done, config.checkpoint.every, config.steps)
@@ -183,14 +192,13 @@ def _train(run: Run, state: Any, notice: Any) -> Outcome:
             recorder.flush()
             run.console.doing(f"evaluating, sampling or saving at step {done}")
             if last:  # what is trained is on the disk before anything runs that can fail: evaluation, sample
-                checkpoints.save(done, state, None, run.facts | recorder.counted())
+                checkpoints.save(done, state, None, run.about())
                 checkpoints.finish()
             if evaluating:
                 evaluated = evaluate(run.whole(state))
                 recorder.evaluation(done, evaluated.values())
             if saving and not last:
-                facts = run.facts | recorder.counted()
-                checkpoints.save(done, state, evaluated.loss if evaluating else None, facts)
+                checkpoints.save(done, state, evaluated.loss if evaluating else None, run.about())
             if sampling:
                 _keep_sample(run, run.whole(state), done)
             run.console.doing("")

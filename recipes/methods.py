@@ -17,6 +17,7 @@ from parallel.strategies import backward
 from parallel.strategies.backward import Backward
 from parallel.strategies.base import Strategy
 from parallel.strategies.eager import Eager
+from parallel.strategies.island import Island
 from parallel.strategies.local import DiLoCo, Outer
 from parallel.strategies.stale import Stale
 from parallel.strategies.streaming import Streaming
@@ -32,6 +33,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "diloco": DiLoCo,
     "eager": Eager,
     "streaming": Streaming,
+    "island": Island,
 }
 
 

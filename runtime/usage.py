@@ -24,6 +24,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError(text)
+    return int(text)
+
+
 def apart(doc: str) -> tuple[str, list[str]]:
     """(the paragraphs that are no examples, the lines of those that are)."""
     paragraphs = [part.strip("\n") for part in doc.strip().split("\n\n")]

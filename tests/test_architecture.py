@@ -45,7 +45,12 @@ def parsed(file: Path) -> ast.Module:
 
 def room(file: Path) -> str:
     """Of a file: its folder at the root, or its own name there; parallel/ has four rooms, and a command its own."""
-    if file in (Path("model", "huggingface.py"), Path("data", "chat.py"), Path("islands", "experiments.py")):
+    if file in (
+        Path("model", "huggingface.py"),
+        Path("data", "chat.py"),
+        Path("islands", "experiments.py"),
+        Path("islands", "founding.py"),
+    ):
         return str(file.with_suffix(""))
     first = file.parts[0].removesuffix(".py")
     return "/".join(file.parts[:2]) if first == "parallel" and len(file.parts) > 2 else first
@@ -192,12 +197,13 @@ MAY_IMPORT = {
     "data/chat": {"data", "runtime"},
     "runtime": {"runtime"},
     "configs": {"configs"},
-    "recipes": {"recipes", "model", "optim", *PARALLEL, "data", "runtime"},
+    "recipes": {"recipes", "islands", "model", "optim", *PARALLEL, "data", "runtime"},
     "compare": {"recipes", "data", *PARALLEL, "runtime"},
     "plan": {"recipes", *PARALLEL, "runtime"},
     "train": {"recipes", "data", *PARALLEL, "runtime"},
     "slackline": {"recipes", "data", "runtime"},
     "islands/experiments": {"islands", "recipes", "runtime"},
+    "islands/founding": {"islands", "recipes", "parallel/layout", "runtime"},
     "islands": {"islands", "parallel/exchange", "runtime"},
     "serving": {"serving", "recipes", "model", "parallel/layout", "parallel/cost", "data", "runtime"},
     "serve": {"serving", "data", "runtime"},

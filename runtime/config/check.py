@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runtime.config.errors import UsageError
-from runtime.config.keys import RANGES, Methods, base_values, convert, flatten
+from runtime.config.keys import ISLAND, RANGES, Methods, base_values, convert, flatten
 from runtime.config.suggest import nearest_multiples, nearest_name
 
 
@@ -18,7 +18,8 @@ def validate(config: Any, methods: Methods) -> None:
         raise UsageError(f"this config has no {', '.join(missing)}: start from base.get_config() of configs/base.py")
     wrong = [*_values(flat, methods.choices())] or [*relations(flat)]
     if not wrong:
-        changed = [key for key, value in flat.items() if key.startswith("sync.") and value != base.get(key, value)]
+        slow = {key: value for key, value in flat.items() if key.startswith(("sync.", "island."))}
+        changed = [key for key, value in slow.items() if value != base.get(key, value)]
         wrong += unread(flat, changed, methods)
     if wrong:
         raise UsageError("\n".join(wrong))
@@ -117,6 +118,8 @@ def _sync_relations(flat: dict[str, Any], offer: bool) -> Iterator[str]:
             "would grow: set sync.error_feedback=off, or leave sync.stochastic out"
         )
     yield from _warm_relations(flat)
+    if strategy == ISLAND:
+        yield from _island_relations(flat)
     if flat["sync.exchange"] == "backward":
         yield from _backward_relations(flat)
     if strategy == "eager":
@@ -166,6 +169,23 @@ def _warm_relations(flat: dict[str, Any]) -> Iterator[str]:
     elif flat["sync.strategy"] in ("diloco", "eager", "streaming") and warm % H:
         near = " or ".join(str(n) for n in (warm // H * H, (warm // H + 1) * H) if 0 < n < flat["steps"])
         yield f"{said} is not a multiple of sync.interval={H}: rounds begin at its multiples. Nearest: {near or 'none'}"
+
+
+def _island_relations(flat: dict[str, Any]) -> Iterator[str]:
+    if flat["mesh.replica"] > 1:
+        yield (
+            f"mesh.replica={flat['mesh.replica']} with sync.strategy=island: an island is one replica, and the log is "
+            "its slow link. Leave it at 1, and start one job for each island"
+        )
+    if flat["island.merge"] == "average" and flat["island.staleness"] < 0:
+        yield (
+            "island.merge=average with island.staleness=-1: it keeps a sum for each round that may be open, so it "
+            "needs a bound: set island.staleness to 0 or more"
+        )
+    if flat["island.merge"] == "nesterov" and flat["sync.outer.optimizer"] == "adam":
+        yield "island.merge=nesterov takes sync.outer.optimizer=nesterov, or sgd (no momentum), not adam"
+    if flat["lora.rank"]:
+        yield "lora.rank with sync.strategy=island: islands train all weights, so far"
 
 
 def _backward_relations(flat: dict[str, Any]) -> Iterator[str]:

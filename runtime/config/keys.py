@@ -35,6 +35,7 @@ CHOICES = {
     "sync.error_feedback": ("auto", "on", "off"),
     "sync.residual_dtype": ("float32", "bfloat16"),
     "sync.outer.optimizer": ("nesterov", "sgd", "adam"),
+    "island.merge": ("average", "compensated", "nesterov", "quorum"),
     "metrics.tensorboard": ("auto", "on", "off"),
 }
 
@@ -57,7 +58,10 @@ class Methods(NamedTuple):
         kept = ("optimizer.name", "optimizer.accumulate", "optimizer.z_loss")
         keys = " ".join(key for key in _base() if key.startswith("optimizer.") and key not in kept)
         own = {"optimizer.name": UNREAD["optimizer.name"] | {self.optimizer: keys}} if self.optimizer else {}
-        return UNREAD | own | {"sync.strategy": _unread(self.strategies), "sync.codec": _unread(self.codecs)}
+        strategies = _unread(self.strategies)
+        for name in strategies:
+            strategies[name] += f" {UNREAD_BY_ISLANDS if name == ISLAND else UNREAD_BY_OTHERS}"
+        return UNREAD | own | {"sync.strategy": strategies, "sync.codec": _unread(self.codecs)}
 
 
 def _unread(kinds: dict[str, frozenset[str]]) -> dict[Any, str]:
@@ -92,20 +96,21 @@ RANGES: dict[Range, str] = {
         "steps log_every eval_batches model.num_layers model.model_dim model.num_heads model.num_kv_heads "
         "model.head_dim model.mlp_dim model.rope_scaling.original_max_len data.vocab_size "
         "data.seq_len data.batch_size optimizer.accumulate guard.window guard.abort_after checkpoint.keep "
-        "sync.interval sync.fragments"
+        "sync.interval sync.fragments island.quorum"
     ),
     Range(0, math.inf, "[)"): (
         "eval_every lora.rank model.sliding_window model.rope_scaling.factor compute.loss_chunk_mib optimizer.lr "
         "optimizer.warmup_steps "
         "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss "
         "optimizer.freeze_steps guard.zscore sync.replicas sync.warm_steps sync.staleness sync.compensation "
-        "sync.overlap sync.outer.lr checkpoint.every checkpoint.keep_every sample.tokens sample.every "
-        "sample.temperature"
+        "sync.overlap sync.outer.lr island.norm_bound checkpoint.every checkpoint.keep_every sample.tokens "
+        "sample.every sample.temperature"
     ),
     Range(0, 1, "[)"): "optimizer.b1 optimizer.b2 optimizer.momentum sync.outer.momentum",  # 1: nothing is forgotten
     Range(0, 1, "[]"): "sync.decay sync.mix",
     Range(0, 1, "()"): "data.eval_fraction",
     Range(0, 2**32, "[)"): "seed",
+    Range(-1, math.inf, "[)"): "island.staleness",
 }
 CHECKED_ELSEWHERE = (  # -1 means something of its own there
     "mesh.replica mesh.fsdp mesh.tensor sync.block sync.density sync.bits sync.rank"
@@ -135,7 +140,13 @@ UNREAD: dict[str, dict[Any, str]] = {
     "sample.tokens": {0: "sample.prompt sample.temperature sample.every"},
     "sync.error_feedback": {"off": "sync.decay sync.residual_dtype"},
     "sync.outer.optimizer": {"sgd": "sync.outer.momentum"},
+    "island.merge": dict.fromkeys(("average", "compensated", "nesterov"), "island.quorum"),
 }
+
+
+ISLAND = "island"  # of sync.strategy
+UNREAD_BY_ISLANDS = "sync.replicas sync.algorithm sync.exchange sync.warm_steps sync.decay sync.residual_dtype"
+UNREAD_BY_OTHERS = "island.log island.name island.merge island.staleness island.quorum island.dylu island.norm_bound"
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

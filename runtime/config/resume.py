@@ -29,6 +29,7 @@ CHANGES = (
     Change("data.changed", "accept: text that is not what it was is taken, from the same step number on"),
     Change("data.document_mask", "from the next update on"),
     Change("data.", "refused where other text or another split follows from it, but for data.changed=accept"),
+    Change("island.", "refused where the log is of another run; another name joins as another island"),
     Change("mesh. sync.", "the state is carried over to the new layout; each array that changes is named"),
     Change("compute.", "the same mathematics, rounded in another order"),
     Change(

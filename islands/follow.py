@@ -1,0 +1,192 @@
+"""Reading a log and folding it: the parameters of every version, one after another, the same bits for everybody.
+
+Everything of a push is downloaded and checked before any of it is folded, since a fold is not undone. A push that is
+refused when its payload is seen is folded as zeros, with the reason kept.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from islands import decode, merge, payload, snapshot, terms
+from islands import record as records
+from islands.decode import PayloadError
+from islands.log import Log
+from islands.pace import SPEED
+from islands.payload import Form
+from islands.reader import Entry, LogError, Reader
+from islands.record import PUSH, SNAPSHOT, Payload, Record
+from islands.snapshot import Place
+from islands.state import Blocks, State
+from islands.store import Clock, Routine, Store
+from islands.view import View
+
+
+class Refused(NamedTuple):
+    """A push that was folded as zeros."""
+
+    sequence: int
+    island: str
+    reason: str
+
+    @property
+    def line(self) -> str:
+        return f"record {self.sequence}, of {self.island}, counts as zeros: {self.reason}"
+
+
+class Fork(NamedTuple):
+    """A snapshot that is not what was folded here."""
+
+    version: int
+    island: str
+    theirs: str
+    ours: str
+
+    @property
+    def line(self) -> str:
+        return (
+            f"the snapshot of version {self.version} by {self.island} is {self.theirs[:16]}…, and here it is "
+            f"{self.ours[:16]}…: one of the two folds is wrong"
+        )
+
+
+class Taken(NamedTuple):
+    """Of the newest version that a snapshot is due at."""
+
+    version: int
+    manifest: bytes
+
+
+class Follower:
+    """state: the fold at `view.version`. speeds: steps a second that each island has last told. wrong: what was so far.
+    due: the snapshot that every island takes, of the newest version that has one. author: of the last record.
+    stored: the last record of a snapshot."""
+
+    def __init__(self, log: Log, form: Form, state: State, view: View, tail: str):
+        self.log, self.form, self.state, self.view, self.tail = log, form, state, view, tail
+        self.terms = terms.of(log.run.facts["keys"])
+        self.speeds: dict[str, float] = {}
+        self.wrong: list[Refused | Fork] = []
+        self.due: Taken | None = None
+        self.author = ""
+        self.stored: Record | None = None
+        self.began = view.version
+        self.watch: Callable[[Record], None] = lambda record: None  # of each that was folded
+        self._waiting: tuple[Entry, View] | None = None
+
+    @classmethod
+    def open(cls, store: Store, from_oldest: bool = False, **how: Any) -> Routine["Follower"]:
+        """Begins at the newest snapshot that is confirmed, or the oldest. how: as `Log.open` takes it."""
+        clock = how.get("clock", Clock)
+        reader = yield from Reader.open(store, clock=clock)
+        terms.check_folded(reader.run.facts)
+        state, view, tail = yield from snapshot.load(reader, (yield from snapshot.oldest(reader)))
+        tail = tail or reader.tail  # the first snapshot is named by run.json, and cannot name it
+        if not from_oldest and reader.run.facts["snapshots"]:
+            scan = yield from Reader.open(store, place=(view, tail), clock=clock)
+            if newer := (yield from snapshot.newest(scan)):
+                state, view, tail = yield from snapshot.load(scan, newer)
+        log = yield from Log.open(store, place=(view, tail), **how)
+        return cls(log, form_of(log.run.facts), state, view, tail)
+
+    def advance(self, until: int | None = None) -> Routine[int]:
+        """Folds what there is, up to the next version that a snapshot is due at, and to `until`; how many records it
+        were."""
+        count = 0
+        while (until is None or self.view.next <= until) and not (count and self.is_due):
+            self._waiting = self._waiting or (yield from self.log.next())
+            if self._waiting is None:
+                break
+            yield from self._fold(*self._waiting)
+            self._waiting = None
+            count += 1
+        return count
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a snapshot is, of the version that the state is at."""
+        return self.due is not None and self.due.version == self.view.version == self.view.next - 1
+
+    def _fold(self, entry: Entry, view: View) -> Routine[None]:
+        record, blocks = entry.record, None
+        if record and entry.verdict.folded:
+            if record.type == PUSH:
+                blocks = yield from self._blocks(record)
+                if SPEED in record.numbers:
+                    self.speeds[record.island] = record.number(SPEED)
+            try:
+                merge.fold(self.terms.rule, self.state, record, entry.verdict, view, blocks)
+            except PayloadError as error:  # it was checked: so memory or disk is at fault, and the state is lost
+                raise LogError(f"record {entry.sequence}: {error}: it was sound a moment ago") from error
+            if record.type == SNAPSHOT:
+                self.stored = record
+                self._compare(record)
+        self.view, self.tail, self.author = view, entry.digest, entry.island
+        every = self.log.run.facts["snapshots"]
+        if every and view.version == entry.sequence > 0 and entry.sequence % every == 0:
+            self.due = Taken(view.version, snapshot.manifest(self.state, view, self.tail))
+        if record and entry.verdict.folded:
+            self.watch(record)
+
+    def _compare(self, record: Record) -> None:
+        if self.due and record.base == self.due.version:
+            ours = records.digest(self.due.manifest)
+            if ours != record.manifest:
+                self.wrong.append(Fork(record.base, record.island, record.manifest, ours))
+
+    def _blocks(self, record: Record) -> Routine[Blocks | None]:
+        """What a push adds; None: nothing."""
+        try:
+            found, stored = yield from self._download(record)
+            if found is None:
+                return None
+            fetch = lambda digest, offset, length: memoryview(stored[digest])[offset : offset + length]
+            payload.verify(self.form, found, self.form.whole(), fetch)
+            self._check_norm(record, payload.norm(self.form, found, fetch) if self._bound(record) else 0.0)
+        except PayloadError as error:
+            self.wrong.append(Refused(record.sequence, record.island, str(error)))
+            return None
+        return payload.read(self.form, found, self.form.whole(), fetch)
+
+    def _download(self, record: Record) -> Routine[tuple[payload.Manifest | None, Mapping[str, bytes]]]:
+        """(manifest, checked; blobs)."""
+        if not record.manifest:
+            return None, {}
+        named = {each.digest: each for each in record.payloads}
+        own = named.pop(record.manifest)
+        if own.bytes > (limit := payload.manifest_limit(self.form)):
+            raise PayloadError(f"manifest: {own.bytes} bytes are more than the {limit} that it may have")
+        data = yield from self.log.download(own)
+        found = payload.read_manifest(self.form, data, {name: each.bytes for name, each in named.items()})
+        stored = {}
+        for name, each in named.items():
+            stored[name] = yield from self.log.download(each)
+        return found, stored
+
+    def _bound(self, record: Record) -> float:
+        """Of the norm; 0: none."""
+        member = self.view.members.get(record.island)
+        own = float.fromhex(member.norm_bound) if member and member.norm_bound else 0.0
+        return min((bound for bound in (own, self.terms.norm_bound) if bound), default=0.0)
+
+    def _check_norm(self, record: Record, norm: float) -> None:
+        bound = self._bound(record)
+        if bound and not norm <= bound:
+            raise PayloadError(f"its norm is {norm:.6g}, and {record.island} may push one of {bound:.6g}")
+
+    # ── snapshots ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def store_snapshot(self) -> Routine[Place]:
+        """Of this version, which must be the one that is due."""
+        assert self.due and self.is_due
+        blobs: list[Payload] = []
+        for chunk in snapshot.chunks(self.state):
+            blobs.append((yield from self.log.upload(chunk)))
+        yield from self.log.upload(self.due.manifest)
+        return snapshot.place(self.due.version, self.due.manifest, blobs)
+
+
+def form_of(facts: Mapping[str, Any]) -> Form:
+    """What all payloads of the run have in common."""
+    codec = facts["codec"]
+    keys = {name: float.fromhex(x) if isinstance(x, str) else x for name, x in codec["keys"].items()}
+    return Form(facts["leaves"], decode.build(codec["name"], **keys))

@@ -1,0 +1,337 @@
+"""An island's part in its log: a thread that reads, folds, writes and beats while the island trains.
+
+What a round has made is handed over by `push`, and `take` gives the version that the next one begins with. As long as
+the store answers, `take` waits until the island's own pushes are folded, and until no live island is more than the
+staleness bound behind. While the store is away the island goes on from the newest version it has, up to that bound and
+to MOST_WAITING rounds, and then waits.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from islands import keyring, snapshot
+from islands import record as records
+from islands.follow import Follower, Fork, Refused
+from islands.log import BEAT, Dropped, Log
+from islands.reader import Reader
+from islands.record import PUSH, Record
+from islands.store import Away, Store, run
+from islands.view import Island
+from runtime.config import RunError, UsageError
+
+EXPIRY = 60.0  # seconds without a heartbeat, by the store's clock, after which an island is taken to be gone
+LOOK = 15.0  # seconds between two looks at the others' heartbeats
+IDLE, WAITED_FOR = 1.0, 0.05  # seconds between two requests for the next record: nobody waits for it, or somebody does
+MOST_WAITING = 8  # rounds that wait in memory for a store that is away
+TOLD = 20  # of what was refused, in a heartbeat
+
+Params = dict[str, np.ndarray]
+
+
+@dataclass
+class Push:
+    """A round's result. blobs: with the manifest as the last one; none: zeros. base: the version that it began with."""
+
+    blobs: Sequence[bytes]
+    base: int
+    steps: int
+    tokens: int
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    draft: Record | None = None  # as it is written, once that has been tried
+
+
+class Member:
+    """name: of the island. say: tells the user a line. Used by one thread, beside its own."""
+
+    def __init__(self, follower: Follower, say: Callable[[str], None]):
+        self.follower, self.log, self.name, self._say = follower, follower.log, follower.log.island, say
+        self._pushes: deque[Push] = deque()
+        self._asked: deque[Future[tuple[int, Params]]] = deque()
+        self._changed = threading.Condition()
+        self._hurry, self._ended, self._leaving = False, False, False
+        self._failed: BaseException | None = None
+        self._away_since = 0.0  # 0: the store answers
+        self._next_look, self._told = 0.0, 0
+        self.before: Island | None = None  # what the log said of this island before it joined
+        self._thread = threading.Thread(target=self._work, name=f"island {self.name}", daemon=True)
+
+    @classmethod
+    def start(cls, store: Store, name: str, clock: int, say: Callable[[str], None]) -> "Member":
+        """Reads what there is, joins, and begins to follow. clock: the round that a checkpoint goes on with.
+
+        Raises UsageError where the name may not take part, or another process does by it.
+        """
+        reader = run(Reader.open(store))
+        run(reader.read())
+        run(reader.look_ahead())
+        key = keyring.of_member(store, reader.run, reader.view, name)
+        follower = run(Follower.open(store, island=name, key=key))
+        _catch_up(follower, say)
+        _check_alone(follower.log, say)
+        member = cls(follower, say)
+        member.before = follower.view.islands.get(name)
+        run(follower.log.beat(**_process()))
+        run(follower.log.join(clock))
+        member._advance()
+        member._thread.start()
+        return member
+
+    # ── what the island asks ─────────────────────────────────────────────────────────────────────────────────────
+
+    def push(self, made: Push) -> None:
+        """Hands over what a round has made. Waits only where too many wait already."""
+        with self._changed:
+            self._wait_until(lambda: len(self._pushes) < MOST_WAITING, "the store to take what waits for it")
+            self._pushes.append(made)
+            self._changed.notify_all()
+
+    def take(self) -> tuple[int, Params]:
+        """(version, its parameters) that the next round begins with, as soon as it may begin."""
+        with self._changed:
+            self._wait_until(self._may_begin, "the slowest island")
+            answer: Future[tuple[int, Params]] = Future()
+            self._asked.append(answer)
+            self._changed.notify_all()
+            self._wait_until(answer.done, "the newest version")
+        return answer.result()
+
+    def check(self) -> None:
+        """Raises what has ended the thread."""
+        if self._failed:
+            raise self._failed
+
+    def end(self, leave: bool = True, patience: float = float("inf")) -> None:
+        """Writes what waits, and leaves. patience: seconds, after which it is given up."""
+        with self._changed:
+            self._ended, self._leaving, self._hurry = True, leave, True
+            self._changed.notify_all()
+        if self._thread.ident:
+            self._thread.join(min(patience, threading.TIMEOUT_MAX))
+
+    @property
+    def clock(self) -> int:
+        """Of the next round: those that wait are counted."""
+        return self.follower.view.islands[self.name].clock + len(self._pushes)
+
+    def _may_begin(self) -> bool:
+        waiting, bound = len(self._pushes), self.follower.terms.staleness
+        if waiting and (not self._away_since or self.follower.terms.rule.pins):
+            return False
+        return bound < 0 or self.clock - self.follower.view.live_minimum() <= bound
+
+    def _wait_until(self, true: Callable[[], bool], what: str) -> None:
+        """With the condition held."""
+        said, began, self._hurry = False, time.monotonic(), True
+        while not true():
+            self.check()
+            self._changed.notify_all()
+            self._changed.wait(1.0)
+            if not said and time.monotonic() - began > 10:
+                said = True
+                self._say(f"waiting for {what}")
+        self._hurry = False
+        self.check()
+
+    # ── the thread ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _work(self) -> None:
+        try:
+            while not self._ended or self._pushes:
+                self._turn()
+                with self._changed:
+                    self._changed.notify_all()
+                    if not self._asked and not self._ended and (not self._pushes or self._away_since):
+                        self._changed.wait(WAITED_FOR if self._hurry else IDLE)
+            if self._leaving:
+                with contextlib.suppress(Dropped):
+                    run(self.log.leave())
+        except BaseException as error:  # raised where the island asks for something
+            self._failed = error
+        with self._changed:
+            self._changed.notify_all()
+
+    def _turn(self) -> None:
+        while self._asked:
+            self._asked.popleft().set_result(self._newest())
+        try:
+            while self._pushes and not self._asked:
+                self._write(self._pushes[0])
+                self._advance()
+                with self._changed:
+                    self._pushes.popleft()
+                    self._changed.notify_all()
+            self._advance()
+            self._look()
+        except Away as error:
+            if not self._away_since:
+                self._away_since = time.monotonic()
+                self._say(f"the store is away ({error}): going on without it as far as the staleness bound allows")
+            return
+        if self._away_since:
+            self._say(f"the store is back, after {time.monotonic() - self._away_since:.0f} s")
+            self._away_since = 0.0
+
+    def _newest(self) -> tuple[int, Params]:
+        """A copy; by a rule that pins, of the island's own last version."""
+        view, state = self.follower.view, self.follower.state
+        kind, version = "params", view.version
+        if self.follower.terms.rule.pins:
+            kind, version = f"base.{self.name}", view.islands[self.name].version
+        return version, {leaf: state.arrays[f"{kind}/{leaf}"].copy() for leaf in state.leaves()}
+
+    def _advance(self) -> None:
+        """Folds all that there is; takes the snapshots that are due on the way, and beats."""
+        while True:
+            run(self.log.beat(**_process(), **self._said()))
+            if not run(self.follower.advance()):
+                break
+            self._snapshot()
+            self._tell()
+
+    def _write(self, made: Push) -> None:
+        """Until it is folded: after an expiry by another incarnation."""
+        while True:
+            payloads = [run(self.log.upload(blob)) for blob in made.blobs]
+            if made.draft is None:
+                made.draft = self.log.draft(
+                    PUSH, clock=self.log.view.islands[self.name].clock, base=made.base, steps=made.steps,
+                    tokens=made.tokens, numbers=made.numbers, payloads=tuple(payloads),
+                    manifest=payloads[-1].digest if payloads else "",
+                )  # fmt: skip
+            try:
+                run(self.log.append(made.draft))
+                return
+            except Dropped as error:
+                self._again(error)
+                if self.follower.terms.rule.pins:  # it has begun somewhere else
+                    made.blobs, made.base = (), self.log.view.islands[self.name].version
+                made.draft = None
+
+    def _again(self, error: Dropped) -> None:
+        """Joins anew after an expiry. Raises RunError where this island must end."""
+        island, member = self.log.view.islands[self.name], self.log.view.members.get(self.name)
+        if island.incarnation != self.log.incarnation:
+            raise RunError(f"another process has joined as {self.name}: this one ends, and nothing of it is folded")
+        if member is None or not member.writes:
+            raise RunError(f"the key of {self.name} is revoked: nothing of it is folded any more")
+        if island.live:
+            raise RunError(f"a round of {self.name} is not folded: {error.why}")
+        self._say(f"{self.name} was taken to be gone, and joins again")
+        run(self.log.join())
+        self._advance()
+
+    def _look(self) -> None:
+        """Whether others are there: an expiry is proposed by the store's times alone."""
+        others = [name for name in self.log.view.live() if name != self.name]
+        if time.monotonic() < self._next_look or not others:
+            return
+        self._next_look = time.monotonic() + LOOK
+        beats = run(self.log.heartbeats())
+        own = beats.get(self.name, 0.0)
+        for name in others:
+            if own - beats.get(name, own) > EXPIRY:
+                proof = {"own": own.hex(), "theirs": beats[name].hex()}
+                with contextlib.suppress(Dropped):
+                    run(self.log.expire(name, proof))
+                    self._say(f"{name} has been silent for {own - beats[name]:.0f} s, and is taken to be gone")
+
+    # ── snapshots ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _snapshot(self) -> None:
+        """Its writer is who has written that version, or else the first that is live; the one after it confirms."""
+        follower = self.follower
+        if follower.is_due and self._turn_of() == self.name:
+            place = run(follower.store_snapshot())
+            self._record(place)
+        elif follower.due and (theirs := self._to_confirm(follower.due.version, records.digest(follower.due.manifest))):
+            self._record(theirs)
+
+    def _turn_of(self) -> str:
+        author, live = self.follower.author, sorted(self.follower.view.live())
+        return author if author in live else next(iter(live), "")
+
+    def _to_confirm(self, version: int, manifest: str) -> snapshot.Place | None:
+        """What another has stored, if it is what was folded here, and this island is next to its first writer."""
+        found = self.follower.stored
+        live = sorted(self.follower.view.live())
+        if found is None or found.base != version or found.manifest != manifest or found.island not in live:
+            return None
+        next_one = live[(live.index(found.island) + 1) % len(live)]
+        by = self.follower.view.snapshots.get(version, {}).get(manifest, frozenset())
+        if next_one != self.name or self.name in by:
+            return None
+        return snapshot.Place(version, manifest, found.payloads)
+
+    def _record(self, place: snapshot.Place) -> None:
+        with contextlib.suppress(Dropped):
+            clock = self.log.view.islands[self.name].clock
+            run(self.log.append(self.log.draft("snapshot", clock=clock, **snapshot.record_of(place))))
+
+    # ── what is told ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _said(self) -> dict[str, Any]:
+        """Of a heartbeat: for `python -m islands status`, which reads no payload."""
+        wrong = self.follower.wrong[-TOLD:]
+        return {
+            "refused": [list(each) for each in wrong if isinstance(each, Refused)],
+            "forks": [list(each) for each in wrong if isinstance(each, Fork)],
+        }
+
+    def _tell(self) -> None:
+        for each in self.follower.wrong[self._told :]:
+            self._say(each.line)
+        self._told = len(self.follower.wrong)
+
+
+def _catch_up(follower: Follower, say: Callable[[str], None]) -> None:
+    began, before = time.monotonic(), follower.view.next
+    while run(follower.advance()):
+        pass
+    if (seconds := time.monotonic() - began) > 2:
+        say(f"folded {follower.view.next - before} records in {seconds:.0f} s, up to version {follower.view.version}")
+
+
+def _process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _check_alone(log: Log, say: Callable[[str], None]) -> None:
+    """Raises UsageError where another process takes part by this name: it goes on beating."""
+    island, key = log.view.islands.get(log.island), f"heartbeats/{log.island}"
+    before = run(log.store.last_modified(key))
+    if island is None or not island.live or before is None or _has_died(run(log.store.get(key, 1 << 16)) or b""):
+        return
+    say(f"{log.island} has not left the run: waiting to see whether another process takes part by this name")
+    until = time.monotonic() + 2 * BEAT + 1
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        if run(log.store.last_modified(key)) != before:
+            raise UsageError(
+                f"island.name={log.island}: another process takes part by this name: give this one another name, or "
+                "end that one first"
+            )
+
+
+def _has_died(beat: bytes) -> bool:
+    """Whether who has written it was a process of this machine that is not there any more."""
+    try:
+        said = json.loads(beat)
+        if said["host"] != socket.gethostname():
+            return False
+        os.kill(int(said["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, TypeError, OSError, OverflowError):
+        return False
+    return False

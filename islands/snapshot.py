@@ -1,0 +1,197 @@
+"""Snapshots: all that the fold depends on at a version, so that who joins need not fold from the beginning.
+
+Every island takes one at the same versions, those that the run's `snapshots` divides: it is the same bytes everywhere,
+so one of them stores it, and the others confirm it, or have found a fork. A record of type `snapshot` names it.
+
+The arrays of the state, float32 little-endian, in the order of their names, are one stream of bytes, which is cut into
+chunks: the blobs. The manifest is canonical JSON:
+    {"format": 1, "sizes": {array: elements}, "chunk": bytes, "blobs": [digest, …], "numbers": {name: count},
+     "view": …, "tail": digest of the record of this version}
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from islands import record as records
+from islands import terms, trust
+from islands.reader import LogError, Reader, record_key
+from islands.record import LIMIT, OWNER, SNAPSHOT, Payload, Record, Run
+from islands.state import State
+from islands.store import Routine
+from islands.view import View
+
+FORMAT = 1
+CHUNK = 2**25  # bytes; more where a record would otherwise name more than BLOBS of them
+BLOBS = 256
+MANIFEST_LIMIT = 2**26  # bytes
+COPIES = 16  # of the parameters, that a state may have beside them: budget of what is loaded
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fold may begin: the manifest's digest, and all that the snapshot is made of. version: -1: of the first
+    parameters, which run.json names."""
+
+    version: int
+    manifest: str
+    payloads: tuple[Payload, ...]
+
+
+def first(run: Run) -> Place:
+    return Place(-1, *terms.first(run.facts))
+
+
+# ── making one ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def chunks(state: State) -> Iterator[bytes]:
+    """The blobs, one by one."""
+    size, waiting = chunk_size(state), bytearray()
+    for name in sorted(state.arrays):
+        data = _bytes_of(np.ascontiguousarray(state.arrays[name], "<f4"))
+        while len(waiting) + len(data) >= size:
+            taken = size - len(waiting)
+            yield bytes(waiting + data[:taken])
+            waiting, data = bytearray(), data[taken:]
+        waiting += data
+    if waiting:
+        yield bytes(waiting)
+
+
+def chunk_size(state: State) -> int:
+    """A multiple of 4 bytes."""
+    return max(CHUNK, 4 * -(-sum(x.size for x in state.arrays.values()) // BLOBS))
+
+
+def _bytes_of(x: Any) -> memoryview:
+    return memoryview(x).cast("B")
+
+
+def manifest(state: State, view: View, tail: str) -> bytes:
+    return records.canonical({
+        "format": FORMAT,
+        "sizes": {name: x.size for name, x in state.arrays.items()},
+        "chunk": chunk_size(state),
+        "blobs": [hashlib.sha256(chunk).hexdigest() for chunk in chunks(state)],
+        "numbers": state.numbers,
+        "view": view.as_fields(),
+        "tail": tail,
+    })  # fmt: skip
+
+
+# ── reading one ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(log: Reader, place: Place) -> Routine[tuple[State, View, str]]:
+    """(state, view, tail) of it. Raises LogError for what is not as its manifest says, before it is allocated."""
+    by_name = {payload.digest: payload for payload in place.payloads}
+    if place.manifest not in by_name or by_name[place.manifest].bytes > MANIFEST_LIMIT:
+        raise LogError(f"the snapshot of version {place.version} has no manifest of at most {MANIFEST_LIMIT} bytes")
+    found = records.load((yield from log.download(by_name[place.manifest])))
+    sizes, limit = found["sizes"], COPIES * sum(log.run.facts["leaves"].values())
+    if sum(sizes.values()) > limit:
+        raise LogError(f"the snapshot of version {place.version} has more than {limit} elements")
+    state = State({name: np.empty(sizes[name], np.float32) for name in sorted(sizes)}, dict(found["numbers"]))
+    filler = _Filler(state)
+    for name in found["blobs"]:
+        if name not in by_name or by_name[name].bytes > found["chunk"]:
+            raise LogError(f"the snapshot of version {place.version} has a blob that its record does not name: {name}")
+        filler.take((yield from log.download(by_name[name])))
+    if not filler.full:
+        raise LogError(f"the snapshot of version {place.version} ends before its arrays do")
+    return state, View.from_fields(found["view"]), found["tail"]
+
+
+class _Filler:
+    """Writes a stream of bytes into the arrays of a state, in their order."""
+
+    def __init__(self, state: State):
+        self._left = [_bytes_of(x) for x in state.arrays.values() if x.size]
+
+    @property
+    def full(self) -> bool:
+        return not self._left
+
+    def take(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            if self.full:
+                raise LogError("a snapshot has more bytes than its arrays")
+            here = self._left[0][: len(rest)]
+            here[:] = rest[: len(here)]
+            rest, self._left[0] = rest[len(here) :], self._left[0][len(here) :]
+            if not self._left[0]:
+                del self._left[0]
+
+
+# ── choosing one ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def confirmed(view: View, names: frozenset[str]) -> bool:
+    """Whether a joiner may take what these have confirmed: the owner, or two members, or the only one."""
+    writers = [name for name, member in view.members.items() if member.writes and name != OWNER]
+    return OWNER in names or len(names & set(writers)) >= min(2, len(writers)) > 0
+
+
+def newest(log: Reader) -> Routine[Place | None]:
+    """The newest that is confirmed, of all that the log has from here on; None: there is none. Reads every record, and
+    no payload. Raises LogError where two different ones of a version are confirmed."""
+    seen: dict[str, tuple[Payload, ...]] = {}
+    while (found := (yield from log.next())) is not None:
+        record = found[0].record
+        if record and record.type == SNAPSHOT and found[0].verdict.folded:
+            seen[record.manifest] = record.payloads
+    for version, of_version in sorted(log.view.snapshots.items(), reverse=True):
+        agreed = [each for each, names in of_version.items() if confirmed(log.view, names) and each in seen]
+        if len(agreed) > 1:
+            raise LogError(f"two different snapshots of version {version} are confirmed: the fold was forked")
+        if agreed:
+            return Place(version, agreed[0], seen[agreed[0]])
+    return None
+
+
+def oldest(log: Reader) -> Routine[Place]:
+    """Where a fold can begin at the earliest: at the first parameters, or, where the log is truncated, at the oldest
+    snapshot that its owner has confirmed. Raises LogError where there is none."""
+    if (yield from log.store.get(record_key(0), 1)) is not None:
+        return first(log.run)
+    keys = yield from log.store.list("records")
+    if not keys:
+        return first(log.run)
+    number = int(keys[0].rpartition("/")[2])
+    begin = number
+    while (data := (yield from log.store.get(record_key(number), LIMIT + 1))) is not None:
+        record = _owners(log.run, data)
+        if record and record.base >= begin:
+            return Place(record.base, record.manifest, record.payloads)
+        number += 1
+    raise LogError(
+        f"records below {begin} are not there, and no snapshot of a later version is confirmed by the owner: the log "
+        "was not truncated by `python -m islands truncate`. Nobody can begin before they are back, as from a copy"
+    )
+
+
+def _owners(run: Run, data: bytes) -> Record | None:
+    """The snapshot that the owner has signed here: to be believed without the records before it."""
+    try:
+        fields = records.load(data)
+        if fields.get("type") != SNAPSHOT or trust.why_refused(fields, trust.owner(run.owner)):
+            return None
+        return records.from_fields(fields)
+    except ValueError:
+        return None
+
+
+def record_of(place: Place) -> Mapping[str, Any]:
+    """What a record says of it."""
+    return {"base": place.version, "payloads": place.payloads, "manifest": place.manifest}
+
+
+def place(version: int, data: bytes, blobs: Sequence[Payload]) -> Place:
+    """data: the manifest."""
+    own = Payload(records.digest(data), len(data))
+    return Place(version, own.digest, (*blobs, own))

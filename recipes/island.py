@@ -1,0 +1,200 @@
+"""A run that is an island: between two rounds, what has been gone goes into the log, and the next version comes back.
+
+The log, the fold and who may write are in islands/; here are the arrays of the run. Everything that the next round
+depends on is in the state (parallel/strategies/island.py), so a run that was killed goes on in the middle of a round,
+and makes the same push. If the log has a later round of this island than the checkpoint, the log is followed.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from islands import pace, payload, snapshot, terms
+from islands.follow import form_of
+from islands.member import Member, Params, Push
+from islands.payload import Draw, Part
+from islands.reader import LogError, Reader, record_key
+from islands.record import LIMIT, Run, digest
+from islands.store import Store, open_store, run
+from recipes.build import Parts
+from runtime.config import UsageError, flatten
+from runtime.console import human_bytes
+from runtime.digest import named_arrays
+
+NAME = "island"  # of the strategy; and in the facts of a checkpoint
+
+
+@dataclass(frozen=True)
+class Met:
+    """The log of a run, before anything is compiled. given: run.json."""
+
+    store: Store
+    given: Run
+
+
+def data_seed(config: Any) -> int:
+    """Of the order of the data: each island has its own. The weights are those of the log."""
+    return int(hashlib.sha256(f"{config.seed} {config.island.name}".encode()).hexdigest()[:8], 16)
+
+
+def meet(config: Any, parts: Parts) -> Met:
+    """Raises UsageError where the log is of another run than this config's."""
+    if jax.process_count() > 1:
+        raise UsageError(
+            "sync.strategy=island with several processes: an island is one process with all its devices, so far. Start "
+            "one island for each machine"
+        )
+    for key, example in (("log", "runs/shared"), ("name", "a")):
+        if not config.island[key]:
+            raise UsageError(f"sync.strategy=island needs island.{key}, as in --config.island.{key}={example}")
+    reader = run(Reader.open(open_store(config.island.log)))
+    terms.check_folded(reader.run.facts)
+    wrong = list(terms.differing(terms.agreed(dict(flatten(config))), reader.run.facts))
+    sizes = {name: x.size for name, x in named_arrays(parts.param_shapes).items()}
+    if not wrong and sizes != reader.run.facts["leaves"]:
+        wrong = ["its weights have other names or sizes than those of this config"]
+    if wrong:
+        raise UsageError(f"island.log={config.island.log} is of another run:\n  " + "\n  ".join(wrong))
+    return Met(reader.store.store, reader.run)
+
+
+class Islander:
+    """What joins a run's loop and its log. Its methods take and give the state."""
+
+    def __init__(self, config: Any, parts: Parts, member: Member, say: Callable[[str], None]):
+        self.config, self.parts, self.member, self._say = config, parts, member, say
+        self.form = form_of(member.log.run.facts)
+        self.names = list(named_arrays(parts.param_shapes))
+        self._began = time.monotonic()
+        self._first, self._length = 0, config.sync.interval
+
+    @classmethod
+    def join(
+        cls, met: Met, config: Any, parts: Parts, state: Any, before: Mapping[str, Any], say: Callable[[str], None]
+    ) -> tuple["Islander", Any]:
+        """(it, the state that its first step begins with). before: the facts of the checkpoint that the run goes on
+        from; empty: it begins."""
+        saved = {name: int(x) for name, x in jax.device_get(state.strategy["round"]).items()}
+        last = before.get(NAME)
+        if last:
+            _confirm(met, last)
+        member = Member.start(met.store, config.island.name, saved["clock"] if last else 0, say)
+        own = cls(config, parts, member, say)
+        pushed = member.before.clock if member.before else 0
+        if not last or pushed > saved["clock"] or member.follower.terms.rule.pins:
+            if last and pushed > saved["clock"]:
+                say(f"the log has round {pushed - 1} of {member.name}, which the checkpoint lacks: following the log")
+            return own, own._begin(int(state.step), state, fresh=bool(last))
+        own._first, own._length = saved["first"], saved["length"]
+        state.strategy["round"]["clock"] = own._scalar(member.clock)
+        return own, state
+
+    def after(self, done: int, state: Any) -> Any:
+        """The state that the next step begins with, after so many steps."""
+        self.member.check()
+        if done - self._first < self._length and done != self.config.steps:
+            return state
+        state = self._push(done, state)
+        return self._begin(done, state)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of where the log was."""
+        follower = self.member.follower
+        return {NAME: {"next": follower.view.next, "tail": follower.tail}}
+
+    def end(self, interrupted: bool) -> None:
+        """Leaves the log. interrupted: the machine is about to go."""
+        self.member.end(patience=20.0 if interrupted else float("inf"))
+        if not interrupted:
+            self.member.check()
+
+    # ── a round ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _push(self, done: int, state: Any) -> Any:
+        seconds, steps, own = time.monotonic() - self._began, done - self._first, state.strategy
+        numbers = {name: int(x) for name, x in jax.device_get(own["round"]).items()}
+        base, local = self._host(state.params), self._host(own["replicas"]["params"])
+        owed = {name: x.copy() for name, x in self._host(own["owed"]).items()}
+        parts = [Part(name, 0, base[name] - local[name], owed.get(name)) for name in self.names]
+        draw = Draw(self.config.seed, self.member.name, numbers["clock"])
+        try:
+            blobs = list(payload.encode(self.form, parts, draw))
+            manifest = payload.manifest(self.form, (piece for blob in blobs for piece in blob.pieces))
+            stored = [*(blob.data for blob in blobs), manifest]
+        except ValueError as error:
+            self._say(f"round {numbers['clock']} is pushed as zeros: {error}")
+            stored, owed = [], self._host(own["owed"])
+            numbers["skipped"] += 1
+        speed = steps / max(seconds, 1e-9)
+        units = steps * self.config.data.batch_size * self.parts.task.units
+        self.member.push(Push(stored, numbers["version"], steps, units, {pace.SPEED: speed.hex()}))
+        round = own["round"] | {"skipped": self._scalar(numbers["skipped"])}
+        return replace(state, strategy=own | {"owed": self._put(owed, own["owed"]), "round": round})
+
+    def _begin(self, done: int, state: Any, fresh: bool = False) -> Any:
+        """A round, from the version that the log gives. fresh: what was owed is not known any more."""
+        version, params = self.member.take()
+        terms, speeds, name = self.member.follower.terms, self.member.follower.speeds, self.member.name
+        self._first, self._length, own = done, terms.interval, state.strategy
+        if terms.dylu and name in speeds:
+            live = self.member.follower.view.live()
+            self._length = pace.local_steps(
+                terms.interval, speeds[name], max(speed for each, speed in speeds.items() if each in live)
+            )
+        numbers = {"clock": self.member.clock, "version": version, "first": done, "length": self._length}
+        strategy = own | {
+            "replicas": own["replicas"] | {"params": self._put(params, own["replicas"]["params"])},
+            "round": own["round"] | {name: self._scalar(x) for name, x in numbers.items()},
+        }
+        if fresh and own["owed"]:
+            zeros = {name: np.zeros(size, np.float32) for name, size in self.form.sizes.items()}
+            strategy["owed"] = self._put(zeros, own["owed"])
+        self._began = time.monotonic()
+        return replace(state, params=self._put(params, state.params), strategy=strategy)
+
+    # ── arrays ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _host(self, tree: Any) -> Params:
+        return {name: np.asarray(x).reshape(-1) for name, x in named_arrays(tree).items()}
+
+    def _put(self, arrays: Params, like: Any) -> Any:
+        """In the shapes and shardings of a tree, whose arrays are deleted as theirs come."""
+        put = []
+        for name, x in named_arrays(like).items():
+            shape, sharding = x.shape, x.sharding
+            put.append(jax.device_put(arrays[name].reshape(shape), sharding))
+        return jax.tree.structure(like).unflatten(put)
+
+    def _scalar(self, x: int) -> jax.Array:
+        return jax.device_put(np.int32(x), self.parts.state.strategy["round"]["clock"].sharding)
+
+
+def _confirm(met: Met, last: Mapping[str, Any]) -> None:
+    """That the log is the one that the checkpoint was made with: the hash of the last record that was folded."""
+    number = last["next"] - 1
+    reader = run(Reader.open(met.store))
+    data = run(reader.store.get(record_key(number), LIMIT + 1)) if number >= 0 else None
+    if data is None and number >= 0 and run(snapshot.oldest(reader)).version <= number:
+        raise LogError(
+            f"record {number}, which this island has folded, is not in the log: it is another log, or a copy"
+        )
+    if data is not None and digest(data) != last["tail"]:
+        raise LogError(f"record {number} is not the one that this island has folded: the log was forked")
+
+
+def rows(config: Any, met: Met) -> list[tuple[str, str]]:
+    """Of the table of a start."""
+    form, merge = form_of(met.given.facts), config.island.merge
+    bound = "none" if config.island.staleness < 0 else f"{config.island.staleness} rounds"
+    size = human_bytes(payload.payload_bytes(form.sizes, form.codec))
+    steps = "at most " if config.island.dylu else ""
+    return [
+        ("island", f"{config.island.name} of {config.island.log}"),
+        ("  merge", f"{merge}, staleness bound {bound}"),
+        ("  a push", f"{size} ({config.sync.codec}), after {steps}{config.sync.interval} steps"),
+    ]
