@@ -52,7 +52,7 @@ class Disk:
     def read(self, path: str, first: int, count: int) -> bytes:
         with open(path, "rb") as file:
             file.seek(first)
-            return file.read(count)
+            return file.read(min(count, os.fstat(file.fileno()).st_size))  # else it makes room for what is asked for
 
     def names(self, folder: str) -> list[str]:
         return os.listdir(folder)

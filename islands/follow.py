@@ -59,13 +59,16 @@ class Taken(NamedTuple):
 class Follower:
     """state: the fold at `view.version`. speeds: steps a second that each island has last told. wrong: what was so far.
     due: the snapshot that every island takes, of the newest version that has one. author: of the last record.
-    stored: the last record of a snapshot."""
+    stored: the last record of a snapshot. refused: {number of a record that
+    does not count: whose, and why}. read: payloads, by name."""
 
     def __init__(self, log: Log, form: Form, state: State, view: View, tail: str):
         self.log, self.form, self.state, self.view, self.tail = log, form, state, view, tail
         self.terms = terms.of(log.run.facts["keys"])
         self.speeds: dict[str, float] = {}
         self.wrong: list[Refused | Fork] = []
+        self.refused: dict[int, str] = {}
+        self.read: set[str] = set()
         self.due: Taken | None = None
         self.author = ""
         self.stored: Record | None = None
@@ -108,6 +111,8 @@ class Follower:
 
     def _fold(self, entry: Entry, view: View) -> Routine[None]:
         record, blocks = entry.record, None
+        if not entry.verdict.folded:
+            self.refused[entry.sequence] = f"of {entry.island or 'nobody known'}: {entry.verdict.why}"
         if record and entry.verdict.folded:
             if record.type == PUSH:
                 blocks = yield from self._blocks(record)
@@ -160,6 +165,7 @@ class Follower:
         stored = {}
         for name, each in named.items():
             stored[name] = yield from self.log.download(each)
+        self.read |= {each.digest for each in record.payloads}
         return found, stored
 
     def _bound(self, record: Record) -> float:

@@ -33,6 +33,7 @@ from runtime.config import RunError, UsageError
 EXPIRY = 60.0  # seconds without a heartbeat, by the store's clock, after which an island is taken to be gone
 LOOK = 15.0  # seconds between two looks at the others' heartbeats
 IDLE, WAITED_FOR = 1.0, 0.05  # seconds between two requests for the next record: nobody waits for it, or somebody does
+PATIENCE = 3.0  # seconds after which a store that does not answer is said to be away
 MOST_WAITING = 8  # rounds that wait in memory for a store that is away
 TOLD = 20  # of what was refused, in a heartbeat
 
@@ -76,7 +77,7 @@ class Member:
         run(reader.read())
         run(reader.look_ahead())
         key = keyring.of_member(store, reader.run, reader.view, name)
-        follower = run(Follower.open(store, island=name, key=key))
+        follower = run(Follower.open(store, island=name, key=key, patience=PATIENCE))
         _catch_up(follower, say)
         _check_alone(follower.log, say)
         member = cls(follower, say)

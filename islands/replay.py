@@ -1,6 +1,7 @@
 """A log folded again: the same bits as its members had, from its oldest snapshot on. What is replayed is the fold; the
 steps that islands have made between two rounds are not computed again."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 from islands import record as records
 from islands.follow import Follower, Fork
-from islands.reader import LogError
+from islands.reader import LIMIT, LogError, record_key
 from islands.state import State
 from islands.store import Store, run
 from runtime.config import UsageError
@@ -19,12 +20,14 @@ TELL = 5.0  # seconds between two lines of progress
 @dataclass
 class Replay:
     """version, params_digest: where it has come to. began: the version that it has begun with. snapshots: {version:
-    whether every record of it names what was folded here}. wrong: what differs first, or is damaged."""
+    whether every record of it names what was folded here}. refused: records that do not count, and why. wrong: what
+    differs first, or is damaged."""
 
     began: int
     version: int = -1
     params_digest: str = ""
     snapshots: dict[int, bool] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
     wrong: str = ""
 
     @property
@@ -33,7 +36,7 @@ class Replay:
 
     def as_dict(self) -> dict[str, Any]:
         listed = [{"version": version, "equal": equal} for version, equal in sorted(self.snapshots.items())]
-        own = {"version": self.version, "params_digest": self.params_digest, "began": self.began, "snapshots": listed}
+        own = {"version": self.version, "params_digest": self.params_digest, "began": self.began, "snapshots": listed, "refused": self.refused}
         return own | ({"wrong": self.wrong} if self.wrong else {})
 
 
@@ -54,12 +57,16 @@ def of(store: Store, until: int | None, verify: bool, say: Callable[[str], None]
         _fold(follower, until, found, say)
         if until is None:
             run(follower.log.look_ahead())
+        if verify:
+            _check_refused(follower)
+            _check_payloads(follower)
     except LogError as error:
         if not verify:
             raise
         found.wrong = str(error)
     if until is not None and follower.view.next <= until and not found.wrong:
         raise UsageError(f"--until={until}: the log ends at version {follower.view.version}")
+    found.refused = [f"record {number}, {why}" for number, why in follower.refused.items()]
     found.version, found.params_digest = follower.view.version, params_digest(follower.state)
     for fork in (each for each in follower.wrong if isinstance(each, Fork)):
         found.snapshots[fork.version] = False
@@ -79,6 +86,26 @@ def _fold(follower: Follower, until: int | None, found: Replay, say: Callable[[s
             say(f"version {follower.view.version}")
 
 
+def _check_refused(follower: Follower) -> None:
+    """A record that is refused may have been sound once: then the one after it names it by another digest."""
+    store = follower.log.store
+    for number in follower.refused:
+        data, after = (run(store.get(record_key(n), LIMIT)) for n in (number, number + 1))
+        with contextlib.suppress(ValueError):
+            if data and after and records.load(after).get("previous") != records.digest(data):
+                raise LogError(f"record {number} was altered: {follower.refused[number]}, and the next one names another")
+
+
+def _check_payloads(follower: Follower) -> None:
+    """Those that were not read: of records that do not count, and of snapshots. Raises LogError."""
+    log = follower.log
+    for key in run(log.store.list("payloads")):
+        name = key.partition("/")[2]
+        if name not in follower.read and (data := run(log.store.get(key, records.LARGEST))) is not None:
+            if records.digest(data) != name:
+                raise LogError(f"{key} has other bytes than its name says: it was altered")
+
+
 def params_digest(state: State) -> str:
     """SHA-256 of names, sizes and bits of the parameters."""
     return State({f"params/{leaf}": state.arrays[f"params/{leaf}"] for leaf in state.leaves()}).digest()
@@ -90,3 +117,4 @@ def lines(found: Replay) -> Iterator[str]:
         yield f"  snapshot of version {version}: {'equal' if equal else 'ANOTHER ONE'}"
     if found.wrong:
         yield f"differs: {found.wrong}"
+    yield from (f"refused: {line}" for line in found.refused)

@@ -93,7 +93,7 @@ def load(log: Reader, place: Place) -> Routine[tuple[State, View, str]]:
         raise LogError(f"the snapshot of version {place.version} has no manifest of at most {MANIFEST_LIMIT} bytes")
     found = records.load((yield from log.download(by_name[place.manifest])))
     sizes, limit = found["sizes"], COPIES * sum(log.run.facts["leaves"].values())
-    if sum(sizes.values()) > limit:
+    if sum(sizes.values()) > limit or found["chunk"] > max(CHUNK, 4 * limit):
         raise LogError(f"the snapshot of version {place.version} has more than {limit} elements")
     state = State({name: np.empty(sizes[name], np.float32) for name in sorted(sizes)}, dict(found["numbers"]))
     filler = _Filler(state)
