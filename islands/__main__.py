@@ -7,6 +7,7 @@ python -m islands keys new runs/shared NAME         (a key on this machine; its 
 python -m islands keys allow runs/shared NAME --key=HEX --role=push --norm_bound=3.5
 python -m islands keys revoke runs/shared NAME
 python -m islands replay runs/shared --until=1200 --verify           (folds it again, and compares every snapshot)
+python -m islands truncate runs/shared --before=1000                 (removes what nobody needs any more: the owner)
 
 LOG is a folder, or s3://BUCKET/PATH, gs://…, az://…. `check` ends with 0 where the store is sound, 1 where it must not
 be used, 2 where nothing could be tried; `replay --verify` with 0 where all is equal, 1 where something differs, 2 for
@@ -29,10 +30,17 @@ from runtime.config import UsageError
 
 UNUSABLE = 2
 PAUSE = 5.0  # seconds
-COMMANDS = {"check": "LOG", "init": "LOG", "status": "LOG", "keys": "new|allow|revoke LOG NAME", "replay": "LOG"}
+COMMANDS = {
+    "check": "LOG",
+    "init": "LOG",
+    "status": "LOG",
+    "keys": "new|allow|revoke LOG NAME",
+    "replay": "LOG",
+    "truncate": "LOG",
+}
 GOES_WITH = {
     "json": "check status replay", "watch": "status", "snapshots": "init", "config": "init", "key": "keys",
-    "role": "keys", "norm_bound": "keys", "until": "replay", "verify": "replay",
+    "role": "keys", "norm_bound": "keys", "until": "replay", "verify": "replay", "before": "truncate",
 }  # fmt: skip
 
 
@@ -48,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
     if rest and args.what != "init":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.log, args.rest = args.operands[args.what == "keys"], rest
-    return {"check": _check, "init": _init, "status": _status, "keys": _keys, "replay": _replay}[args.what](args)
+    return {"check": _check, "init": _init, "status": _status, "keys": _keys, "replay": _replay, "truncate": _truncate}[
+        args.what
+    ](args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--norm_bound", type=float, metavar="X", help="keys allow: of what it may push; default: none")
     parser.add_argument("--until", type=usage.not_negative, metavar="V", help="replay: to this version; default: all")
     parser.add_argument("--verify", action="store_true", help="replay: compare each snapshot, and every stored object")
+    parser.add_argument("--before", type=usage.not_negative, metavar="V", help="truncate: versions below this one")
     return parser
 
 
@@ -133,6 +144,15 @@ def _replay(args: argparse.Namespace) -> int:
     found = replay.of(open_store(args.log), args.until, args.verify, lambda line: print(line, file=sys.stderr))
     print(json.dumps(found.as_dict()) if args.json else "\n".join(replay.lines(found)))
     return 1 if args.verify and found.differs else 0
+
+
+def _truncate(args: argparse.Namespace) -> int:
+    from islands import truncate
+
+    if args.before is None:
+        raise UsageError("truncate needs --before=V: the log can be replayed from a snapshot of at most version V on")
+    truncate.before(open_store(args.log), args.before, lambda line: print(line, flush=True))
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Schedule        (islands/schedule.py) the processes, one await at a time; each m
 What goes wrong, by name (`FAULTS`), is drawn by `Chance`, which counts how often each has hit each await.
 
 In a real process SLACKLINE_DIE_AT=POINT is where it ends itself with kill -9. A point is `before` or `after` an await,
-that is a verb and what it is done to, as in `after link records`: one of VERBS and one of KINDS.
+that is a verb and what it is done to, as in `after link records`: one of VERBS and one of KINDS. With a number behind
+it, as in `after link records 3`, it is the third time.
 """
 
 import os
@@ -55,6 +56,9 @@ SLOWEST = 20.0  # seconds
 # ── a real process dies at a point ───────────────────────────────────────────────────────────────────────────────
 
 
+_reached: Counter[str] = Counter()
+
+
 def perform(asked: Call) -> Any:
     """An await of a process that is to die at one."""
     reach(f"before {asked.name}")
@@ -65,12 +69,15 @@ def perform(asked: Call) -> Any:
 
 def reach(point: str) -> None:
     wanted = os.environ[DIE_AT]
-    when, _, name = wanted.partition(" ")
-    verb, _, kind = name.rpartition(" ")
+    *words, last = wanted.split()
+    words, count = (words, int(last)) if last.isdecimal() else ([*words, last], 1)
+    when, verb, kind = words[0], " ".join(words[1:-1]), words[-1]
     if when not in ("before", "after") or verb not in VERBS or kind not in KINDS:
         raise UsageError(f"{DIE_AT}={wanted} is no point: it is like `after link records` (islands/faulty.py)")
-    if point == wanted:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if point == " ".join(words):
+        _reached[point] += 1
+        if _reached[point] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ── chance ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -77,8 +77,9 @@ class Follower:
         self._waiting: tuple[Entry, View] | None = None
 
     @classmethod
-    def open(cls, store: Store, from_oldest: bool = False, **how: Any) -> Routine["Follower"]:
-        """Begins at the newest snapshot that is confirmed, or the oldest. how: as `Log.open` takes it."""
+    def open(cls, store: Store, from_oldest: bool = False, most: int | None = None, **how: Any) -> Routine["Follower"]:
+        """Begins at the newest snapshot that is confirmed, of at most this version, or at the oldest. how: as
+        `Log.open` takes it."""
         clock = how.get("clock", Clock)
         reader = yield from Reader.open(store, clock=clock)
         terms.check_folded(reader.run.facts)
@@ -86,7 +87,7 @@ class Follower:
         tail = tail or reader.tail  # the first snapshot is named by run.json, and cannot name it
         if not from_oldest and reader.run.facts["snapshots"]:
             scan = yield from Reader.open(store, place=(view, tail), clock=clock)
-            if newer := (yield from snapshot.newest(scan)):
+            if newer := (yield from snapshot.newest(scan, most)):
                 state, view, tail = yield from snapshot.load(scan, newer)
         log = yield from Log.open(store, place=(view, tail), **how)
         return cls(log, form_of(log.run.facts), state, view, tail)

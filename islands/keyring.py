@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from islands import record as records
+from islands import snapshot
 from islands.log import Log
 from islands.record import OWNER, Run
 from islands.store import Store, run
@@ -107,7 +108,7 @@ def of_member(store: Store, given: Run, view: View, name: str) -> Key:
 
 def _owners(store: Store) -> Log:
     log = run(Log.open(store))
-    log = run(Log.open(store, OWNER, of_owner(log.run)))
+    log = run(snapshot.begin(store, Log, island=OWNER, key=of_owner(log.run)))
     run(log.read())
     return log
 

@@ -23,7 +23,7 @@ import numpy as np
 from islands import keyring, snapshot
 from islands import record as records
 from islands.follow import Follower, Fork, Refused
-from islands.log import BEAT, Dropped, Log
+from islands.log import BEAT, Dropped
 from islands.reader import Reader
 from islands.record import PUSH, Record
 from islands.store import Away, Store, run
@@ -73,13 +73,15 @@ class Member:
 
         Raises UsageError where the name may not take part, or another process does by it.
         """
-        reader = run(Reader.open(store))
+        reader = run(snapshot.begin(store, Reader))
+        begun = reader.view.version
         run(reader.read())
         run(reader.look_ahead())
         key = keyring.of_member(store, reader.run, reader.view, name)
+        _check_alone(reader, name, say)
+        run(reader.store.put(f"heartbeats/{name}", records.canonical({"version": begun, **_process()})))
         follower = run(Follower.open(store, island=name, key=key, patience=PATIENCE))
         _catch_up(follower, say)
-        _check_alone(follower.log, say)
         member = cls(follower, say)
         member.before = follower.view.islands.get(name)
         run(follower.log.beat(**_process()))
@@ -307,19 +309,19 @@ def _process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
-def _check_alone(log: Log, say: Callable[[str], None]) -> None:
+def _check_alone(log: Reader, name: str, say: Callable[[str], None]) -> None:
     """Raises UsageError where another process takes part by this name: it goes on beating."""
-    island, key = log.view.islands.get(log.island), f"heartbeats/{log.island}"
+    island, key = log.view.islands.get(name), f"heartbeats/{name}"
     before = run(log.store.last_modified(key))
     if island is None or not island.live or before is None or _has_died(run(log.store.get(key, 1 << 16)) or b""):
         return
-    say(f"{log.island} has not left the run: waiting to see whether another process takes part by this name")
+    say(f"{name} has not left the run: waiting to see whether another process takes part by this name")
     until = time.monotonic() + 2 * BEAT + 1
     while time.monotonic() < until:
         time.sleep(0.5)
         if run(log.store.last_modified(key)) != before:
             raise UsageError(
-                f"island.name={log.island}: another process takes part by this name: give this one another name, or "
+                f"island.name={name}: another process takes part by this name: give this one another name, or "
                 "end that one first"
             )
 

@@ -36,7 +36,13 @@ class Replay:
 
     def as_dict(self) -> dict[str, Any]:
         listed = [{"version": version, "equal": equal} for version, equal in sorted(self.snapshots.items())]
-        own = {"version": self.version, "params_digest": self.params_digest, "began": self.began, "snapshots": listed, "refused": self.refused}
+        own = {
+            "version": self.version,
+            "params_digest": self.params_digest,
+            "began": self.began,
+            "snapshots": listed,
+            "refused": self.refused,
+        }
         return own | ({"wrong": self.wrong} if self.wrong else {})
 
 
@@ -93,7 +99,9 @@ def _check_refused(follower: Follower) -> None:
         data, after = (run(store.get(record_key(n), LIMIT)) for n in (number, number + 1))
         with contextlib.suppress(ValueError):
             if data and after and records.load(after).get("previous") != records.digest(data):
-                raise LogError(f"record {number} was altered: {follower.refused[number]}, and the next one names another")
+                raise LogError(
+                    f"record {number} was altered: {follower.refused[number]}, and the next one names another"
+                )
 
 
 def _check_payloads(follower: Follower) -> None:
@@ -101,9 +109,9 @@ def _check_payloads(follower: Follower) -> None:
     log = follower.log
     for key in run(log.store.list("payloads")):
         name = key.partition("/")[2]
-        if name not in follower.read and (data := run(log.store.get(key, records.LARGEST))) is not None:
-            if records.digest(data) != name:
-                raise LogError(f"{key} has other bytes than its name says: it was altered")
+        data = None if name in follower.read else run(log.store.get(key, records.LARGEST))
+        if data is not None and records.digest(data) != name:
+            raise LogError(f"{key} has other bytes than its name says: it was altered")
 
 
 def params_digest(state: State) -> str:

@@ -12,7 +12,7 @@ chunks: the blobs. The manifest is canonical JSON:
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,8 +21,10 @@ from islands import terms, trust
 from islands.reader import LogError, Reader, record_key
 from islands.record import LIMIT, OWNER, SNAPSHOT, Payload, Record, Run
 from islands.state import State
-from islands.store import Routine
+from islands.store import Routine, Store
 from islands.view import View
+
+R = TypeVar("R", bound=Reader)
 
 FORMAT = 1
 CHUNK = 2**25  # bytes; more where a record would otherwise name more than BLOBS of them
@@ -86,12 +88,18 @@ def manifest(state: State, view: View, tail: str) -> bytes:
 # ── reading one ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def described(log: Reader, place: Place) -> Routine[dict[str, Any]]:
+    """Its manifest."""
+    for payload in place.payloads:
+        if payload.digest == place.manifest and payload.bytes <= MANIFEST_LIMIT:
+            return records.load((yield from log.download(payload)))
+    raise LogError(f"the snapshot of version {place.version} has no manifest of at most {MANIFEST_LIMIT} bytes")
+
+
 def load(log: Reader, place: Place) -> Routine[tuple[State, View, str]]:
     """(state, view, tail) of it. Raises LogError for what is not as its manifest says, before it is allocated."""
     by_name = {payload.digest: payload for payload in place.payloads}
-    if place.manifest not in by_name or by_name[place.manifest].bytes > MANIFEST_LIMIT:
-        raise LogError(f"the snapshot of version {place.version} has no manifest of at most {MANIFEST_LIMIT} bytes")
-    found = records.load((yield from log.download(by_name[place.manifest])))
+    found = yield from described(log, place)
     sizes, limit = found["sizes"], COPIES * sum(log.run.facts["leaves"].values())
     if sum(sizes.values()) > limit or found["chunk"] > max(CHUNK, 4 * limit):
         raise LogError(f"the snapshot of version {place.version} has more than {limit} elements")
@@ -137,21 +145,34 @@ def confirmed(view: View, names: frozenset[str]) -> bool:
     return OWNER in names or len(names & set(writers)) >= min(2, len(writers)) > 0
 
 
-def newest(log: Reader) -> Routine[Place | None]:
-    """The newest that is confirmed, of all that the log has from here on; None: there is none. Reads every record, and
-    no payload. Raises LogError where two different ones of a version are confirmed."""
+def newest(log: Reader, most: int | None = None) -> Routine[Place | None]:
+    """The newest that is confirmed, of all that the log has from here on, or of those of at most this version; None:
+    there is none. Reads every record, and no payload. Raises LogError where two different ones of a version are
+    confirmed."""
     seen: dict[str, tuple[Payload, ...]] = {}
     while (found := (yield from log.next())) is not None:
         record = found[0].record
         if record and record.type == SNAPSHOT and found[0].verdict.folded:
             seen[record.manifest] = record.payloads
-    for version, of_version in sorted(log.view.snapshots.items(), reverse=True):
+    wanted = {v: found for v, found in log.view.snapshots.items() if most is None or v <= most}
+    for version, of_version in sorted(wanted.items(), reverse=True):
         agreed = [each for each, names in of_version.items() if confirmed(log.view, names) and each in seen]
         if len(agreed) > 1:
             raise LogError(f"two different snapshots of version {version} are confirmed: the fold was forked")
         if agreed:
             return Place(version, agreed[0], seen[agreed[0]])
     return None
+
+
+def begin(store: Store, kind: type[R], **how: Any) -> Routine[R]:
+    """A reader or writer at the beginning of what is there; how: as its `open` takes it."""
+    log = yield from kind.open(store, **how)
+    if "keys" in log.run.facts:
+        place = yield from oldest(log)
+        if place.version >= 0:
+            found = yield from described(log, place)
+            return (yield from kind.open(store, place=(View.from_fields(found["view"]), found["tail"]), **how))
+    return log
 
 
 def oldest(log: Reader) -> Routine[Place]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from islands import record as records
+from islands import snapshot
 from islands.reader import Entry, Reader
 from islands.store import Store, run
 from islands.view import View
@@ -15,14 +16,17 @@ BEAT_LIMIT = 1024  # bytes of a heartbeat
 
 
 def of(store: Store) -> dict[str, Any]:
-    """version, records, members, refused, snapshots: see docs/islands.md. Raises UsageError where there is no log."""
-    log = run(Reader.open(store))
-    entries = run(log.read())
+    """version, records, oldest_replayable, members, refused, snapshots: see docs/islands.md.
+
+    Raises UsageError where there is no log."""
+    log = run(snapshot.begin(store, Reader))
+    oldest, entries = log.view.version, run(log.read())
     run(log.look_ahead())
     view, names = log.view, sorted({*log.view.members, *log.view.islands})
     return {
         "version": view.version,
         "records": view.next,
+        "oldest_replayable": oldest,
         "members": [_member(name, view, entries, _beat(store, name)) for name in names],
         "refused": [
             {"sequence": entry.sequence, "island": entry.island, "reason": entry.verdict.why}
@@ -81,14 +85,16 @@ def _beat(store: Store, name: str) -> dict[str, Any]:
 
 
 def lines(status: dict[str, Any]) -> Iterator[str]:
-    yield f"version {status['version']}, {status['records']} records"
+    oldest = status["oldest_replayable"]
+    begin = "the first parameters" if oldest < 0 else f"version {oldest}"
+    yield f"version {status['version']}, {status['records']} records, replayable from {begin}"
     columns = ("name", "role", "state", "incarnation", "clock", "staleness", "lag_records", "age_s")
     yield aligned([columns, *([_shown(member[column]) for column in columns] for member in status["members"])])
     for refused in status["refused"]:
         yield f"refused: record {refused['sequence']} of {refused['island'] or 'nobody known'}: {refused['reason']}"
-    for snapshot in status["snapshots"]:
-        by = ", ".join(snapshot["confirmed_by"])
-        yield f"snapshot of version {snapshot['version']}: {snapshot['digest'][:16]}…, confirmed by {by}"
+    for each in status["snapshots"]:
+        by = ", ".join(each["confirmed_by"])
+        yield f"snapshot of version {each['version']}: {each['digest'][:16]}…, confirmed by {by}"
 
 
 def _shown(value: Any) -> str:

@@ -90,7 +90,7 @@ def begin(
         begun |= about_it
     times.mark("restore", then="making the first step")
     about, joined = data.describe(num_units(config, parts.task), programs.rows_of_evaluation(parts)), None
-    if islands:
+    if islands and start != config.steps:
         saved, about = checkpoints.facts() if goes_on else {}, [*about, *islands.rows(config, met)]
         joined, state = islands.Islander.join(met, config, parts, state, saved, console.say)
     wire_bytes = describe.start("before the first step", config, parts, compiled, others, times.seconds, console, about)

@@ -1,25 +1,26 @@
 """A run that is an island: between two rounds, what has been gone goes into the log, and the next version comes back.
 
 The log, the fold and who may write are in islands/; here are the arrays of the run. Everything that the next round
-depends on is in the state (parallel/strategies/island.py), so a run that was killed goes on in the middle of a round,
-and makes the same push. If the log has a later round of this island than the checkpoint, the log is followed.
+needs is in the state (parallel/strategies/island.py), so a run that was killed goes on in the middle of a round, and
+makes the same push. Rounds that the log has and the checkpoint lacks are made again, from the versions that they had
+begun with, and not pushed a second time: so the optimizer, the residuals and the order of the data are what they were.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from islands import pace, payload, snapshot, terms
-from islands.follow import form_of
+from islands.follow import Follower, form_of
 from islands.member import Member, Params, Push
 from islands.payload import Draw, Part
 from islands.reader import LogError, Reader, record_key
-from islands.record import LIMIT, Run, digest
+from islands.record import LIMIT, PUSH, Run, digest
 from islands.store import Store, open_store, run
 from recipes.build import Parts
 from runtime.config import UsageError, flatten
@@ -71,6 +72,7 @@ class Islander:
         self.form = form_of(member.log.run.facts)
         self.names = list(named_arrays(parts.param_shapes))
         self._began = time.monotonic()
+        self._made: list[Made] = []  # rounds that are in the log already, and are made again
         self._first, self._length = 0, config.sync.interval
 
     @classmethod
@@ -85,13 +87,16 @@ class Islander:
             _confirm(met, last)
         member = Member.start(met.store, config.island.name, saved["clock"] if last else 0, say)
         own = cls(config, parts, member, say)
-        pushed = member.before.clock if member.before else 0
-        if not last or pushed > saved["clock"] or member.follower.terms.rule.pins:
-            if last and pushed > saved["clock"]:
-                say(f"the log has round {pushed - 1} of {member.name}, which the checkpoint lacks: following the log")
-            return own, own._begin(int(state.step), state, fresh=bool(last))
+        if not last:
+            return own, own._begin(int(state.step), state)
         own._first, own._length = saved["first"], saved["length"]
-        state.strategy["round"]["clock"] = own._scalar(member.clock)
+        own._made = made_since(met, config.island.name, saved["clock"])
+        if own._made:
+            say(f"the log has {len(own._made)} rounds of {member.name} that the checkpoint lacks: making them again")
+        elif member.follower.terms.rule.pins:  # a round begins where it has joined
+            return own, own._begin(int(state.step), state)
+        else:
+            state.strategy["round"]["clock"] = own._scalar(member.clock)
         return own, state
 
     def after(self, done: int, state: Any) -> Any:
@@ -130,30 +135,41 @@ class Islander:
             self._say(f"round {numbers['clock']} is pushed as zeros: {error}")
             stored, owed = [], self._host(own["owed"])
             numbers["skipped"] += 1
+        round = own["round"] | {"skipped": self._scalar(numbers["skipped"])}
+        after = replace(state, strategy=own | {"owed": self._put(owed, own["owed"]), "round": round})
+        if self._made:
+            self._compare(self._made.pop(0), stored)
+            return after
         speed = steps / max(seconds, 1e-9)
         units = steps * self.config.data.batch_size * self.parts.task.units
         self.member.push(Push(stored, numbers["version"], steps, units, {pace.SPEED: speed.hex()}))
-        round = own["round"] | {"skipped": self._scalar(numbers["skipped"])}
-        return replace(state, strategy=own | {"owed": self._put(owed, own["owed"]), "round": round})
+        return after
 
-    def _begin(self, done: int, state: Any, fresh: bool = False) -> Any:
-        """A round, from the version that the log gives. fresh: what was owed is not known any more."""
-        version, params = self.member.take()
+    def _compare(self, made: "Made", stored: list[bytes]) -> None:
+        if [digest(data) for data in stored] != made.payloads:
+            self._say(
+                f"round {made.clock}, made again, is not to the bit what {self.member.name} had pushed (on other "
+                "hardware, or another mesh or JAX?): what it had pushed counts"
+            )
+
+    def _begin(self, done: int, state: Any) -> Any:
+        """A round, from the version that the log gives, or that it had given."""
         terms, speeds, name = self.member.follower.terms, self.member.follower.speeds, self.member.name
         self._first, self._length, own = done, terms.interval, state.strategy
-        if terms.dylu and name in speeds:
-            live = self.member.follower.view.live()
-            self._length = pace.local_steps(
-                terms.interval, speeds[name], max(speed for each, speed in speeds.items() if each in live)
-            )
-        numbers = {"clock": self.member.clock, "version": version, "first": done, "length": self._length}
+        if self._made:
+            clock, version, params, self._length = self._made[0][:4]
+        else:
+            version, params = self.member.take()
+            clock = self.member.clock
+            if terms.dylu and name in speeds:
+                live = self.member.follower.view.live()
+                fastest = max(speed for each, speed in speeds.items() if each in live)
+                self._length = pace.local_steps(terms.interval, speeds[name], fastest)
+        numbers = {"clock": clock, "version": version, "first": done, "length": self._length}
         strategy = own | {
             "replicas": own["replicas"] | {"params": self._put(params, own["replicas"]["params"])},
             "round": own["round"] | {name: self._scalar(x) for name, x in numbers.items()},
         }
-        if fresh and own["owed"]:
-            zeros = {name: np.zeros(size, np.float32) for name, size in self.form.sizes.items()}
-            strategy["owed"] = self._put(zeros, own["owed"])
         self._began = time.monotonic()
         return replace(state, params=self._put(params, state.params), strategy=strategy)
 
@@ -172,6 +188,51 @@ class Islander:
 
     def _scalar(self, x: int) -> jax.Array:
         return jax.device_put(np.int32(x), self.parts.state.strategy["round"]["clock"].sharding)
+
+
+class Made(NamedTuple):
+    """A round that is in the log. params: of the version that it began with; empty: of the first, which the checkpoint
+    has. payloads: digests."""
+
+    clock: int
+    version: int
+    params: Params
+    steps: int
+    payloads: list[str]
+
+
+def made_since(met: Met, name: str, clock: int) -> list[Made]:
+    """Those of an island, from round `clock` on. Raises LogError where the log does not have what they began with."""
+    reader = run(snapshot.begin(met.store, Reader))
+    own = [
+        entry.record
+        for entry in run(reader.read())
+        if entry.record and entry.verdict.folded and (entry.record.type, entry.island) == (PUSH, name)
+    ]
+    own = [record for record in own if record.clock >= clock]
+    wanted = {record.base for record in own[1:]}
+    params: dict[int, Params] = {}
+    if wanted:
+        follower = run(Follower.open(met.store, most=min(wanted)))
+        _keep(follower, wanted, params)
+    if wanted - params.keys():
+        raise LogError(
+            f"{name} has made rounds that its checkpoint lacks, from version {min(wanted)} on, and the log was "
+            "truncated after that: start with another --workdir, which joins at the newest version"
+        )
+    return [
+        Made(r.clock, r.base, params.get(r.base, {}), r.steps, [payload.digest for payload in r.payloads]) for r in own
+    ]
+
+
+def _keep(follower: Follower, wanted: set[int], params: dict[int, Params]) -> None:
+    """Copies of the parameters of these versions."""
+    while wanted - params.keys():
+        state, version = follower.state, follower.view.version
+        if version in wanted:
+            params[version] = {leaf: state.arrays[f"params/{leaf}"].copy() for leaf in state.leaves()}
+        if not run(follower.advance(follower.view.next)):
+            break
 
 
 def _confirm(met: Met, last: Mapping[str, Any]) -> None:

@@ -1,8 +1,6 @@
-"""Members of a real log: what they take, when they wait, and what becomes of them when the store, or another, is gone."""
+"""Members of a real log: what they take, when they wait, and what becomes of them when the store or another is gone."""
 
-import contextlib
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,17 +11,16 @@ import pytest
 
 pytest.importorskip("cryptography", reason="pip install -r requirements-islands.txt")
 
-from islands import keyring, member as members, replay, snapshot
+from islands import keyring, replay, snapshot, status, truncate
 from islands import log as logs
+from islands import member as members
 from islands.folder import Folder
 from islands.follow import Follower
-from islands.log import Log
 from islands.member import Member, Push
-from islands.reader import Reader
-from islands.record import EXPIRE, OWNER
+from islands.reader import Reader, record_key
+from islands.record import EXPIRE
 from islands.state import State
 from islands.store import Away, Call, run
-from islands.trust import Key
 from runtime.config import RunError, UsageError
 
 
@@ -269,7 +266,7 @@ def test_who_is_followed_by_another_process_ends(store, start, monkeypatch):
     crew.begin(store)
     a = start("a")
     version, _ = a.take()
-    monkeypatch.setattr(members, "_check_alone", lambda log, say: None)
+    monkeypatch.setattr(members, "_check_alone", lambda log, name, say: None)
     start("a")
     crew.push(a, ones(), version)
     with pytest.raises(RunError, match="another process has joined as a: this one ends"):
@@ -420,7 +417,9 @@ def test_one_flipped_bit_in_any_stored_object_is_named(store, start):
         data = file.read_bytes()
         place = int(rng.integers(len(data)))
         file.write_bytes(data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :])
-        name = file.name if file.parent.name == "payloads" else str(int(file.stem)) if file.stem != "run" else "run.json"
+        name = (
+            file.name if file.parent.name == "payloads" else str(int(file.stem)) if file.stem != "run" else "run.json"
+        )
         try:
             found = replay.of(store, None, True, print)
             assert name in found.wrong + str(found.refused), file
@@ -451,3 +450,58 @@ def wait(true, seconds: float = 10.0):
     while not true():
         assert time.monotonic() < until, "it did not come about"
         time.sleep(0.01)
+
+
+# ── truncating ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_truncated_log_goes_on_from_its_snapshot(store, start):
+    crew.begin(store, snapshots=4, sync__outer__optimizer="nesterov")
+    for member in trained(store, start, 6):
+        member.end()
+    before = replay.of(store, None, True, print)
+    with pytest.raises(UsageError, match="--before=3: there is no snapshot of a version up to 3"):
+        truncate.before(store, 3, print)
+    said: list[str] = []
+    truncate.before(store, 9, said.append)
+    assert "the log begins with version 8" in said[-1]
+    assert not (store.root / record_key(7)).exists() and (store.root / record_key(8)).exists()
+    left = {each.name for each in (store.root / "payloads").iterdir()}
+    after = replay.of(store, None, True, said.append)
+    assert (after.params_digest, after.began, after.differs) == (before.params_digest, 8, False)
+    assert "the log is truncated: beginning with the snapshot of version 8" in said
+    named = {p.digest for entry in run(run(snapshot.begin(store, Reader)).read()) for p in entry.record.payloads}
+    assert left == named | set(of_list(store)), "a payload is left that nothing names"
+    c = start("c")
+    assert c.follower.view.islands["c"].live and status.of(store)["oldest_replayable"] == 8
+    with pytest.raises(UsageError, match="--until=5: the log is truncated, and its oldest version is 8"):
+        replay.of(store, 5, False, print)
+
+
+def of_list(store) -> list[str]:
+    """What the record of the version that the log begins with names."""
+    first = min((store.root / "records").iterdir())
+    return [payload["digest"] for payload in json.loads(first.read_bytes())["payloads"]]
+
+
+def test_nothing_is_removed_that_somebody_still_reads(store, start):
+    crew.begin(store, snapshots=4)
+    members_of = trained(store, start, 6)
+    for member in members_of:
+        member.end()
+    said = json.loads(run(store.get("heartbeats/b", 1 << 16))) | {"version": 6}
+    run(store.put("heartbeats/b", logs.records.canonical(said)))
+    files = sorted(store.root.rglob("*"))
+    with pytest.raises(UsageError, match="b has read up to version 6, and still needs what comes after it"):
+        truncate.before(store, 8, print)
+    assert set(store.root.rglob("*")) - set(files) <= {store.root / "heartbeats" / "owner"}
+    truncate.before(store, 4, print)
+
+
+def test_only_the_owner_truncates(store, start, monkeypatch, tmp_path):
+    crew.begin(store, snapshots=4)
+    for member in trained(store, start, 3):
+        member.end()
+    monkeypatch.setenv(keyring.FOLDER, str(tmp_path / "elsewhere"))
+    with pytest.raises(UsageError, match="only the owner of this run may do that"):
+        truncate.before(store, 4, print)
