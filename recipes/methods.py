@@ -33,8 +33,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "diloco": DiLoCo,
     "eager": Eager,
     "streaming": Streaming,
-    "island": Island,
 }
+OUTSIDE = {"island": Island}  # which exchanges nothing over `replica`, but by a log
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Own:
             raise UsageError(f"task={self.task!r}: expected a Task(init, axes, loss, weight, data, eval_data)")
 
     def strategies(self) -> dict[str, type[Strategy]]:
-        return STRATEGIES | ({self.strategy.__name__: self.strategy} if self.strategy else {})
+        return STRATEGIES | OUTSIDE | ({self.strategy.__name__: self.strategy} if self.strategy else {})
 
     def describe(self) -> dict[str, Any]:
         """What config.json keeps of them: {key: {class, fields, digest of the source}}."""

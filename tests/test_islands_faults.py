@@ -155,7 +155,7 @@ def test_that_it_exists_is_taken_for_lost(monkeypatch):
         def _is_mine(self, record):
             return super()._is_mine(record) and digest(record.encode()) in won
 
-    monkeypatch.setattr("islands.log.Patient", Losing)
+    monkeypatch.setattr("islands.reader.Patient", Losing)
     assert "invariant 9" in found(log=NotSettled)
 
 
@@ -206,7 +206,8 @@ def test_that_a_listing_is_trusted():
             after = record_key(self.view.next - 1) if self.view.next else ""
             for key in (yield from self.store.list("records", after)):
                 yield from self._take((yield from self.store.get(key, LIMIT + 1)))
-            entries, self._unread = self._unread, []
+            entries = [entry for entry, _ in self._unread]
+            self._unread.clear()
             return entries
 
     assert "invariant" in found(log=Listing)
