@@ -148,11 +148,11 @@ class Log(Reader):
 
     # ── heartbeats ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def beat(self, **more: Any) -> Routine[bool]:
+    def beat(self, at_once: bool = False, **more: Any) -> Routine[bool]:
         """Says that this process is there; whether it has: at most every 5 seconds, and not while the store is away.
         more: what else it says."""
         now = yield Call("now", self.store.clock.now)
-        if now < self._next_beat:
+        if now < self._next_beat and not at_once:
             return False
         self._next_beat = now + BEAT
         said = {"incarnation": self.incarnation, "nonce": self.nonce, "version": self.view.version}

@@ -57,6 +57,7 @@ class Member:
 
     def __init__(self, follower: Follower, say: Callable[[str], None]):
         self.follower, self.log, self.name, self._say = follower, follower.log, follower.log.island, say
+        self.clock = 0  # of the next round: those that wait are counted
         self._pushes: deque[Push] = deque()
         self._asked: deque[Future[tuple[int, Params]]] = deque()
         self._changed = threading.Condition()
@@ -87,6 +88,7 @@ class Member:
         run(follower.log.beat(**_process()))
         run(follower.log.join(clock))
         member._advance()
+        member.clock = follower.view.islands[name].clock
         member._thread.start()
         return member
 
@@ -97,6 +99,7 @@ class Member:
         with self._changed:
             self._wait_until(lambda: len(self._pushes) < MOST_WAITING, "the store to take what waits for it")
             self._pushes.append(made)
+            self.clock += 1
             self._changed.notify_all()
 
     def take(self) -> tuple[int, Params]:
@@ -121,11 +124,6 @@ class Member:
             self._changed.notify_all()
         if self._thread.ident:
             self._thread.join(min(patience, threading.TIMEOUT_MAX))
-
-    @property
-    def clock(self) -> int:
-        """Of the next round: those that wait are counted."""
-        return self.follower.view.islands[self.name].clock + len(self._pushes)
 
     def _may_begin(self) -> bool:
         waiting, bound = len(self._pushes), self.follower.terms.staleness
@@ -159,6 +157,7 @@ class Member:
             if self._leaving:
                 with contextlib.suppress(Dropped):
                     run(self.log.leave())
+            run(self.log.beat(at_once=True, **_process(), **self._said()))
         except BaseException as error:  # raised where the island asks for something
             self._failed = error
         with self._changed:
@@ -232,6 +231,8 @@ class Member:
             raise RunError(f"a round of {self.name} is not folded: {error.why}")
         self._say(f"{self.name} was taken to be gone, and joins again")
         run(self.log.join())
+        with self._changed:
+            self.clock = self.log.view.islands[self.name].clock + len(self._pushes)
         self._advance()
 
     def _look(self) -> None:

@@ -1,13 +1,13 @@
 """Taking away the beginning of a log that nobody needs any more: by its owner, and never by itself.
 
 What is left begins with the record of a version of which there is a snapshot. The owner folds the log first, and signs
-the snapshot if it is what was folded: it is what everybody will begin with. Records are removed in their order, so that
-what is left is the end of a log at every moment, and then the payloads that only they have named. Stopped in between,
-the same command goes on.
+the snapshot if it is what was folded: it is what everybody will begin with. Records are removed in their order, each
+with the payloads that nothing later names, so that what is left is the end of a log at every moment. Stopped in
+between, the same command goes on.
 """
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from islands import keyring, snapshot
 from islands import record as records
@@ -15,18 +15,12 @@ from islands.follow import Follower, Fork
 from islands.log import Log
 from islands.member import EXPIRY
 from islands.reader import payload_key, record_key
-from islands.record import OWNER, SNAPSHOT
+from islands.record import LIMIT, OWNER, SNAPSHOT
 from islands.snapshot import Place
 from islands.store import Store, run
 from runtime.config import UsageError
 
-
-@dataclass
-class Named:
-    """What the records below and from some version on have named."""
-
-    before: set[str]
-    after: set[str]
+OLD = 86_400.0  # seconds after which a payload that nothing names is taken to be left by somebody who has died
 
 
 def before(store: Store, version: int, say: Callable[[str], None]) -> None:
@@ -34,8 +28,9 @@ def before(store: Store, version: int, say: Callable[[str], None]) -> None:
     it."""
     log = run(Log.open(store))
     follower = run(Follower.open(store, from_oldest=True, island=OWNER, key=keyring.of_owner(log.run)))
+    oldest = run(snapshot.oldest(log))
     named: dict[int, set[str]] = {}
-    places: dict[int, Place] = {}
+    places = {oldest.version: oldest} if 0 <= oldest.version <= version else {}
 
     def seen(record: records.Record) -> None:
         named[record.sequence] = {payload.digest for payload in record.payloads}
@@ -50,13 +45,14 @@ def before(store: Store, version: int, say: Callable[[str], None]) -> None:
         raise UsageError(f"{forks[0].line}: find out which before anything is removed")
     if not places:
         raise UsageError(
-            f"--before={version}: there is no snapshot of a version up to {version}, other than the oldest"
+            f"--before={version}: there is no snapshot of a version up to {version}, and one is begun with"
         )
     place = places[max(places)]
     _check_readers(follower.log, place.version)
-    if OWNER not in follower.view.snapshots[place.version][place.manifest]:
+    if OWNER not in follower.view.snapshots.get(place.version, {}).get(place.manifest, ()) and place is not oldest:
         run(follower.log.append(follower.log.draft(SNAPSHOT, clock=0, **snapshot.record_of(place))))
-    _remove(follower, place, named, say)
+    kept = {name for number, names in named.items() if number >= place.version for name in names}
+    _remove(follower, place, kept | {payload.digest for payload in place.payloads}, say)
 
 
 def _check_readers(log: Log, version: int) -> None:
@@ -79,15 +75,37 @@ def _version(log: Log, name: str) -> int:
         return -1
 
 
-def _remove(follower: Follower, place: Place, named: dict[int, set[str]], say: Callable[[str], None]) -> None:
-    store, kept = follower.log.store.store, {payload.digest for payload in place.payloads}
-    kept |= {name for number, names in named.items() if number >= place.version for name in names}
-    first = {payload.digest for payload in snapshot.first(follower.log.run).payloads}
-    gone = {name for number, names in named.items() if number < place.version for name in names} | first
-    numbers = [int(key.rpartition("/")[2]) for key in run(follower.log.store.list("records"))]
-    numbers = sorted(number for number in numbers if number < place.version)
+def _remove(follower: Follower, place: Place, kept: set[str], say: Callable[[str], None]) -> None:
+    log, store = follower.log, follower.log.store.store
+    kept |= _named(log, place.version)
+    numbers = sorted(int(key.rpartition("/")[2]) for key in run(log.store.list("records")))
+    numbers, payloads = [number for number in numbers if number < place.version], 0
     for number in numbers:
+        gone = _named(log, number) - kept
         run(store.delete(record_key(number)))
-    for name in sorted(gone - kept):
-        run(store.delete(payload_key(name)))
-    say(f"{len(numbers)} records and {len(gone - kept)} payloads removed; the log begins with version {place.version}")
+        for name in sorted(gone):
+            run(store.delete(payload_key(name)))
+        payloads += len(gone)
+    payloads += _sweep(follower, kept)
+    say(f"{len(numbers)} records and {payloads} payloads removed; the log begins with version {place.version}")
+
+
+def _named(log: Log, number: int) -> set[str]:
+    """Payloads that the record of this number names, whoever has written it."""
+    data = run(log.store.get(record_key(number), LIMIT + 1))
+    with contextlib.suppress(ValueError):
+        return {payload.digest for payload in records.parse(data or b"").payloads}
+    return set()
+
+
+def _sweep(follower: Follower, kept: set[str]) -> int:
+    """Removes payloads that nothing names: of the first parameters, and of writers that died before their record."""
+    log, count = follower.log, 0
+    now = run(log.store.last_modified(f"heartbeats/{OWNER}")) or 0.0
+    first = {payload.digest for payload in snapshot.first(log.run).payloads}
+    for key in run(log.store.list("payloads")):
+        name = key.partition("/")[2]
+        if name not in kept and (name in first or now - (run(log.store.last_modified(key)) or now) > OLD):
+            run(log.store.store.delete(key))
+            count += 1
+    return count

@@ -235,7 +235,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_three_islands_one_of_which_is_stopped_and_one_killed(tmp_path):
-    """On different meshes. One is stopped, leaves and returns; another is killed and returns, or is taken to be gone."""
+    """On different meshes. One is stopped, leaves and returns; one is killed, and returns or is taken to be gone."""
     log = tmp_path / "log"
     init(log, "--snapshots=5")
     steps = ["--config.steps=120", "--config.checkpoint.every=10"]
