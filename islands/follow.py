@@ -59,16 +59,16 @@ class Taken(NamedTuple):
 class Follower:
     """state: the fold at `view.version`. speeds: steps a second that each island has last told. wrong: what was so far.
     due: the snapshot that every island takes, of the newest version that has one. author: of the last record.
-    stored: the last record of a snapshot. refused: {number of a record that
-    does not count: whose, and why}. read: payloads, by name."""
+    stored: the last record of a snapshot. own: payloads that were made here, which need not be downloaded.
+    Of a replay: refused {number of a record that does not count: whose, and why}; read: the names of payloads."""
 
-    def __init__(self, log: Log, form: Form, state: State, view: View, tail: str):
+    def __init__(self, log: Log, form: Form, state: State, view: View, tail: str, replayed: bool):
         self.log, self.form, self.state, self.view, self.tail = log, form, state, view, tail
         self.terms = terms.of(log.run.facts["keys"])
         self.speeds: dict[str, float] = {}
         self.wrong: list[Refused | Fork] = []
-        self.refused: dict[int, str] = {}
-        self.read: set[str] = set()
+        self.replayed, self.refused, self.read = replayed, {}, set()
+        self.own: dict[str, bytes] = {}
         self.due: Taken | None = None
         self.author = ""
         self.stored: Record | None = None
@@ -90,7 +90,7 @@ class Follower:
             if newer := (yield from snapshot.newest(scan, most)):
                 state, view, tail = yield from snapshot.load(scan, newer)
         log = yield from Log.open(store, place=(view, tail), **how)
-        return cls(log, form_of(log.run.facts), state, view, tail)
+        return cls(log, form_of(log.run.facts), state, view, tail, from_oldest)
 
     def advance(self, until: int | None = None) -> Routine[int]:
         """Folds what there is, up to the next version that a snapshot is due at, and to `until`; how many records it
@@ -112,7 +112,7 @@ class Follower:
 
     def _fold(self, entry: Entry, view: View) -> Routine[None]:
         record, blocks = entry.record, None
-        if not entry.verdict.folded:
+        if self.replayed and not entry.verdict.folded:
             self.refused[entry.sequence] = f"of {entry.island or 'nobody known'}: {entry.verdict.why}"
         if record and entry.verdict.folded:
             if record.type == PUSH:
@@ -161,13 +161,19 @@ class Follower:
         own = named.pop(record.manifest)
         if own.bytes > (limit := payload.manifest_limit(self.form)):
             raise PayloadError(f"manifest: {own.bytes} bytes are more than the {limit} that it may have")
-        data = yield from self.log.download(own)
+        data = yield from self._payload(own)
         found = payload.read_manifest(self.form, data, {name: each.bytes for name, each in named.items()})
         stored = {}
         for name, each in named.items():
-            stored[name] = yield from self.log.download(each)
-        self.read |= {each.digest for each in record.payloads}
+            stored[name] = yield from self._payload(each)
+        if self.replayed:
+            self.read |= {each.digest for each in record.payloads}
         return found, stored
+
+    def _payload(self, payload: Payload) -> Routine[bytes]:
+        if payload.digest in self.own:
+            return self.own[payload.digest]
+        return (yield from self.log.download(payload))
 
     def _bound(self, record: Record) -> float:
         """Of the norm; 0: none."""

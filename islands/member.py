@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from islands import keyring, snapshot
+from islands import ahead, keyring, snapshot
 from islands import record as records
 from islands.follow import Follower, Fork, Refused
 from islands.log import BEAT, Dropped
@@ -170,6 +170,7 @@ class Member:
             while self._pushes and not self._asked:
                 self._write(self._pushes[0])
                 self._advance()
+                self.follower.own = {}
                 with self._changed:
                     self._pushes.popleft()
                     self._changed.notify_all()
@@ -205,6 +206,7 @@ class Member:
         """Until it is folded: after an expiry by another incarnation."""
         while True:
             payloads = [run(self.log.upload(blob)) for blob in made.blobs]
+            self.follower.own = {each.digest: blob for each, blob in zip(payloads, made.blobs, strict=True)}
             if made.draft is None:
                 made.draft = self.log.draft(
                     PUSH, clock=self.log.view.islands[self.name].clock, base=made.base, steps=made.steps,
@@ -300,8 +302,7 @@ class Member:
 
 def _catch_up(follower: Follower, say: Callable[[str], None]) -> None:
     began, before = time.monotonic(), follower.view.next
-    while run(follower.advance()):
-        pass
+    ahead.catch_up(follower)
     if (seconds := time.monotonic() - began) > 2:
         say(f"folded {follower.view.next - before} records in {seconds:.0f} s, up to version {follower.view.version}")
 

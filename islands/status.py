@@ -12,7 +12,7 @@ from islands.store import Store, run
 from islands.view import View
 from runtime.console import aligned
 
-BEAT_LIMIT = 1024  # bytes of a heartbeat
+BEAT_LIMIT = 1 << 16  # bytes of a heartbeat
 
 
 def of(store: Store) -> dict[str, Any]:
@@ -23,16 +23,17 @@ def of(store: Store) -> dict[str, Any]:
     oldest, entries = log.view.version, run(log.read())
     run(log.look_ahead())
     view, names = log.view, sorted({*log.view.members, *log.view.islands})
+    beats = {name: _beat(store, name) for name in names}
     return {
         "version": view.version,
         "records": view.next,
         "oldest_replayable": oldest,
-        "members": [_member(name, view, entries, _beat(store, name)) for name in names],
-        "refused": [
-            {"sequence": entry.sequence, "island": entry.island, "reason": entry.verdict.why}
-            for entry in entries
-            if not entry.verdict.folded
-        ],
+        "members": [_member(name, view, entries, beats[name]) for name in names],
+        "refused": sorted(
+            [_refused(entry.sequence, entry.island, entry.verdict.why) for entry in entries if not entry.verdict.folded]
+            + _told(beats, entries),
+            key=lambda each: each["sequence"],
+        ),
         "snapshots": [
             {"version": version, "digest": manifest, "confirmed_by": sorted(names)}
             for version, of_version in sorted(view.snapshots.items())
@@ -73,14 +74,39 @@ def _state(name: str, view: View, entries: list[Entry]) -> str:
     return "waiting"
 
 
+def _refused(sequence: int, island: str, reason: str) -> dict[str, Any]:
+    return {"sequence": sequence, "island": island, "reason": reason}
+
+
+def _told(beats: dict[str, dict[str, Any]], entries: list[Entry]) -> list[dict[str, Any]]:
+    """What members have refused when they had seen the payload, and forks that they have found, as each tells it."""
+    number = {entry.sequence: entry.island for entry in entries if entry.verdict.folded}
+    found = {
+        (sequence, island, f"folded as zeros: {reason}")
+        for beat in beats.values()
+        for sequence, island, reason in beat.get("refused", ())
+        if number.get(sequence) == island
+    }
+    forks = {
+        (version, island, f"its snapshot is {theirs[:16]}…, and {name} has folded {ours[:16]}…: a fork")
+        for name, beat in beats.items()
+        for version, island, theirs, ours in beat.get("forks", ())
+    }
+    return [_refused(*each) for each in sorted(found | forks)]
+
+
 def _beat(store: Store, name: str) -> dict[str, Any]:
     """What its last heartbeat says. Nobody signs it, and nothing but this picture comes of it."""
     key = f"heartbeats/{name}"
     data, modified = run(store.get(key, BEAT_LIMIT)), run(store.last_modified(key))
     try:
         found = json.loads(data or b"")
-        return {"version": int(found["version"]), "modified": modified} if modified else {}
-    except (ValueError, KeyError, TypeError):
+        told = {
+            "refused": [(int(n), str(island), str(why)[:300]) for n, island, why in found.get("refused", ())],
+            "forks": [(int(v), str(by), str(a), str(b)) for v, by, a, b in found.get("forks", ())],
+        }
+        return {"version": int(found["version"]), "modified": modified, **told} if modified else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

@@ -5,8 +5,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ pytest.importorskip("cryptography", reason="pip install -r requirements-islands.
 from islands import founding, keyring, replay
 from islands.__main__ import main
 from islands.folder import Folder
+from islands.follow import form_of
+from islands.payload import payload_bytes
 from islands.reader import Reader
 from islands.record import PUSH
 from islands.store import run
@@ -230,6 +233,9 @@ def undisturbed(tmp_path_factory):
         assert code == 0, out
     found = replay.of(Folder(folder / "log"), None, True, print)
     assert not found.differs
+    form = form_of(run(Reader.open(Folder(folder / "log"))).run.facts)
+    for _, _, (*blobs, _) in pushes(folder / "log"):
+        assert sum(blob.bytes for blob in blobs) == payload_bytes(form.sizes, form.codec)
     return pushes(folder / "log"), found.params_digest
 
 
@@ -260,7 +266,25 @@ def test_three_islands_one_of_which_is_stopped_and_one_killed(tmp_path):
     assert len({(name, clock) for name, clock, _ in made}) == len(made)
     found = replay.of(Folder(log), None, True, print)
     assert not found.differs and len(found.snapshots) > 5
+    assert set(elsewhere(log)) == {found.params_digest}
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["step"] == 120
+
+
+def elsewhere(log: Path) -> Iterator[str]:
+    """What other processes replay to: with all of NumPy's kernels that this CPU has turned off, and other Pythons."""
+    import numpy._core._multiarray_umath as umath
+
+    features = " ".join(name for name in umath.__cpu_dispatch__ if umath.__cpu_features__.get(name))
+    others = [Path(name) for name in os.environ.get("SLACKLINE_PYTHONS", "").split()]
+    others += [helpers.ROOT / venv / "bin/python" for venv in (".venv", ".venv-newest")]
+    plain = {"NPY_DISABLE_CPU_FEATURES": features, "OPENBLAS_CORETYPE": "Prescott"}
+    for python, more in [(sys.executable, plain), *((str(path), {}) for path in others if path.exists())]:
+        done = subprocess.run(
+            [python, "-m", "islands", "replay", str(log), "--verify", "--json"], cwd=helpers.ROOT,
+            env=os.environ | more, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield json.loads(done.stdout)["params_digest"]
 
 
 def until(true: Callable[[], bool], seconds: float):

@@ -300,6 +300,9 @@ def test_a_push_beyond_its_norm_bound_counts_as_zeros_for_all(where, store, star
     wait(lambda: b.follower.view.islands["a"].clock == 2)
     same(b.take()[1], less(first, 0.5))
     assert any("counts as zeros: its norm is 56.58" in line for line in start.said)
+    b.end()
+    (told,) = status.of(store)["refused"]
+    assert told["island"] == "a" and "folded as zeros: its norm is 56.58" in told["reason"]
 
 
 def test_a_payload_that_is_none_counts_as_zeros(store, start):
@@ -397,6 +400,7 @@ def test_a_poisoned_snapshot_is_told_and_nobody_takes_it(store, start, monkeypat
     a, b = trained(store, start, 4)
     wait(lambda: any("one of the two folds is wrong" in line for line in start.said))
     a.end(), b.end()
+    assert any("a fork" in each["reason"] for each in status.of(store)["refused"])
     joiner = run(Follower.open(store))
     assert joiner.began == -1
     found = replay.of(store, None, True, print)
