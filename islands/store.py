@@ -139,11 +139,12 @@ def redacted(text: str) -> str:
 class Patient:
     """A store that is asked again, at growing intervals, while it gives no answer: for `patience` seconds, then Away.
 
-    seed: of the intervals, so that not all ask at once.
+    seed: of the intervals, so that not all ask at once. requests: how many it has made, which is what a bucket costs.
     """
 
     def __init__(self, store: Store, clock: Any, patience: float, seed: str):
         self.store, self.clock, self._patience, self._random = store, clock, patience, random.Random(seed)
+        self.requests = 0
 
     def get(self, key: str, most: int) -> Routine[bytes | None]:
         return (yield from self._ask(partial(self.store.get, key, most)))
@@ -155,6 +156,7 @@ class Patient:
         return (yield from self._ask(partial(self.store.last_modified, key)))
 
     def put(self, key: str, data: bytes) -> Routine[None]:
+        self.requests += 1
         yield from self.store.put(key, data)  # once: another heartbeat comes anyway
 
     def create(self, key: str, data: bytes, most: int) -> Routine[bytes]:
@@ -164,6 +166,7 @@ class Patient:
         wait = _Wait(self.clock, self._patience, self._random)
         while True:
             error = Away(f"{key} is not there, and cannot be created")
+            self.requests += 1
             try:
                 if (yield from self.store.create(key, data)):
                     return data
@@ -177,6 +180,7 @@ class Patient:
     def _ask(self, ask: Callable[[], Routine[T]]) -> Routine[T]:
         wait = _Wait(self.clock, self._patience, self._random)
         while True:
+            self.requests += 1
             try:
                 return (yield from ask())
             except Away as said:

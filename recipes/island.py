@@ -72,6 +72,7 @@ class Islander:
         self.form = form_of(member.log.run.facts)
         self.names = list(named_arrays(parts.param_shapes))
         self._began = time.monotonic()
+        self._rounds = 0
         self._made: list[Made] = []  # rounds that are in the log already, and are made again
         self._first, self._length = 0, config.sync.interval
 
@@ -115,6 +116,10 @@ class Islander:
     def end(self, interrupted: bool) -> None:
         """Leaves the log. interrupted: the machine is about to go."""
         self.member.end(patience=20.0 if interrupted else float("inf"))
+        requests, rounds = self.member.log.store.requests, self._rounds
+        self._say(
+            f"{requests:,} requests of the log's store in {rounds} rounds, {requests / max(rounds, 1):.1f} a round"
+        )
         if not interrupted:
             self.member.check()
 
@@ -140,7 +145,7 @@ class Islander:
         if self._made:
             self._compare(self._made.pop(0), stored)
             return after
-        speed = steps / max(seconds, 1e-9)
+        speed, self._rounds = steps / max(seconds, 1e-9), self._rounds + 1
         units = steps * self.config.data.batch_size * self.parts.task.units
         self.member.push(Push(stored, numbers["version"], steps, units, {pace.SPEED: speed.hex()}))
         return after
