@@ -166,7 +166,7 @@ def fetching(secret: Secret, sizes: Mapping[str, int], stored: Fetch) -> Fetch:
                     f"chunk {n} of an encrypted payload cannot be opened: it was altered, or sealed with another key "
                     "or for another run"
                 ) from error
-        return bytes(opened[offset - first * CHUNK :][:length])
+        return bytes(memoryview(opened)[offset - first * CHUNK :][:length])
 
     return fetch
 
