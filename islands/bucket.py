@@ -5,6 +5,7 @@ either one that may pass (Away) or one for which somebody has to do something (S
 """
 
 import contextlib
+import html
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,24 @@ from typing import Any
 from islands.store import Away, Call, Routine, StoreError, call, redacted
 
 ALLOW_HTTP = "AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP"  # obstore reads these only without options
+UNTRUSTED = (
+    "its certificate is signed by nobody who is trusted here: give SSL_CERT_FILE the name of a file that has the "
+    "certificate of whoever has signed it"
+)
 REMEDIES = {  # by what is in the text of obstore's errors
     "NoSuchBucket": "create the bucket first",
     "ContainerNotFound": "create the container first",
     "RequestTimeTooSkewed": "the clock of this machine is off: set it",
     "SignatureDoesNotMatch": "the secret does not belong to the key: see AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "InvalidAccessKeyId": "this key is not known there: see AWS_ACCESS_KEY_ID",
-    "InvalidCertificate": "its certificate is signed by nobody who is trusted here: give root_certificate",
+    "failed to authenticate the request": "the key is not that of the account (see AZURE_STORAGE_ACCOUNT_KEY), or the "
+    "clock of this machine is off",
+    "UnknownIssuer": UNTRUSTED,
+    "BadSignature": UNTRUSTED,
+    "NotValidForName": "its certificate is that of another host",
+    "InvalidCertificate": "its certificate does not hold, or the clock of this machine is off",
+    "InvalidContentType": "it does not speak TLS: its endpoint begins with http://",
+    "HTTP request to an HTTPS server": "it speaks TLS: its endpoint begins with https://",
     "BadScheme": "an endpoint of http:// needs AWS_ALLOW_HTTP=true, or AZURE_ALLOW_HTTP=true",
     "NotImplemented": "it cannot create an object only if there is none, and without that two writers may both win",
 }
@@ -93,8 +105,8 @@ class Bucket:
 
     def list(self, prefix: str, after: str = "") -> Routine[list[str]]:
         def keys() -> list[str]:
-            found = self._small.list(prefix, offset=after or None)
-            return sorted(entry["path"] for entries in found for entry in entries)
+            found = self._small.list(prefix, offset=after or None)  # some stores take no notice of it
+            return sorted(entry["path"] for entries in found for entry in entries if entry["path"] > after)
 
         with self._said(prefix):
             return (yield call("list", prefix, keys))
@@ -141,7 +153,7 @@ def _sentence(error: Exception) -> str:
     """What a server has said, or what became of the request."""
     text = str(error)
     if said := re.search(r"<Code>(.*?)</Code>\s*<Message>(.*?)</Message>", text, re.DOTALL):
-        return redacted(f"{said[1]} ({said[2]})")
+        return redacted(html.unescape(f"{said[1]} ({said[2]})"))
     for sign, sentence in {"kind: Connect": "no connection", "kind: Timeout": "no answer in time"}.items():
         if sign in text:
             return sentence

@@ -47,14 +47,7 @@ class Key:
     @classmethod
     def read(cls, path: Path) -> "Key":
         """Raises UsageError where there is none, or others may read it."""
-        try:
-            mode, data = path.stat().st_mode, path.read_bytes()
-        except OSError as error:
-            raise UsageError(
-                f"{path}: {error.strerror}: the file with the private key of an island is looked for there"
-            ) from error
-        if stat.S_IMODE(mode) & 0o077:
-            raise UsageError(f"{path} can be read by others (mode {stat.S_IMODE(mode):o}): chmod 600 {path}")
+        data = read_private(path, "the private key of an island")
         try:
             private = serialization.load_pem_private_key(data, password=None)
         except (ValueError, TypeError) as error:
@@ -68,18 +61,34 @@ class Key:
         data = self._private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}: a key is written into a new file") from error
-        with os.fdopen(file, "wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
+        write_private(path, data)
 
     def sign(self, record: Record) -> Record:
         message = records.unsigned(records.as_fields(record))
         return records.with_signature(record, self._private.sign(message).hex())
+
+
+def read_private(path: Path, what: str) -> bytes:
+    """Raises UsageError where there is no such file, or others may read it."""
+    try:
+        mode, data = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}: the file with {what} is looked for there") from error
+    if stat.S_IMODE(mode) & 0o077:
+        raise UsageError(f"{path} can be read by others (mode {stat.S_IMODE(mode):o}): chmod 600 {path}")
+    return data
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Into a new file that nobody else can read."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}: a key is written into a new file") from error
+    with os.fdopen(file, "wb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def genuine(key: str, message: bytes, signature: str) -> bool:

@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ CORES = 2
 TAKEN_OUT = "taken out, "
 # Oracles: of PowerSGD, models, weights, adapters.
 TORCH = ("torch==2.13.0", "transformers==5.24.0", "gguf==0.19.0", "accelerate==1.*", "peft==0.21.2")
+AZURITE = "azurite@3.35.0"  # newer ones need a newer Node.js than Debian and Ubuntu have
 TRANSFORMERS4 = ("transformers==4.57.*", "huggingface-hub<1.0", "tokenizers>=0.22,<0.23.1")
 
 
@@ -256,6 +258,19 @@ def find_torch() -> None:
         os.environ["SLACKLINE_TRANSFORMERS4"] = str(folder)
 
 
+def find_azurite() -> None:
+    """Azurite in a folder of its own, for tests that ask for it by SLACKLINE_AZURITE."""
+    if os.environ.get("SLACKLINE_AZURITE"):
+        return
+    folder, npm = ROOT / ".venv-azurite", shutil.which("npm")
+    if not (folder / "node_modules" / ".bin" / "azurite-blob").exists():
+        print(f"installing {AZURITE} into {folder.name}", flush=True)
+        if not npm or subprocess.run([npm, "install", "--silent", "--prefix", folder, AZURITE]).returncode:
+            print("Azurite cannot be installed here (with npm, of Node.js): what asks it is skipped", flush=True)
+            return
+    os.environ["SLACKLINE_AZURITE"] = str(folder)
+
+
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 HEAD = """# What was proven, and when
@@ -339,6 +354,8 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if any("powersgd" in piece.name for piece in wanted):
             find_torch()
+        if any("islands_stores" in piece.name for piece in wanted):
+            find_azurite()
         try:
             failures = prove(wanted, store)
         except KeyboardInterrupt:

@@ -4,7 +4,10 @@ import contextlib
 import io
 import json
 import re
+import threading
 import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import helpers
@@ -23,7 +26,7 @@ from islands.view import Member
 from runtime.config import UsageError
 
 
-def said(*argv: str) -> tuple[int, str]:
+def command(*argv: str) -> tuple[int, str]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = main(argv)
@@ -91,6 +94,114 @@ def test_a_store_that_lets_two_win_at_once_is_refused():
     assert any("at once were told that they had" in f.what for f in found.findings if f.bad)
 
 
+class Http(ThreadingHTTPServer):
+    """Speaks S3 as far as `check` asks. wins: (server, key, body) -> whether a PUT with If-None-Match has won."""
+
+    daemon_threads = True
+
+    def __init__(self, wins: Callable[["Http", str, bytes], bool]):
+        super().__init__(("127.0.0.1", 0), HttpHandler)
+        self.wins, self.objects, self.lock = wins, {}, threading.Lock()
+
+
+class HttpHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Http
+
+    def do_PUT(self) -> None:
+        body, won = self.rfile.read(int(self.headers["Content-Length"])), True
+        if self.headers["If-None-Match"] == "*":
+            won = self.server.wins(self.server, self.path, body)
+        else:
+            self.server.objects[self.path] = body
+        self.answer(200 if won else 412, b"" if won else b"<Error><Code>PreconditionFailed</Code></Error>")
+
+    def do_GET(self) -> None:
+        if "list-type=2" in self.path:
+            keys = (key.partition("/bucket/")[2] for key in self.server.objects)
+            entry = (
+                "<Contents><Key>{}</Key><Size>5</Size><LastModified>2026-11-29T12:00:00.000Z</LastModified></Contents>"
+            )
+            self.answer(200, f"<ListBucketResult>{''.join(map(entry.format, keys))}</ListBucketResult>".encode())
+        elif self.path in self.server.objects:
+            data, wanted = self.server.objects[self.path], self.headers["Range"]
+            first, last = map(int, wanted.removeprefix("bytes=").split("-")) if wanted else (0, len(data))
+            part = data[first : last + 1]
+            span = {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"} if wanted else {}
+            self.answer(206 if wanted else 200, part, **span)
+        else:
+            self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+
+    do_HEAD = do_GET
+
+    def do_DELETE(self) -> None:
+        self.server.objects.pop(self.path, None)
+        self.answer(204)
+
+    def do_POST(self) -> None:
+        """Of many keys, in XML."""
+        for key in re.findall("<Key>(.*?)</Key>", self.rfile.read(int(self.headers["Content-Length"])).decode()):
+            self.server.objects.pop(f"/bucket/{key}", None)
+        self.answer(200, b"<DeleteResult></DeleteResult>")
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("ETag", '"1"')
+        self.send_header("Last-Modified", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()))
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def ignores_the_condition(server: Http, key: str, body: bytes) -> bool:
+    server.objects[key] = body
+    return True
+
+
+def looks_first(server: Http, key: str, body: bytes) -> bool:
+    """And by the time that it stores, others have looked, too."""
+    if key in server.objects:
+        return False
+    time.sleep(0.05)
+    server.objects[key] = body
+    return True
+
+
+def looks_under_a_lock(server: Http, key: str, body: bytes) -> bool:
+    with server.lock:
+        return looks_first(server, key, body)
+
+
+@pytest.mark.parametrize(
+    "wins, code, said",
+    [
+        (ignores_the_condition, 1, "REFUSED an object that is there is created a second time"),
+        (looks_first, 1, "writers that created one object at once were told that they had"),
+        (looks_under_a_lock, 0, "sound: a log can be kept there"),
+    ],
+)
+def test_a_store_over_http_is_refused_if_two_may_win(wins, code, said, monkeypatch):
+    pytest.importorskip("obstore", reason="pip install -r requirements-islands.txt")
+    server = Http(wins)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "word", "AWS_REGION": "here",
+        "AWS_ALLOW_HTTP": "true", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    ended, out = command("check", "s3://bucket/run")
+    assert ended == code and said in out, out
+    assert not server.objects, "nothing is left in it"
+    server.shutdown()
+    server.server_close()
+
+
 def test_where_nobody_may_overwrite_or_delete_it_says_so_and_what_stays():
     found = check.of(Closed(time.time))
     assert found.sound
@@ -103,7 +214,7 @@ def test_a_clock_that_is_off_is_said():
 
 
 def test_the_commands_end_as_they_say(tmp_path, capsys):
-    code, out = said("check", str(tmp_path / "log"), "--json")
+    code, out = command("check", str(tmp_path / "log"), "--json")
     assert code == 0 and json.loads(out)["sound"] is True
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -138,7 +249,7 @@ def test_status_shows_who_takes_part_and_what_was_refused(tmp_path):
         run(stranger.join())
     run(store.create(f"records/{stranger.view.next:020d}", b"{}"))
 
-    code, out = said("status", str(tmp_path), "--json")
+    code, out = command("status", str(tmp_path), "--json")
     found = json.loads(out)
     by_name = {member["name"]: member for member in found["members"]}
     assert code == 0 and found["records"] == 6 and found["version"] == 4
@@ -146,5 +257,5 @@ def test_status_shows_who_takes_part_and_what_was_refused(tmp_path):
     assert by_name["a"]["clock"] == 1 and by_name["a"]["staleness"] == 0 and by_name["c"]["age_s"] is None
     assert 0 <= by_name["a"]["age_s"] < 60 and by_name["a"]["lag_records"] >= 2
     assert found["refused"][0]["sequence"] == 5 and found["snapshots"] == []
-    code, out = said("status", str(tmp_path))
+    code, out = command("status", str(tmp_path))
     assert "version 4, 6 records" in out and "refused: record 5 of nobody known" in out

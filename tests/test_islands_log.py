@@ -690,6 +690,20 @@ def test_a_bucket_that_is_gone_is_not_taken_for_a_record_that_is_not_there(serve
     assert run(open_store(BUCKET).get("records/1", 1)) is None
 
 
+def test_a_listing_goes_on_after_a_key_though_the_store_begins_anew(monkeypatch):
+    """As Azurite does."""
+    pytest.importorskip("obstore", reason="pip install -r requirements-islands.txt")
+
+    class Anew:
+        def list(self, prefix, offset):
+            return iter([[{"path": f"{prefix}/{number}"} for number in (3, 1, 2)]])
+
+    bucket = open_store("memory://")
+    monkeypatch.setattr(bucket, "_small", Anew())
+    assert run(bucket.list("records", "records/1")) == ["records/2", "records/3"]
+    assert run(bucket.list("records", "records/3")) == []
+
+
 def test_azures_word_for_it_exists_is_unknown_too(server, monkeypatch):
     from obstore.exceptions import PreconditionError
 
