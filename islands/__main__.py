@@ -39,7 +39,8 @@ COMMANDS = {
     "truncate": "LOG",
 }
 GOES_WITH = {
-    "json": "check status replay", "watch": "status", "snapshots": "init", "config": "init", "key": "keys",
+    "json": "check status replay", "watch": "status", "snapshots": "init", "encrypt": "init", "config": "init",
+    "key": "keys",
     "role": "keys", "norm_bound": "keys", "until": "replay", "verify": "replay", "before": "truncate",
 }  # fmt: skip
 
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--snapshots", type=usage.not_negative, metavar="N", help="init: versions between two; 0: none; default: 1000"
     )
+    parser.add_argument("--encrypt", action="store_true", help="init: payloads, with a key that islands get a copy of")
     parser.add_argument("--key", metavar="HEX", help="keys allow: the public key; default: this machine's")
     parser.add_argument(
         "--role", choices=ROLES, metavar="|".join(ROLES), help="keys allow: own: push, and sign; default: push"
@@ -101,7 +103,9 @@ def _init(args: argparse.Namespace) -> int:
     config = [f"--config={args.config}"] if args.config else []
     snapshots = 1000 if args.snapshots is None else args.snapshots
     say = lambda line: print(line, flush=True)
-    founding.init(args.log, ["python -m islands init", *config, *args.rest], snapshots, __doc__ or "", say)
+    founding.init(
+        args.log, ["python -m islands init", *config, *args.rest], snapshots, args.encrypt, __doc__ or "", say
+    )
     return 0
 
 

@@ -7,14 +7,16 @@ refused when its payload is seen is folded as zeros, with the reason kept.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from islands import decode, merge, payload, snapshot, terms
+from islands import decode, keyring, merge, payload, snapshot, terms
 from islands import record as records
+from islands import secret as secrets
 from islands.decode import PayloadError
 from islands.log import Log
 from islands.pace import SPEED
 from islands.payload import Form
 from islands.reader import Entry, LogError, Reader
 from islands.record import PUSH, SNAPSHOT, Payload, Record
+from islands.secret import Secret
 from islands.snapshot import Place
 from islands.state import Blocks, State
 from islands.store import Clock, Routine, Store
@@ -62,8 +64,9 @@ class Follower:
     stored: the last record of a snapshot. own: payloads that were made here, which need not be downloaded.
     Of a replay: refused {number of a record that does not count: whose, and why}; read: the names of payloads."""
 
-    def __init__(self, log: Log, form: Form, state: State, view: View, tail: str, replayed: bool):
-        self.log, self.form, self.state, self.view, self.tail = log, form, state, view, tail
+    def __init__(self, log: Log, state: State, view: View, tail: str, secret: Secret | None, replayed: bool):
+        self.form, self.secret = form_of(log.run.facts), secret
+        self.log, self.state, self.view, self.tail = log, state, view, tail
         self.terms = terms.of(log.run.facts["keys"])
         self.speeds: dict[str, float] = {}
         self.wrong: list[Refused | Fork] = []
@@ -83,14 +86,15 @@ class Follower:
         clock = how.get("clock", Clock)
         reader = yield from Reader.open(store, clock=clock)
         terms.check_folded(reader.run.facts)
-        state, view, tail = yield from snapshot.load(reader, (yield from snapshot.oldest(reader)))
+        secret = keyring.secret_of(reader.run)
+        state, view, tail = yield from snapshot.load(reader, (yield from snapshot.oldest(reader)), secret)
         tail = tail or reader.tail  # the first snapshot is named by run.json, and cannot name it
         if not from_oldest and reader.run.facts["snapshots"]:
             scan = yield from Reader.open(store, place=(view, tail), clock=clock)
             if newer := (yield from snapshot.newest(scan, most)):
-                state, view, tail = yield from snapshot.load(scan, newer)
+                state, view, tail = yield from snapshot.load(scan, newer, secret)
         log = yield from Log.open(store, place=(view, tail), **how)
-        return cls(log, form_of(log.run.facts), state, view, tail, from_oldest)
+        return cls(log, state, view, tail, secret, from_oldest)
 
     def advance(self, until: int | None = None) -> Routine[int]:
         """Folds what there is, up to the next version that a snapshot is due at, and to `until`; how many records it
@@ -129,7 +133,7 @@ class Follower:
         self.view, self.tail, self.author = view, entry.digest, entry.island
         every = self.log.run.facts["snapshots"]
         if every and view.version == entry.sequence > 0 and entry.sequence % every == 0:
-            self.due = Taken(view.version, snapshot.manifest(self.state, view, self.tail))
+            self.due = Taken(view.version, snapshot.manifest(self.state, view, self.tail, self.secret))
         if record and entry.verdict.folded:
             self.watch(record)
 
@@ -159,10 +163,12 @@ class Follower:
             return None, {}
         named = {each.digest: each for each in record.payloads}
         own = named.pop(record.manifest)
-        if own.bytes > (limit := payload.manifest_limit(self.form)):
+        sizes = {each.digest: each.bytes for each in record.payloads}
+        sizes = secrets.plain(sizes) if self.secret else sizes
+        if sizes[own.digest] > (limit := payload.manifest_limit(self.form)):
             raise PayloadError(f"manifest: {own.bytes} bytes are more than the {limit} that it may have")
         data = yield from self._payload(own)
-        found = payload.read_manifest(self.form, data, {name: each.bytes for name, each in named.items()})
+        found = payload.read_manifest(self.form, data, {name: sizes[name] for name in named})
         stored = {}
         for name, each in named.items():
             stored[name] = yield from self._payload(each)
@@ -171,9 +177,10 @@ class Follower:
         return found, stored
 
     def _payload(self, payload: Payload) -> Routine[bytes]:
-        if payload.digest in self.own:
-            return self.own[payload.digest]
-        return (yield from self.log.download(payload))
+        data = self.own.get(payload.digest)
+        if data is None:
+            data = yield from self.log.download(payload)
+        return secrets.open_(self.secret, data) if self.secret else data
 
     def _bound(self, record: Record) -> float:
         """Of the norm; 0: none."""
@@ -192,7 +199,7 @@ class Follower:
         """Of this version, which must be the one that is due."""
         assert self.due and self.is_due
         blobs: list[Payload] = []
-        for chunk in snapshot.chunks(self.state):
+        for chunk in snapshot.chunks(self.state, self.secret):
             blobs.append((yield from self.log.upload(chunk)))
         yield from self.log.upload(self.due.manifest)
         return snapshot.place(self.due.version, self.due.manifest, blobs)

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 
 from islands import check, keyring, merge, payload, snapshot, terms, trust
+from islands import secret as secrets
 from islands.log import Log, upload
 from islands.payload import Form
 from islands.reader import PATIENCE, RUN
 from islands.record import OWNER, Run
+from islands.secret import RunKey, Secret
 from islands.snapshot import Place
 from islands.state import State
 from islands.store import Clock, Patient, Store, open_store, run
@@ -23,8 +25,8 @@ from runtime.console import human_bytes, human_count
 from runtime.digest import named_arrays
 
 
-def init(log: str, argv: Sequence[str], snapshots: int, doc: str, say: Callable[[str], None]) -> None:
-    """Begins a log. argv: as train.py takes it. snapshots: versions between two; 0: none.
+def init(log: str, argv: Sequence[str], snapshots: int, encrypt: bool, doc: str, say: Callable[[str], None]) -> None:
+    """Begins a log. argv: as train.py takes it. snapshots: versions between two; 0: none. encrypt: payloads.
 
     Raises UsageError where there is one already, where the store is unsound, and for a config of no island.
     """
@@ -38,10 +40,12 @@ def init(log: str, argv: Sequence[str], snapshots: int, doc: str, say: Callable[
         meshes.simulate(flags.simulate, 1)
     parts = build.build(config, meshes.build(meshes.fill_sizes(config.mesh, len(jax.devices()))))
     params = first_parameters(config, parts)
-    owner = begin(store, config, params, snapshots)
+    given = begin(store, config, params, snapshots, encrypt)
     count = sum(x.size for x in params.values())
     say(f"{log}: begun, with {human_count(count)} parameters, {human_bytes(4 * count)}; its owner's key is "
-        f"{keyring.path(owner.public, OWNER)}")  # fmt: skip
+        f"{keyring.path(given.owner, OWNER)}")  # fmt: skip
+    if encrypt:
+        say(f"every island needs a copy of the key of its payloads, {keyring.payload_key(given)}, in the same place")
     say(f"on each site: python train.py … --config.island.log={log} --config.island.name=NAME")
 
 
@@ -69,8 +73,8 @@ def first_parameters(config: Any, parts: build.Parts) -> dict[str, np.ndarray]:
     return {name: np.asarray(x).reshape(-1) for name, x in found.items()}
 
 
-def begin(store: Store, config: Any, params: dict[str, np.ndarray], snapshots: int = 0) -> Key:
-    """Writes the first snapshot and run.json; the owner's key, which is new, into this machine's folder."""
+def begin(store: Store, config: Any, params: dict[str, np.ndarray], snapshots: int = 0, encrypt: bool = False) -> Run:
+    """Writes the first snapshot and run.json; the owner's key, and that of payloads, into this machine's folder."""
     keys = terms.agreed(dict(flatten(config)))
     rule = terms.of(keys).rule
     try:
@@ -78,8 +82,9 @@ def begin(store: Store, config: Any, params: dict[str, np.ndarray], snapshots: i
         limit = payload.payload_bytes(form.sizes, form.codec) + payload.manifest_limit(form)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    key = Key.new()
-    first = _first_snapshot(store, merge.start(rule, params), View(members=trust.owner(key.public)), key.public)
+    key, run_key = Key.new(), RunKey.new() if encrypt else None
+    secret = secrets.made(key.public, run_key) if run_key else None
+    first = _first_snapshot(store, merge.start(rule, params), View(members=trust.owner(key.public)), key.public, secret)
     facts = {
         "keys": keys,
         "codec": form.named(),
@@ -87,15 +92,21 @@ def begin(store: Store, config: Any, params: dict[str, np.ndarray], snapshots: i
         "snapshots": snapshots,
         "first": {"manifest": first.manifest, "payloads": [each._asdict() for each in first.payloads]},
     }
+    if run_key:
+        facts[secrets.FACT] = run_key.name
+        limit = secrets.stored_bytes(limit) + payload.BLOBS * secrets.stored_bytes(0)
+    given = Run(owner=key.public, budget=limit, facts=facts)
     keyring.save(key, key.public, OWNER)
-    run(Log.begin(store, Run(owner=key.public, budget=limit, facts=facts), {}, key))
-    return key
+    if run_key:
+        run_key.write(keyring.payload_key(given))
+    run(Log.begin(store, given, {}, key))
+    return given
 
 
-def _first_snapshot(store: Store, state: State, view: View, seed: str) -> Place:
+def _first_snapshot(store: Store, state: State, view: View, seed: str, secret: Secret | None) -> Place:
     """Before there is a log that names it."""
     patient = Patient(store, Clock, PATIENCE, seed)
-    blobs = [run(upload(patient, chunk)) for chunk in snapshot.chunks(state)]
-    data = snapshot.manifest(state, view, "")
+    blobs = [run(upload(patient, chunk)) for chunk in snapshot.chunks(state, secret)]
+    data = snapshot.manifest(state, view, "", secret)
     run(upload(patient, data))
     return snapshot.place(-1, data, blobs)

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from islands import record as records
-from islands import snapshot
+from islands import secret, snapshot
 from islands.log import Log
 from islands.record import OWNER, Run
+from islands.secret import RunKey, Secret
 from islands.store import Store, run
 from islands.trust import Key
 from islands.view import Member, View
@@ -104,6 +105,21 @@ def of_member(store: Store, given: Run, view: View, name: str) -> Key:
             f"{name} --key={key.public}`"
         )
     return key
+
+
+def payload_key(given: Run) -> Path:
+    """Of the file with the key of a run's payloads, where they are encrypted."""
+    return path(given.owner, OWNER).with_name(f"{given.owner[:16]}.payloads")
+
+
+def secret_of(given: Run) -> Secret | None:
+    """What opens the payloads of a run; None where they are not encrypted. Raises UsageError where there is no key."""
+    if secret.FACT not in given.facts:
+        return None
+    at = payload_key(given)
+    if not at.exists():
+        raise UsageError(f"the payloads of this run are encrypted: copy the file with their key from its owner to {at}")
+    return secret.of(given, RunKey.read(at))
 
 
 def _owners(store: Store) -> Log:

@@ -7,9 +7,6 @@ to MOST_WAITING rounds, and then waits.
 """
 
 import contextlib
-import json
-import os
-import socket
 import threading
 import time
 from collections import deque
@@ -20,15 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from islands import ahead, keyring, snapshot
+from islands import ahead, keyring, payload, presence, snapshot
 from islands import record as records
 from islands.follow import Follower, Fork, Refused
-from islands.log import BEAT, Dropped
+from islands.log import Dropped
+from islands.payload import Draw, Part
 from islands.reader import Reader
 from islands.record import PUSH, Record
+from islands.secret import seal, sealed
 from islands.store import Away, Store, run
 from islands.view import Island
-from runtime.config import RunError, UsageError
+from runtime.config import RunError
 
 EXPIRY = 60.0  # seconds without a heartbeat, by the store's clock, after which an island is taken to be gone
 LOOK = 15.0  # seconds between two looks at the others' heartbeats
@@ -79,13 +78,13 @@ class Member:
         run(reader.read())
         run(reader.look_ahead())
         key = keyring.of_member(store, reader.run, reader.view, name)
-        _check_alone(reader, name, say)
-        run(reader.store.put(f"heartbeats/{name}", records.canonical({"version": begun, **_process()})))
+        presence.check_alone(reader, name, say)
+        run(reader.store.put(f"heartbeats/{name}", records.canonical({"version": begun, **presence.process()})))
         follower = run(Follower.open(store, island=name, key=key, patience=PATIENCE))
         _catch_up(follower, say)
         member = cls(follower, say)
         member.before = follower.view.islands.get(name)
-        run(follower.log.beat(**_process()))
+        run(follower.log.beat(**presence.process()))
         run(follower.log.join(clock))
         member._advance()
         member.clock = follower.view.islands[name].clock
@@ -157,7 +156,7 @@ class Member:
             if self._leaving:
                 with contextlib.suppress(Dropped):
                     run(self.log.leave())
-            run(self.log.beat(at_once=True, **_process(), **self._said()))
+            run(self.log.beat(at_once=True, **presence.process(), **self._said()))
         except BaseException as error:  # raised where the island asks for something
             self._failed = error
         with self._changed:
@@ -196,7 +195,7 @@ class Member:
     def _advance(self) -> None:
         """Folds all that there is; takes the snapshots that are due on the way, and beats."""
         while True:
-            run(self.log.beat(**_process(), **self._said()))
+            run(self.log.beat(**presence.process(), **self._said()))
             if not run(self.follower.advance()):
                 break
             self._snapshot()
@@ -300,43 +299,18 @@ class Member:
         self._told = len(self.follower.wrong)
 
 
+def push_of(follower: Follower, parts: Sequence[Part], draw: Draw) -> list[bytes]:
+    """The blobs of a push as they are stored, and its manifest. Raises ValueError for what is not finite."""
+    form, secret = follower.form, follower.secret
+    blobs = list(payload.encode(form, parts, draw))
+    if secret:
+        blobs = list(sealed(secret, blobs))
+    manifest = payload.manifest(form, (piece for blob in blobs for piece in blob.pieces))
+    return [*(blob.data for blob in blobs), seal(secret, manifest) if secret else manifest]
+
+
 def _catch_up(follower: Follower, say: Callable[[str], None]) -> None:
     began, before = time.monotonic(), follower.view.next
     ahead.catch_up(follower)
     if (seconds := time.monotonic() - began) > 2:
         say(f"folded {follower.view.next - before} records in {seconds:.0f} s, up to version {follower.view.version}")
-
-
-def _process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
-def _check_alone(log: Reader, name: str, say: Callable[[str], None]) -> None:
-    """Raises UsageError where another process takes part by this name: it goes on beating."""
-    island, key = log.view.islands.get(name), f"heartbeats/{name}"
-    before = run(log.store.last_modified(key))
-    if island is None or not island.live or before is None or _has_died(run(log.store.get(key, 1 << 16)) or b""):
-        return
-    say(f"{name} has not left the run: waiting to see whether another process takes part by this name")
-    until = time.monotonic() + 2 * BEAT + 1
-    while time.monotonic() < until:
-        time.sleep(0.5)
-        if run(log.store.last_modified(key)) != before:
-            raise UsageError(
-                f"island.name={name}: another process takes part by this name: give this one another name, or "
-                "end that one first"
-            )
-
-
-def _has_died(beat: bytes) -> bool:
-    """Whether who has written it was a process of this machine that is not there any more."""
-    try:
-        said = json.loads(beat)
-        if said["host"] != socket.gethostname():
-            return False
-        os.kill(int(said["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (ValueError, KeyError, TypeError, OSError, OverflowError):
-        return False
-    return False

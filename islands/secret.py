@@ -7,10 +7,10 @@ pushed what when. A payload is known by the digest of its stored bytes, so all t
 
 Chunks have CHUNK bytes, the last one the rest: so a range is read without what lies around it. Each is AES-256-GCM
 under a key of this payload alone, which the run's key and the salt give; its nonce is its number, and whether it is the
-last, so that none can be cut off or moved (as in STREAM, Hoang et al. 2015); the digest of run.json is authenticated
-with it. The salt is a keyed hash of what is sealed: the same round sealed again, by a process that goes on after a
-crash, is the same bytes, and a push that has landed already is recognised. No two payloads share a key, whatever chance
-does.
+last, so that none can be cut off or moved (as in STREAM, Hoang et al. 2015); the public key of the run's owner is
+authenticated with it. The salt is a keyed hash of what is sealed: the same round sealed again, by a process that goes
+on after a crash, is the same bytes, and a push that has landed already is recognised. No two payloads share a key,
+whatever chance does.
 """
 
 import hashlib
@@ -85,14 +85,19 @@ def of(run: Run, key: RunKey | None) -> Secret | None:
     if wanted is None and key:
         raise UsageError("there is a key of payloads, and this run's are not encrypted: leave the key out")
     if wanted is not None and not key:
-        raise UsageError("the payloads of this run are encrypted: give the file with their key, as its owner has it")
+        raise UsageError("the payloads of this run are encrypted, and there is no key of them")
     if key is None:
         return None
     if wanted != key.name:
         raise UsageError(
             f"this key of payloads is {key.name[:16]}…, and the run's is {str(wanted)[:16]}…: give that one"
         )
-    return Secret(bytes.fromhex(digest(run.encode())), key.part("salts"), key.part("keys"))
+    return made(run.owner, key)
+
+
+def made(owner: str, key: RunKey) -> Secret:
+    """owner: the public key of the run's, which no other run has."""
+    return Secret(bytes.fromhex(owner), key.part("salts"), key.part("keys"))
 
 
 def seal(secret: Secret, data: bytes) -> bytes:

@@ -4,7 +4,7 @@ Every island takes one at the same versions, those that the run's `snapshots` di
 so one of them stores it, and the others confirm it, or have found a fork. A record of type `snapshot` names it.
 
 The arrays of the state, float32 little-endian, in the order of their names, are one stream of bytes, which is cut into
-chunks: the blobs. The manifest is canonical JSON:
+chunks: the blobs, which may be encrypted (islands/secret.py). The manifest is canonical JSON:
     {"format": 1, "sizes": {array: elements}, "chunk": bytes, "blobs": [digest, …], "numbers": {name: count},
      "view": …, "tail": digest of the record of this version}
 """
@@ -20,6 +20,7 @@ from islands import record as records
 from islands import terms, trust
 from islands.reader import LogError, Reader, record_key
 from islands.record import LIMIT, OWNER, SNAPSHOT, Payload, Record, Run
+from islands.secret import Secret, open_, seal, stored_bytes
 from islands.state import State
 from islands.store import Routine, Store
 from islands.view import View
@@ -50,8 +51,13 @@ def first(run: Run) -> Place:
 # ── making one ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chunks(state: State) -> Iterator[bytes]:
-    """The blobs, one by one."""
+def chunks(state: State, secret: Secret | None) -> Iterator[bytes]:
+    """The blobs, one by one, as they are stored."""
+    for chunk in _chunks(state):
+        yield seal(secret, chunk) if secret else chunk
+
+
+def _chunks(state: State) -> Iterator[bytes]:
     size, waiting = chunk_size(state), bytearray()
     for name in sorted(state.arrays):
         data = _bytes_of(np.ascontiguousarray(state.arrays[name], "<f4"))
@@ -73,12 +79,12 @@ def _bytes_of(x: Any) -> memoryview:
     return memoryview(x).cast("B")
 
 
-def manifest(state: State, view: View, tail: str) -> bytes:
+def manifest(state: State, view: View, tail: str, secret: Secret | None) -> bytes:
     return records.canonical({
         "format": FORMAT,
         "sizes": {name: x.size for name, x in state.arrays.items()},
         "chunk": chunk_size(state),
-        "blobs": [hashlib.sha256(chunk).hexdigest() for chunk in chunks(state)],
+        "blobs": [hashlib.sha256(chunk).hexdigest() for chunk in chunks(state, secret)],
         "numbers": state.numbers,
         "view": view.as_fields(),
         "tail": tail,
@@ -96,7 +102,7 @@ def described(log: Reader, place: Place) -> Routine[dict[str, Any]]:
     raise LogError(f"the snapshot of version {place.version} has no manifest of at most {MANIFEST_LIMIT} bytes")
 
 
-def load(log: Reader, place: Place) -> Routine[tuple[State, View, str]]:
+def load(log: Reader, place: Place, secret: Secret | None) -> Routine[tuple[State, View, str]]:
     """(state, view, tail) of it. Raises LogError for what is not as its manifest says, before it is allocated."""
     by_name = {payload.digest: payload for payload in place.payloads}
     found = yield from described(log, place)
@@ -106,9 +112,10 @@ def load(log: Reader, place: Place) -> Routine[tuple[State, View, str]]:
     state = State({name: np.empty(sizes[name], np.float32) for name in sorted(sizes)}, dict(found["numbers"]))
     filler = _Filler(state)
     for name in found["blobs"]:
-        if name not in by_name or by_name[name].bytes > found["chunk"]:
+        if name not in by_name or by_name[name].bytes > stored_bytes(found["chunk"]):
             raise LogError(f"the snapshot of version {place.version} has a blob that its record does not name: {name}")
-        filler.take((yield from log.download(by_name[name])))
+        data = yield from log.download(by_name[name])
+        filler.take(open_(secret, data) if secret else data)
     if not filler.full:
         raise LogError(f"the snapshot of version {place.version} ends before its arrays do")
     return state, View.from_fields(found["view"]), found["tail"]

@@ -140,13 +140,17 @@ class Patient:
     """A store that is asked again, at growing intervals, while it gives no answer: for `patience` seconds, then Away.
 
     seed: of the intervals, so that not all ask at once. requests: how many it has made, which is what a bucket costs.
+    there: objects that were fetched before they are asked for (islands/ahead.py).
     """
 
     def __init__(self, store: Store, clock: Any, patience: float, seed: str):
         self.store, self.clock, self._patience, self._random = store, clock, patience, random.Random(seed)
         self.requests = 0
+        self.there: dict[str, bytes] = {}
 
     def get(self, key: str, most: int) -> Routine[bytes | None]:
+        if len(self.there.get(key, b"")) <= most and key in self.there:
+            return self.there.pop(key)
         return (yield from self._ask(partial(self.store.get, key, most)))
 
     def list(self, prefix: str, after: str = "") -> Routine[list[str]]:

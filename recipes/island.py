@@ -17,7 +17,7 @@ import numpy as np
 
 from islands import pace, payload, snapshot, terms
 from islands.follow import Follower, form_of
-from islands.member import Member, Params, Push
+from islands.member import Member, Params, Push, push_of
 from islands.payload import Draw, Part
 from islands.reader import LogError, Reader, record_key
 from islands.record import LIMIT, PUSH, Run, digest
@@ -133,9 +133,7 @@ class Islander:
         parts = [Part(name, 0, base[name] - local[name], owed.get(name)) for name in self.names]
         draw = Draw(self.config.seed, self.member.name, numbers["clock"])
         try:
-            blobs = list(payload.encode(self.form, parts, draw))
-            manifest = payload.manifest(self.form, (piece for blob in blobs for piece in blob.pieces))
-            stored = [*(blob.data for blob in blobs), manifest]
+            stored = push_of(self.member.follower, parts, draw)
         except ValueError as error:
             self._say(f"round {numbers['clock']} is pushed as zeros: {error}")
             stored, owed = [], self._host(own["owed"])

@@ -5,9 +5,9 @@ from typing import Any
 import helpers
 import numpy as np
 
-from islands import founding, payload
-from islands.member import Member, Push
-from islands.payload import Draw, Form, Part
+from islands import founding
+from islands.member import Member, Push, push_of
+from islands.payload import Draw, Part
 from islands.store import Store
 
 SIZES = {"v": 3, "w": 5000}
@@ -25,21 +25,20 @@ def params(seed: int = 0) -> dict[str, np.ndarray]:
     return {name: rng.integers(-8, 8, size).astype(np.float32) for name, size in SIZES.items()}
 
 
-def begin(store: Store, snapshots: int = 0, **changes: Any) -> dict[str, np.ndarray]:
+def begin(store: Store, snapshots: int = 0, encrypt: bool = False, **changes: Any) -> dict[str, np.ndarray]:
     """A log; the first parameters."""
     from islands.store import run
 
     run(store.prepare())
     first = params()
-    founding.begin(store, config(**changes), first, snapshots)
+    founding.begin(store, config(**changes), first, snapshots, encrypt)
     return first
 
 
-def encoded(form: Form, delta: dict[str, np.ndarray], island: str = "a", clock: int = 0) -> list[bytes]:
+def encoded(member: Member, delta: dict[str, np.ndarray]) -> list[bytes]:
     """Blobs, with the manifest as the last one."""
-    blobs = list(payload.encode(form, [Part(name, 0, x) for name, x in delta.items()], Draw(0, island, clock)))
-    return [*(blob.data for blob in blobs), payload.manifest(form, (p for blob in blobs for p in blob.pieces))]
+    return push_of(member.follower, [Part(name, 0, x) for name, x in delta.items()], Draw(0, member.name, 0))
 
 
-def push(member: Member, delta: dict[str, np.ndarray], base: int, **more: Any) -> None:
-    member.push(Push(encoded(member.follower.form, delta, member.name), base, 2, 100, **more))
+def push(member: Member, delta: dict[str, np.ndarray], base: int) -> None:
+    member.push(Push(encoded(member, delta), base, 2, 100))

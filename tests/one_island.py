@@ -13,8 +13,7 @@ import numpy as np  # noqa: E402
 
 import islands.log  # noqa: E402
 from islands import member as members  # noqa: E402
-from islands import payload  # noqa: E402
-from islands.member import Member, Push  # noqa: E402
+from islands.member import Member, Push, push_of  # noqa: E402
 from islands.payload import Draw, Part  # noqa: E402
 from islands.store import open_store  # noqa: E402
 
@@ -37,10 +36,8 @@ def main(log: str, name: str, rounds: str, seconds: str = "0") -> None:
             print(f"folded {name} {clock - 1}", flush=True)
         time.sleep(float(seconds))
         parts = [Part(leaf, 0, x) for leaf, x in made(name, clock, dict(form.sizes)).items()]
-        blobs = list(payload.encode(form, parts, Draw(0, name, clock)))
-        manifest = payload.manifest(form, (piece for blob in blobs for piece in blob.pieces))
         pushed = True
-        member.push(Push([*(blob.data for blob in blobs), manifest], version, 1, 1))
+        member.push(Push(push_of(member.follower, parts, Draw(0, name, clock)), version, 1, 1))
     member.take()
     member.end()
     member.check()

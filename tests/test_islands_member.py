@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("cryptography", reason="pip install -r requirements-islands.txt")
 
-from islands import keyring, replay, snapshot, status, truncate
+from islands import keyring, presence, replay, snapshot, status, truncate
 from islands import log as logs
 from islands import member as members
 from islands.folder import Folder
@@ -242,10 +242,10 @@ def test_a_silent_island_is_taken_to_be_gone(store, start, monkeypatch):
 
 def test_two_processes_of_one_name(store, start, monkeypatch):
     crew.begin(store)
-    monkeypatch.setattr(members, "BEAT", 0.2)
+    monkeypatch.setattr(presence, "BEAT", 0.2)
     monkeypatch.setattr(logs, "BEAT", 0.2)
     start("a")
-    monkeypatch.setattr(members, "_has_died", lambda beat: False)
+    monkeypatch.setattr(presence, "_has_died", lambda beat: False)
     with pytest.raises(UsageError, match="island.name=a: another process takes part by this name"):
         start("a")
 
@@ -266,7 +266,7 @@ def test_who_is_followed_by_another_process_ends(store, start, monkeypatch):
     crew.begin(store)
     a = start("a")
     version, _ = a.take()
-    monkeypatch.setattr(members, "_check_alone", lambda log, name, say: None)
+    monkeypatch.setattr(presence, "check_alone", lambda log, name, say: None)
     start("a")
     crew.push(a, ones(), version)
     with pytest.raises(RunError, match="another process has joined as a: this one ends"):
@@ -309,7 +309,7 @@ def test_a_payload_that_is_none_counts_as_zeros(store, start):
     first = crew.begin(store)
     a = start("a")
     version, _ = a.take()
-    *blobs, manifest = crew.encoded(a.follower.form, ones())
+    *blobs, manifest = crew.encoded(a, ones())
     a.push(Push([*blobs, manifest.replace(b'"format":1', b'"format":7')], version, 2, 100))
     a.push(Push([], version, 2, 100))  # a round that was left out
     same(a.take()[1], first)
@@ -389,9 +389,9 @@ def test_a_poisoned_snapshot_is_told_and_nobody_takes_it(store, start, monkeypat
 
     def poisoned(follower):
         altered = State({name: x + np.float32(1) for name, x in follower.state.arrays.items()}, follower.state.numbers)
-        follower.due = follower.due._replace(manifest=snapshot.manifest(altered, follower.view, follower.tail))
+        follower.due = follower.due._replace(manifest=snapshot.manifest(altered, follower.view, follower.tail, None))
         blobs = []
-        for chunk in snapshot.chunks(altered):
+        for chunk in snapshot.chunks(altered, None):
             blobs.append((yield from follower.log.upload(chunk)))
         yield from follower.log.upload(follower.due.manifest)
         return snapshot.place(follower.due.version, follower.due.manifest, blobs)
@@ -405,6 +405,28 @@ def test_a_poisoned_snapshot_is_told_and_nobody_takes_it(store, start, monkeypat
     assert joiner.began == -1
     found = replay.of(store, None, True, print)
     assert found.differs and "one of the two folds is wrong" in found.wrong and False in found.snapshots.values()
+
+
+# ── encrypted payloads ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_encrypted_run_is_folded_snapshotted_joined_and_truncated(store, start, monkeypatch):
+    crew.begin(store, snapshots=4, encrypt=True, sync__codec="int8", sync__outer__optimizer="nesterov")
+    for member in trained(store, start, 6):
+        member.end()
+    plain = np.concatenate([x.reshape(-1) for x in crew.params().values()]).tobytes()
+    stored = b"".join(file.read_bytes() for file in (store.root / "payloads").iterdir())
+    assert plain[:64] not in stored and plain[-64:] not in stored and b'"leaves"' not in stored
+    before = replay.of(store, None, True, print)
+    assert not before.differs and before.snapshots
+    truncate.before(store, 8, print)
+    assert replay.of(store, None, True, print).params_digest == before.params_digest
+    assert start("c").follower.began > 0
+    given = run(Reader.open(store)).run
+    keyring.payload_key(given).rename(keyring.payload_key(given).with_suffix(".away"))
+    assert status.of(store)["version"] > 0  # which needs no parameters
+    with pytest.raises(UsageError, match="the payloads of this run are encrypted: copy the file"):
+        start("d")
 
 
 # ── replay ───────────────────────────────────────────────────────────────────────────────────────────────────────

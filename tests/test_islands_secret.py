@@ -50,7 +50,7 @@ def test_the_store_sees_nothing_of_what_is_sealed():
 
 
 def test_the_same_round_sealed_again_is_the_same_bytes_and_of_no_other_run_or_key():
-    made = [SECRET, other(), other(budget=1), other(RunKey.new())]
+    made = [SECRET, other(), other(owner=Key.new().public), other(RunKey.new())]
     sealed = [seal(each, b"round") for each in made]
     assert sealed[0] == sealed[1]
     assert len({*sealed[1:]}) == 3
@@ -86,7 +86,7 @@ def test_a_length_that_nothing_sealed_has_is_refused_before_anything_is_opened(l
 
 def test_another_key_or_run_does_not_open_it():
     sealed = seal(SECRET, b"round")
-    for each in (other(budget=1), other(RunKey.new())):
+    for each in (other(owner=Key.new().public), other(RunKey.new())):
         with pytest.raises(PayloadError, match="sealed with another key or for another run"):
             open_(each, sealed)
 
