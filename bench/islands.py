@@ -7,8 +7,8 @@ sudo python bench/islands.py --islands=4 --mbit=100
 Each host's link carries --mbit in each direction. Bytes are those that an island's interface counted from its start
 to its end, without 66 bytes of headers a packet, over what the log says that it has pushed and pulled: payloads,
 records, and the first parameters. What is left are the requests themselves, heartbeats, and polls. In the middle the
-link of one island is cut for a minute. Who joins late folds all that there is: its time is held against its bytes by the
-rate of the link and the time of the folds. Last, on one core with the store on another: steps of an island, H = 30,
+link of one island is cut for a minute. Who joins late folds all that there is: its time is held against its bytes by
+the rate of the link and the time of the folds. Last, on one core with the store on another: steps of an island, H = 30,
 against steps alone.
 """
 

@@ -1,60 +1,107 @@
-"""Who joins late has much to read: what will be asked for next is known, and is fetched many requests at a time."""
+"""A store that reads ahead: who joins late, or looks at a long log, asks for one record after another and for what each
+names; many requests at a time take a fraction of that. It counts them, too: in a bucket each costs something."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from islands.follow import Follower
 from islands.reader import payload_key, record_key
 from islands.record import LIMIT
-from islands.store import Patient, run
+from islands.store import Away, Routine, Store, StoreError, call, run
 
 WORKERS = 16  # requests under way
 RECORDS = 64  # that are fetched at a time
 BYTES = 1 << 28  # of payloads that wait for their fold
+IN_A_ROW = 3  # records, after which somebody is taken to be catching up
 
 Wanted = Sequence[tuple[str, int]]  # (key, its most bytes) of each
 
 
-def catch_up(follower: Follower) -> int:
-    """Folds all that there is; how many records it were."""
-    store, count = follower.log.store, 0
-    while True:
-        first, before = follower.view.next, count
-        keys = [record_key(number) for number in range(first, first + RECORDS)]
-        _fetch(store, [(key, LIMIT + 1) for key in keys])
-        _fetch(store, _payloads(store.there.get(key, b"") for key in keys))
-        while folded := run(follower.advance(first + RECORDS - 1)):  # it ends where a snapshot is due
-            count += folded
-        if count == before:
-            store.there.clear()
-            return count
+class Ahead:
+    """Around another store. payloads: of the records, too. requests: that it has made."""
+
+    def __init__(self, store: Store, payloads: bool = False):
+        self.store, self.requests, self._payloads = store, 0, payloads
+        self._there: dict[str, bytes] = {}
+        self._next, self._in_a_row = "", 0
+
+    def get(self, key: str, most: int) -> Routine[bytes | None]:
+        """From what was fetched, once: nothing is kept."""
+        if key.startswith("records/"):
+            number = int(key.rpartition("/")[2])
+            self._in_a_row = self._in_a_row + 1 if key == self._next else 0
+            self._next = record_key(number + 1)
+            if self._in_a_row >= IN_A_ROW and key not in self._there:
+                yield call("get", key, self._fetch_from, number)
+        if len(self._there.get(key, b"")) <= most and key in self._there:
+            return self._there.pop(key)
+        return (yield from self._counted(self.store.get, key, most))
+
+    def _fetch_from(self, number: int) -> None:
+        keys = [record_key(number + i) for i in range(RECORDS)]
+        self._there.clear()
+        self._fetch([(key, LIMIT + 1) for key in keys])
+        if self._payloads:
+            self._fetch(_named(self._there.get(key, b"") for key in keys))
+
+    def _fetch(self, wanted: Wanted) -> None:
+        """What fails is asked for again when it is needed."""
+
+        def one(asked: tuple[str, int]) -> tuple[str, bytes | None]:
+            try:
+                return asked[0], run(self.store.get(*asked))
+            except (Away, StoreError):
+                return asked[0], None
+
+        self.requests += len(wanted)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            self._there |= {key: data for key, data in pool.map(one, wanted) if data is not None}
+
+    # ── as it is ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _counted(self, ask: Callable[..., Routine[Any]], *arguments: Any) -> Routine[Any]:
+        self.requests += 1
+        return (yield from ask(*arguments))
+
+    def prepare(self) -> Routine[None]:
+        return self._counted(self.store.prepare)
+
+    def sweep(self) -> Routine[Sequence[str]]:
+        return self._counted(self.store.sweep)
+
+    def create(self, key: str, data: bytes) -> Routine[bool]:
+        return self._counted(self.store.create, key, data)
+
+    def get_range(self, key: str, first: int, count: int) -> Routine[bytes | None]:
+        return self._counted(self.store.get_range, key, first, count)
+
+    def list(self, prefix: str, after: str = "") -> Routine[list[str]]:
+        return self._counted(self.store.list, prefix, after)
+
+    def put(self, key: str, data: bytes) -> Routine[None]:
+        return self._counted(self.store.put, key, data)
+
+    def delete(self, key: str) -> Routine[None]:
+        return self._counted(self.store.delete, key)
+
+    def last_modified(self, key: str) -> Routine[float | None]:
+        return self._counted(self.store.last_modified, key)
 
 
-def _fetch(store: Patient, wanted: Wanted) -> None:
-    """What is not there is asked for again when it is needed."""
-
-    def one(asked: tuple[str, int]) -> tuple[str, bytes | None]:
-        return asked[0], run(store.store.get(*asked))
-
-    store.requests += len(wanted)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        store.there |= {key: data for key, data in pool.map(one, wanted) if data is not None}
-
-
-def _payloads(records: Iterable[bytes]) -> Wanted:
-    """What these records name, up to BYTES. Nothing of it is trusted: it is no more than a hint."""
+def _named(records: Iterable[bytes]) -> Wanted:
+    """Payloads that these name, up to BYTES. Nothing of it is trusted: it is no more than a hint."""
     found, total = [], 0
     for data in records:
-        for key, most in _named(data):
-            total += most
+        for payload in _payloads(data):
+            total += payload[1]
             if total > BYTES:
                 return found
-            found.append((key, most))
+            found.append(payload)
     return found
 
 
-def _named(data: bytes) -> Wanted:
+def _payloads(data: bytes) -> Wanted:
     try:
         payloads = json.loads(data)["payloads"]
         return [(payload_key(str(each["digest"])), int(each["bytes"]) + 1) for each in payloads]

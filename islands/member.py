@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from islands import ahead, keyring, payload, presence, snapshot
+from islands import keyring, payload, presence, snapshot
 from islands import record as records
+from islands.ahead import Ahead
 from islands.follow import Follower, Fork, Refused
 from islands.log import Dropped
 from islands.payload import Draw, Part
@@ -54,7 +55,8 @@ class Push:
 class Member:
     """name: of the island. say: tells the user a line. Used by one thread, beside its own."""
 
-    def __init__(self, follower: Follower, say: Callable[[str], None]):
+    def __init__(self, follower: Follower, store: Ahead, say: Callable[[str], None]):
+        self.store = store
         self.follower, self.log, self.name, self._say = follower, follower.log, follower.log.island, say
         self.clock = 0  # of the next round: those that wait are counted
         self._pushes: deque[Push] = deque()
@@ -73,7 +75,8 @@ class Member:
 
         Raises UsageError where the name may not take part, or another process does by it.
         """
-        reader = run(snapshot.begin(store, Reader))
+        store = Ahead(store, payloads=True)
+        reader = run(snapshot.begin(Ahead(store.store), Reader))  # which needs no payloads
         begun = reader.view.version
         run(reader.read())
         run(reader.look_ahead())
@@ -82,7 +85,7 @@ class Member:
         run(reader.store.put(f"heartbeats/{name}", records.canonical({"version": begun, **presence.process()})))
         follower = run(Follower.open(store, island=name, key=key, patience=PATIENCE))
         _catch_up(follower, say)
-        member = cls(follower, say)
+        member = cls(follower, store, say)
         member.before = follower.view.islands.get(name)
         run(follower.log.beat(**presence.process()))
         run(follower.log.join(clock))
@@ -311,6 +314,7 @@ def push_of(follower: Follower, parts: Sequence[Part], draw: Draw) -> list[bytes
 
 def _catch_up(follower: Follower, say: Callable[[str], None]) -> None:
     began, before = time.monotonic(), follower.view.next
-    ahead.catch_up(follower)
+    while run(follower.advance()):
+        pass
     if (seconds := time.monotonic() - began) > 2:
         say(f"folded {follower.view.next - before} records in {seconds:.0f} s, up to version {follower.view.version}")

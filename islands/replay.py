@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from islands import record as records
+from islands.ahead import Ahead
 from islands.follow import Follower, Fork
 from islands.reader import LIMIT, LogError, record_key
 from islands.state import State
@@ -48,6 +49,7 @@ class Replay:
 
 def of(store: Store, until: int | None, verify: bool, say: Callable[[str], None]) -> Replay:
     """until: version; None: all there is. verify: what is damaged is told in `wrong`, in place of raising LogError."""
+    store = Ahead(store, payloads=True)
     try:
         follower = run(Follower.open(store, from_oldest=True))
     except LogError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from islands import record as records
 from islands import snapshot
+from islands.ahead import Ahead
 from islands.reader import Entry, Reader
 from islands.store import Store, run
 from islands.view import View
@@ -19,6 +20,7 @@ def of(store: Store) -> dict[str, Any]:
     """version, records, oldest_replayable, members, refused, snapshots: see docs/islands.md.
 
     Raises UsageError where there is no log."""
+    store = Ahead(store)
     log = run(snapshot.begin(store, Reader))
     oldest, entries = log.view.version, run(log.read())
     run(log.look_ahead())

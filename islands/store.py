@@ -139,18 +139,13 @@ def redacted(text: str) -> str:
 class Patient:
     """A store that is asked again, at growing intervals, while it gives no answer: for `patience` seconds, then Away.
 
-    seed: of the intervals, so that not all ask at once. requests: how many it has made, which is what a bucket costs.
-    there: objects that were fetched before they are asked for (islands/ahead.py).
+    seed: of the intervals, so that not all ask at once.
     """
 
     def __init__(self, store: Store, clock: Any, patience: float, seed: str):
         self.store, self.clock, self._patience, self._random = store, clock, patience, random.Random(seed)
-        self.requests = 0
-        self.there: dict[str, bytes] = {}
 
     def get(self, key: str, most: int) -> Routine[bytes | None]:
-        if len(self.there.get(key, b"")) <= most and key in self.there:
-            return self.there.pop(key)
         return (yield from self._ask(partial(self.store.get, key, most)))
 
     def list(self, prefix: str, after: str = "") -> Routine[list[str]]:
@@ -160,7 +155,6 @@ class Patient:
         return (yield from self._ask(partial(self.store.last_modified, key)))
 
     def put(self, key: str, data: bytes) -> Routine[None]:
-        self.requests += 1
         yield from self.store.put(key, data)  # once: another heartbeat comes anyway
 
     def create(self, key: str, data: bytes, most: int) -> Routine[bytes]:
@@ -170,7 +164,6 @@ class Patient:
         wait = _Wait(self.clock, self._patience, self._random)
         while True:
             error = Away(f"{key} is not there, and cannot be created")
-            self.requests += 1
             try:
                 if (yield from self.store.create(key, data)):
                     return data
@@ -184,7 +177,6 @@ class Patient:
     def _ask(self, ask: Callable[[], Routine[T]]) -> Routine[T]:
         wait = _Wait(self.clock, self._patience, self._random)
         while True:
-            self.requests += 1
             try:
                 return (yield from ask())
             except Away as said:

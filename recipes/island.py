@@ -116,7 +116,7 @@ class Islander:
     def end(self, interrupted: bool) -> None:
         """Leaves the log. interrupted: the machine is about to go."""
         self.member.end(patience=20.0 if interrupted else float("inf"))
-        requests, rounds = self.member.log.store.requests, self._rounds
+        requests, rounds = self.member.store.requests, self._rounds
         self._say(
             f"{requests:,} requests of the log's store in {rounds} rounds, {requests / max(rounds, 1):.1f} a round"
         )
