@@ -127,10 +127,9 @@ def seaweedfs(folder: Path, tls: bool = False) -> Iterator[tuple[dict[str, str],
 @contextlib.contextmanager
 def azurite(folder: Path) -> Iterator[tuple[dict[str, str], Server]]:
     (port,) = free_ports(1)
-    command = [AZURITE, "--blobHost", "127.0.0.1", "--blobPort", f"{port}", "--location", f"{folder}"]
-    server = Server(
-        [*command, "--disableTelemetry", "--skipApiVersionCheck", "--silent"], folder, lambda: listens(port)
-    )
+    command = [AZURITE, "--blobHost", "127.0.0.1", "--blobPort", f"{port}"]
+    command += ["--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck", "--silent"]
+    server = Server(command, folder, lambda: listens(port))
     environment = {"AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT, "AZURE_STORAGE_ACCOUNT_KEY": ACCOUNT_KEY}
     environment |= {"AZURE_ENDPOINT": f"http://127.0.0.1:{port}/{ACCOUNT}", "AZURE_ALLOW_HTTP": "true"}
     try:

@@ -1989,6 +1989,49 @@ CASES = [
         "del asked[:2]",
         "tests/test_generate.py::test_what_came_first_is_forgotten_where_there_is_no_room_which_is_said",
     ),
+    # ── islands: real stores, encryption ─────────────────────────────────────────────────────────────────────────
+    TakenOut(
+        "islands: a listing has only what comes after a key, whatever the store gives",
+        "islands/bucket.py",
+        ' if entry["path"] > after)',
+        ")",
+        "tests/test_islands_log.py::test_a_listing_goes_on_after_a_key_though_the_store_begins_anew",
+    ),
+    TakenOut(
+        "islands: a bucket creates only what is not there",
+        "islands/bucket.py",
+        'mode="create")',
+        'mode="overwrite")',
+        "tests/test_islands_log.py -k one_wins",
+    ),
+    TakenOut(
+        "islands: two runs with one key have no key of a payload in common",
+        "islands/secret.py",
+        "_mac(secret.salts, secret.run, data)",
+        "_mac(secret.salts, data)",
+        "tests/test_islands_secret.py::test_the_same_round_sealed_again_is_the_same_bytes_and_of_no_other_run_or_key",
+    ),
+    TakenOut(
+        "islands: a repeated round is sealed as the same bytes",
+        "islands/secret.py",
+        "salt = _mac(secret.salts, secret.run, data)",
+        "salt = secrets.token_bytes(SALT)",
+        "tests/test_islands_secret.py::test_a_log_holds_what_is_sealed_under_the_digest_of_what_is_stored",
+    ),
+    TakenOut(
+        "islands: no chunk of an encrypted payload can be cut off",
+        "islands/secret.py",
+        "bytes([number == last])",
+        "bytes([0])",
+        "tests/test_islands_secret.py::test_chunks_that_are_cut_off_moved_or_added_are_noticed",
+    ),
+    TakenOut(
+        "islands: who has another key of payloads is refused at the start",
+        "islands/secret.py",
+        "if wanted != key.name:",
+        "if False:",
+        "tests/test_islands_secret.py::test_a_member_without_the_runs_key_or_with_another_is_refused_at_once",
+    ),
 ]
 
 
