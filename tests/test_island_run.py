@@ -24,7 +24,7 @@ from islands.__main__ import main
 from islands.folder import Folder
 from islands.follow import form_of
 from islands.payload import payload_bytes
-from islands.reader import Reader
+from islands.reader import LogError, Reader
 from islands.record import PUSH
 from islands.store import run
 from parallel.layout import placement
@@ -159,6 +159,23 @@ def test_bad_values_are_refused_before_anything_is_computed(keys, said):
     with pytest.raises(UsageError) as error:
         helpers.tiny(**ALONE | keys)
     assert said in str(error.value)
+
+
+def test_each_island_has_its_own_order_of_the_data():
+    seeds = {island.data_seed(helpers.tiny(**ALONE, island__name=name, seed=seed)) for name in "ab" for seed in (0, 1)}
+    assert len(seeds) == 4 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_a_log_that_was_forked_after_the_checkpoint_is_refused(tmp_path):
+    config = helpers.tiny(**ALONE, island__log=str(tmp_path / "log"), island__name="a")
+    parts = helpers.build(config, (1, 1, 1))
+    run(Folder(tmp_path / "log").prepare())
+    zeros = {name: np.zeros(x.size, np.float32) for name, x in named_arrays(parts.param_shapes).items()}
+    founding.begin(Folder(tmp_path / "log"), config, zeros)
+    met, state = island.meet(config, parts), compile_init(parts)(np.uint32(0))
+    for last, why in (({"next": 1, "tail": "0" * 64}, "the log was forked"), ({"next": 9, "tail": ""}, "it is another log, or a copy")):
+        with pytest.raises(LogError, match=why):
+            island.Islander.join(met, config, parts, state, {island.NAME: last}, print)
 
 
 # ── real processes ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -176,6 +176,28 @@ def test_a_store_that_is_away_costs_nothing(store, start):
     wait(lambda: "the store is back" in start.said[-1])
 
 
+def test_a_push_whose_answer_is_lost_before_the_store_goes_away_counts_once(store, start, monkeypatch):
+    first = crew.begin(store, **EACH)
+    a = start("a")
+    version, _ = a.take()
+
+    def lost(key, data):
+        yield from Folder.create(store, key, data)
+        store.away = key.startswith("records/")
+        if store.away:
+            raise Away("the answer is lost")
+        return True
+
+    monkeypatch.setattr(store, "create", lost)
+    crew.push(a, ones(), version)
+    wait(lambda: a._away_since)
+    monkeypatch.undo()
+    store.away = False
+    wait(lambda: not a._pushes)
+    same(a.take()[1], less(first, 1.0))
+    assert [entry.record.clock for entry in entries(store) if entry.record.type == "push"] == [0]
+
+
 def test_away_the_staleness_bound_holds(store, start):
     crew.begin(store, island__staleness=1)
     a, b = start("a"), start("b")
@@ -314,6 +336,27 @@ def test_a_payload_that_is_none_counts_as_zeros(store, start):
     a.push(Push([], version, 2, 100))  # a round that was left out
     same(a.take()[1], first)
     assert [entry.record.clock for entry in entries(store) if entry.record.type == "push"] == [0, 1]
+
+
+def test_a_push_with_one_bad_piece_counts_as_zeros_as_a_whole(store, start):
+    """What is bad lies behind what is good: nothing of it may have been folded by then."""
+    first = crew.begin(store, **EACH)
+    a, b = start("a"), start("b")
+    bad = ones()
+    bad["w"][-1] = np.inf
+    blob, manifest = (bytearray(data) for data in crew.encoded(a, ones()))
+    at = blob.index(np.ones(5000, "<f4").tobytes()) + 4 * 4999
+    blob[at : at + 4] = np.float32(np.inf).tobytes()
+    said = json.loads(manifest)
+    for leaf in said["leaves"].values():
+        for piece in leaf["pieces"]:
+            piece[5] = logs.digest(bytes(blob[piece[3] : piece[3] + piece[4]]))
+            piece[2] = logs.digest(bytes(blob))
+    a.push(Push([bytes(blob), logs.records.canonical(said)], a.take()[0], 2, 100))
+    same(a.take()[1], first)
+    wait(lambda: b.follower.view.islands["a"].clock == 1)
+    same(b.take()[1], first)
+    assert any("record 5, of a, counts as zeros: " in line for line in start.said), start.said
 
 
 def test_names_that_may_not_take_part(store, start, monkeypatch, tmp_path):
