@@ -173,7 +173,8 @@ def test_a_log_that_was_forked_after_the_checkpoint_is_refused(tmp_path):
     zeros = {name: np.zeros(x.size, np.float32) for name, x in named_arrays(parts.param_shapes).items()}
     founding.begin(Folder(tmp_path / "log"), config, zeros)
     met, state = island.meet(config, parts), compile_init(parts)(np.uint32(0))
-    for last, why in (({"next": 1, "tail": "0" * 64}, "the log was forked"), ({"next": 9, "tail": ""}, "it is another log, or a copy")):
+    gone, other = "it is another log, or a copy", "the log was forked"
+    for last, why in (({"next": 1, "tail": "0" * 64}, other), ({"next": 9, "tail": ""}, gone)):
         with pytest.raises(LogError, match=why):
             island.Islander.join(met, config, parts, state, {island.NAME: last}, print)
 
