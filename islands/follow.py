@@ -13,12 +13,12 @@ from islands import secret as secrets
 from islands.decode import PayloadError
 from islands.log import Log
 from islands.pace import SPEED
-from islands.payload import Form
-from islands.reader import Entry, LogError, Reader
+from islands.payload import Fetch, Form, Ranges
+from islands.reader import Entry, LogError, Reader, payload_key
 from islands.record import PUSH, SNAPSHOT, Payload, Record
 from islands.secret import Secret
 from islands.snapshot import Place
-from islands.state import Blocks, State
+from islands.state import State
 from islands.store import Clock, Routine, Store
 from islands.view import View
 
@@ -51,6 +51,13 @@ class Fork(NamedTuple):
         )
 
 
+class Pushed(NamedTuple):
+    """Of a push, what this process folds: checked, and there."""
+
+    manifest: payload.Manifest
+    fetch: Fetch
+
+
 class Taken(NamedTuple):
     """Of the newest version that a snapshot is due at."""
 
@@ -64,8 +71,11 @@ class Follower:
     stored: the last record of a snapshot. own: payloads that were made here, which need not be downloaded.
     Of a replay: refused {number of a record that does not count: whose, and why}; read: the names of payloads."""
 
-    def __init__(self, log: Log, state: State, view: View, tail: str, secret: Secret | None, replayed: bool):
+    def __init__(
+        self, log: Log, state: State, view: View, tail: str, secret: Secret | None, share: Ranges | None, replayed: bool
+    ):
         self.form, self.secret = form_of(log.run.facts), secret
+        self.is_whole, self.share = share is None, share or self.form.whole()
         self.log, self.state, self.view, self.tail = log, state, view, tail
         self.terms = terms.of(log.run.facts["keys"])
         self.speeds: dict[str, float] = {}
@@ -85,16 +95,19 @@ class Follower:
         `Log.open` takes it."""
         clock = how.get("clock", Clock)
         reader = yield from Reader.open(store, clock=clock)
-        terms.check_folded(reader.run.facts)
+        place = yield from begin_at(reader, from_oldest, most)
+        return (yield from cls.at(place, reader, store, replayed=from_oldest, **how))
+
+    @classmethod
+    def at(
+        cls, place: Place, reader: Reader, store: Store, share: Ranges | None = None, replayed: bool = False, **how: Any
+    ) -> Routine["Follower"]:
+        """Begins at this snapshot. share: elements of each leaf that this process folds; None: all."""
         secret = keyring.secret_of(reader.run)
-        state, view, tail = yield from snapshot.load(reader, (yield from snapshot.oldest(reader)), secret)
+        state, view, tail = yield from snapshot.load(reader, place, secret, share)
         tail = tail or reader.tail  # the first snapshot is named by run.json, and cannot name it
-        if not from_oldest and reader.run.facts["snapshots"]:
-            scan = yield from Reader.open(store, place=(view, tail), clock=clock)
-            if newer := (yield from snapshot.newest(scan, most)):
-                state, view, tail = yield from snapshot.load(scan, newer, secret)
         log = yield from Log.open(store, place=(view, tail), **how)
-        return cls(log, state, view, tail, secret, from_oldest)
+        return cls(log, state, view, tail, secret, share, replayed)
 
     def advance(self, until: int | None = None) -> Routine[int]:
         """Folds what there is, up to the next version that a snapshot is due at, and to `until`; how many records it
@@ -115,14 +128,25 @@ class Follower:
         return self.due is not None and self.due.version == self.view.version == self.view.next - 1
 
     def _fold(self, entry: Entry, view: View) -> Routine[None]:
-        record, blocks = entry.record, None
+        pushed, why = None, ""
+        if entry.record and entry.verdict.folded and entry.record.type == PUSH:
+            try:
+                pushed = yield from self.examine(entry.record)
+            except PayloadError as error:
+                why = str(error)
+        self.fold(entry, view, pushed, why)
+
+    def fold(self, entry: Entry, view: View, pushed: Pushed | None, why: str = "") -> None:
+        """Folds the next record. view: after it. pushed: of `examine`; None: nothing, or it is refused, and why."""
+        record = entry.record
         if self.replayed and not entry.verdict.folded:
             self.refused[entry.sequence] = f"of {entry.island or 'nobody known'}: {entry.verdict.why}"
         if record and entry.verdict.folded:
-            if record.type == PUSH:
-                blocks = yield from self._blocks(record)
-                if SPEED in record.numbers:
-                    self.speeds[record.island] = record.number(SPEED)
+            if why:
+                self.wrong.append(Refused(record.sequence, record.island, why))
+            if SPEED in record.numbers:
+                self.speeds[record.island] = record.number(SPEED)
+            blocks = payload.read(self.form, pushed.manifest, self.share, pushed.fetch) if pushed and not why else None
             try:
                 merge.fold(self.terms.rule, self.state, record, entry.verdict, view, blocks)
             except PayloadError as error:  # it was checked: so memory or disk is at fault, and the state is lost
@@ -131,7 +155,7 @@ class Follower:
                 self.stored = record
                 self._compare(record)
         self.view, self.tail, self.author = view, entry.digest, entry.island
-        every = self.log.run.facts["snapshots"]
+        every = self.log.run.facts["snapshots"] if self.is_whole else 0
         if every and view.version == entry.sequence > 0 and entry.sequence % every == 0:
             self.due = Taken(view.version, snapshot.manifest(self.state, view, self.tail, self.secret))
         if record and entry.verdict.folded:
@@ -143,38 +167,58 @@ class Follower:
             if ours != record.manifest:
                 self.wrong.append(Fork(record.base, record.island, record.manifest, ours))
 
-    def _blocks(self, record: Record) -> Routine[Blocks | None]:
-        """What a push adds; None: nothing."""
-        try:
-            found, stored = yield from self._download(record)
-            if found is None:
-                return None
-            fetch = lambda digest, offset, length: memoryview(stored[digest])[offset : offset + length]
-            payload.verify(self.form, found, self.form.whole(), fetch)
-            self._check_norm(record, payload.norm(self.form, found, fetch) if self._bound(record) else 0.0)
-        except PayloadError as error:
-            self.wrong.append(Refused(record.sequence, record.island, str(error)))
+    def examine(self, record: Record) -> Routine[Pushed | None]:
+        """What a push adds to this process's share; None: nothing. Raises PayloadError where it is refused."""
+        found, sizes = yield from self._manifest(record)
+        if found is None:
             return None
-        return payload.read(self.form, found, self.form.whole(), fetch)
+        fetch = (yield from self._whole(record)) if self.is_whole or self.secret else (yield from self._pieces(found))
+        payload.verify(self.form, found, self.share, fetch)
+        if bound := self._bound(record):
+            if not self.is_whole:
+                raise LogError(
+                    f"record {record.sequence}, of {record.island}, has a norm bound, and this island of several "
+                    "processes sees a part of it in each: bounds need islands of one process, so far"
+                )
+            norm = payload.norm(self.form, found, fetch)
+            if not norm <= bound:
+                raise PayloadError(f"its norm is {norm:.6g}, and {record.island} may push one of {bound:.6g}")
+        return Pushed(found, fetch)
 
-    def _download(self, record: Record) -> Routine[tuple[payload.Manifest | None, Mapping[str, bytes]]]:
-        """(manifest, checked; blobs)."""
+    def _manifest(self, record: Record) -> Routine[tuple[payload.Manifest | None, Mapping[str, int]]]:
+        """(manifest, checked; bytes of what it and the blobs hold)."""
         if not record.manifest:
             return None, {}
-        named = {each.digest: each for each in record.payloads}
-        own = named.pop(record.manifest)
         sizes = {each.digest: each.bytes for each in record.payloads}
         sizes = secrets.plain(sizes) if self.secret else sizes
+        (own,) = {each for each in record.payloads if each.digest == record.manifest}
         if sizes[own.digest] > (limit := payload.manifest_limit(self.form)):
             raise PayloadError(f"manifest: {own.bytes} bytes are more than the {limit} that it may have")
         data = yield from self._payload(own)
-        found = payload.read_manifest(self.form, data, {name: sizes[name] for name in named})
+        blobs = {name: size for name, size in sizes.items() if name != own.digest}
+        return payload.read_manifest(self.form, data, blobs), sizes
+
+    def _whole(self, record: Record) -> Routine[Fetch]:
         stored = {}
-        for name, each in named.items():
-            stored[name] = yield from self._payload(each)
+        for each in record.payloads:
+            if each.digest != record.manifest:
+                stored[each.digest] = yield from self._payload(each)
         if self.replayed:
             self.read |= {each.digest for each in record.payloads}
-        return found, stored
+        return lambda digest, offset, length: memoryview(stored[digest])[offset : offset + length]
+
+    def _pieces(self, found: payload.Manifest) -> Routine[Fetch]:
+        """Those that this process needs: each has a digest of its own."""
+        stored = {}
+        for leaf, wanted in self.share.items():
+            for piece in payload.needed(found[leaf], wanted):
+                key, place = payload_key(piece.blob), (piece.blob, piece.offset)
+                if place not in stored:
+                    data = yield from self.log.store.get_range(key, piece.offset, piece.length)
+                    if data is None:
+                        raise LogError(f"{key} is not there: payloads are written before the records that name them")
+                    stored[place] = data
+        return lambda digest, offset, length: stored[digest, offset]
 
     def _payload(self, payload: Payload) -> Routine[bytes]:
         data = self.own.get(payload.digest)
@@ -188,11 +232,6 @@ class Follower:
         own = float.fromhex(member.norm_bound) if member and member.norm_bound else 0.0
         return min((bound for bound in (own, self.terms.norm_bound) if bound), default=0.0)
 
-    def _check_norm(self, record: Record, norm: float) -> None:
-        bound = self._bound(record)
-        if bound and not norm <= bound:
-            raise PayloadError(f"its norm is {norm:.6g}, and {record.island} may push one of {bound:.6g}")
-
     # ── snapshots ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def store_snapshot(self) -> Routine[Place]:
@@ -203,6 +242,16 @@ class Follower:
             blobs.append((yield from self.log.upload(chunk)))
         yield from self.log.upload(self.due.manifest)
         return snapshot.place(self.due.version, self.due.manifest, blobs)
+
+
+def begin_at(reader: Reader, from_oldest: bool = False, most: int | None = None) -> Routine[Place]:
+    """The snapshot that a fold begins with."""
+    terms.check_folded(reader.run.facts)
+    oldest = yield from snapshot.oldest(reader)
+    if from_oldest or not reader.run.facts["snapshots"]:
+        return oldest
+    scan = yield from snapshot.begin(reader.store.store, Reader, clock=reader.store.clock)
+    return (yield from snapshot.newest(scan, most)) or oldest
 
 
 def form_of(facts: Mapping[str, Any]) -> Form:

@@ -24,7 +24,7 @@ from islands.follow import Follower, Fork, Refused
 from islands.log import Dropped
 from islands.payload import Draw, Part
 from islands.reader import Reader
-from islands.record import PUSH, Record
+from islands.record import PUSH
 from islands.secret import seal, sealed
 from islands.store import Away, Store, run
 from islands.view import Island
@@ -49,7 +49,6 @@ class Push:
     steps: int
     tokens: int
     numbers: Mapping[str, str] = field(default_factory=dict)
-    draft: Record | None = None  # as it is written, once that has been tried
 
 
 class Member:
@@ -209,20 +208,17 @@ class Member:
         while True:
             payloads = [run(self.log.upload(blob)) for blob in made.blobs]
             self.follower.own = {each.digest: blob for each, blob in zip(payloads, made.blobs, strict=True)}
-            if made.draft is None:
-                made.draft = self.log.draft(
-                    PUSH, clock=self.log.view.islands[self.name].clock, base=made.base, steps=made.steps,
-                    tokens=made.tokens, numbers=made.numbers, payloads=tuple(payloads),
-                    manifest=payloads[-1].digest if payloads else "",
-                )  # fmt: skip
+            draft = self.log.draft(
+                PUSH, clock=self.log.view.islands[self.name].clock, base=made.base, steps=made.steps, tokens=made.tokens,
+                numbers=made.numbers, payloads=tuple(payloads), manifest=payloads[-1].digest if payloads else "",
+            )  # fmt: skip
             try:
-                run(self.log.append(made.draft))
+                run(self.log.append(draft))
                 return
             except Dropped as error:
                 self._again(error)
                 if self.follower.terms.rule.pins:  # it has begun somewhere else
                     made.blobs, made.base = (), self.log.view.islands[self.name].version
-                made.draft = None
 
     def _again(self, error: Dropped) -> None:
         """Joins anew after an expiry. Raises RunError where this island must end."""

@@ -304,6 +304,11 @@ def norm(form: Form, found: Manifest, fetch: Fetch) -> float:
     return state.norm({leaf: state.squares(leaf_of(leaf)) for leaf in form.sizes})
 
 
+def needed(pieces: Sequence[Piece], wanted: Sequence[tuple[int, int]]) -> Iterator[Piece]:
+    """Those that have something of these elements."""
+    return (piece for piece, _ in _overlaps(pieces, wanted))
+
+
 def _overlaps(
     pieces: Sequence[Piece], wanted: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[Piece, list[tuple[int, int]]]]:

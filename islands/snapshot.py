@@ -18,6 +18,7 @@ import numpy as np
 
 from islands import record as records
 from islands import terms, trust
+from islands.payload import Ranges
 from islands.reader import LogError, Reader, record_key
 from islands.record import LIMIT, OWNER, SNAPSHOT, Payload, Record, Run
 from islands.secret import Secret, open_, seal, stored_bytes
@@ -102,45 +103,49 @@ def described(log: Reader, place: Place) -> Routine[dict[str, Any]]:
     raise LogError(f"the snapshot of version {place.version} has no manifest of at most {MANIFEST_LIMIT} bytes")
 
 
-def load(log: Reader, place: Place, secret: Secret | None) -> Routine[tuple[State, View, str]]:
-    """(state, view, tail) of it. Raises LogError for what is not as its manifest says, before it is allocated."""
+def load(
+    log: Reader, place: Place, secret: Secret | None, share: Ranges | None = None
+) -> Routine[tuple[State, View, str]]:
+    """(state, view, tail) of it. share: elements of each leaf that are read; None: all. Raises LogError for what is not
+    as its manifest says, before it is allocated."""
     by_name = {payload.digest: payload for payload in place.payloads}
     found = yield from described(log, place)
-    sizes, limit = found["sizes"], COPIES * sum(log.run.facts["leaves"].values())
-    if sum(sizes.values()) > limit or found["chunk"] > max(CHUNK, 4 * limit):
-        raise LogError(f"the snapshot of version {place.version} has more than {limit} elements")
-    state = State({name: np.empty(sizes[name], np.float32) for name in sorted(sizes)}, dict(found["numbers"]))
-    filler = _Filler(state)
-    for name in found["blobs"]:
-        if name not in by_name or by_name[name].bytes > stored_bytes(found["chunk"]):
+    sizes, chunk, limit = found["sizes"], found["chunk"], COPIES * sum(log.run.facts["leaves"].values())
+    total = 4 * sum(sizes.values())
+    if total > 4 * limit or chunk > max(CHUNK, 4 * limit) or len(found["blobs"]) != -(-total // chunk):
+        raise LogError(f"the snapshot of version {place.version} is not of this run's arrays")
+    ranges = {name: share[name.partition("/")[2]] if share else [(0, sizes[name])] for name in sorted(sizes)}
+    arrays = {name: np.empty(sum(count for _, count in own), np.float32) for name, own in ranges.items()}
+    segments = list(_segments(sizes, ranges, arrays))
+    for i, name in enumerate(found["blobs"]):
+        first, last = i * chunk, min((i + 1) * chunk, total)
+        here = [(start, x) for start, x in segments if start < last and first < start + len(x)]
+        if not here:
+            continue
+        if name not in by_name or by_name[name].bytes > stored_bytes(chunk):
             raise LogError(f"the snapshot of version {place.version} has a blob that its record does not name: {name}")
         data = yield from log.download(by_name[name])
-        filler.take(open_(secret, data) if secret else data)
-    if not filler.full:
-        raise LogError(f"the snapshot of version {place.version} ends before its arrays do")
-    return state, View.from_fields(found["view"]), found["tail"]
+        data = memoryview(open_(secret, data) if secret else data)
+        if len(data) != last - first:
+            raise LogError(f"the snapshot of version {place.version} has a blob of another length: {name}")
+        for start, x in here:
+            begin, end = max(start, first), min(start + len(x), last)
+            x[begin - start : end - start] = data[begin - first : end - first]
+    return State(arrays, dict(found["numbers"])), View.from_fields(found["view"]), found["tail"]
 
 
-class _Filler:
-    """Writes a stream of bytes into the arrays of a state, in their order."""
-
-    def __init__(self, state: State):
-        self._left = [_bytes_of(x) for x in state.arrays.values() if x.size]
-
-    @property
-    def full(self) -> bool:
-        return not self._left
-
-    def take(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            if self.full:
-                raise LogError("a snapshot has more bytes than its arrays")
-            here = self._left[0][: len(rest)]
-            here[:] = rest[: len(here)]
-            rest, self._left[0] = rest[len(here) :], self._left[0][len(here) :]
-            if not self._left[0]:
-                del self._left[0]
+def _segments(
+    sizes: Mapping[str, int], ranges: Mapping[str, Sequence[tuple[int, int]]], arrays: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, memoryview]]:
+    """(first byte in the stream, where these bytes go) of each range."""
+    base = 0
+    for name, own in ranges.items():
+        place = 0
+        for first, count in own:
+            if count:
+                yield base + 4 * first, _bytes_of(arrays[name][place : place + count])
+            place += count
+        base += 4 * sizes[name]
 
 
 # ── choosing one ─────────────────────────────────────────────────────────────────────────────────────────────────

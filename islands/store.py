@@ -148,6 +148,9 @@ class Patient:
     def get(self, key: str, most: int) -> Routine[bytes | None]:
         return (yield from self._ask(partial(self.store.get, key, most)))
 
+    def get_range(self, key: str, first: int, count: int) -> Routine[bytes | None]:
+        return (yield from self._ask(partial(self.store.get_range, key, first, count)))
+
     def list(self, prefix: str, after: str = "") -> Routine[list[str]]:
         return (yield from self._ask(partial(self.store.list, prefix, after)))
 

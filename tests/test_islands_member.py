@@ -157,6 +157,22 @@ def test_a_log_refuses_who_runs_ahead_all_the_same(store, start):
         a.take()
 
 
+def test_what_the_rules_of_the_run_refuse_counts_for_nobody_though_it_is_written_all_the_same(store, start):
+    """By a member whose own program would let it pass."""
+    first = crew.begin(store, **EACH, island__staleness=0)
+    a, b = start("a"), start("b")
+    assert stopped(a)
+    a.log.refusal = lambda view, record: ""
+    for clock in range(2):
+        run(
+            a.log.push(crew.encoded(a, ones()), clock=clock, base=-1, manifest=logs.digest(crew.encoded(a, ones())[-1]))
+        )
+    wait(lambda: b.follower.view.next == a.log.view.next)
+    assert [entry.verdict.folded for entry in entries(store)[-2:]] == [True, False]
+    same({leaf: b.follower.state.arrays[f"params/{leaf}"] for leaf in first}, less(first, 1.0))
+    assert "round 1 is more than 0 ahead of 0" in status.of(store)["refused"][0]["reason"]
+
+
 def test_a_store_that_is_away_costs_nothing(store, start):
     """Rounds go on from the newest version, wait in memory, and are folded once, in their order."""
     first = crew.begin(store)
