@@ -208,8 +208,9 @@ class Member:
         while True:
             payloads = [run(self.log.upload(blob)) for blob in made.blobs]
             self.follower.own = {each.digest: blob for each, blob in zip(payloads, made.blobs, strict=True)}
+            clock = self.log.view.islands[self.name].clock
             draft = self.log.draft(
-                PUSH, clock=self.log.view.islands[self.name].clock, base=made.base, steps=made.steps, tokens=made.tokens,
+                PUSH, clock=clock, base=made.base, steps=made.steps, tokens=made.tokens,
                 numbers=made.numbers, payloads=tuple(payloads), manifest=payloads[-1].digest if payloads else "",
             )  # fmt: skip
             try:

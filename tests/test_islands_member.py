@@ -163,10 +163,9 @@ def test_what_the_rules_of_the_run_refuse_counts_for_nobody_though_it_is_written
     a, b = start("a"), start("b")
     assert stopped(a)
     a.log.refusal = lambda view, record: ""
+    blobs = crew.encoded(a, ones())
     for clock in range(2):
-        run(
-            a.log.push(crew.encoded(a, ones()), clock=clock, base=-1, manifest=logs.digest(crew.encoded(a, ones())[-1]))
-        )
+        run(a.log.push(blobs, clock=clock, tokens=1, manifest=logs.digest(blobs[-1])))
     wait(lambda: b.follower.view.next == a.log.view.next)
     assert [entry.verdict.folded for entry in entries(store)[-2:]] == [True, False]
     same({leaf: b.follower.state.arrays[f"params/{leaf}"] for leaf in first}, less(first, 1.0))
