@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +21,8 @@ from islands import keyring, payload, presence, snapshot
 from islands import record as records
 from islands.ahead import Ahead
 from islands.follow import Follower, Fork, Refused
-from islands.log import Dropped
-from islands.payload import Draw, Part
+from islands.log import Dropped, Log
+from islands.payload import Blob, Draw, Part, Piece
 from islands.reader import Reader
 from islands.record import PUSH
 from islands.secret import seal, sealed
@@ -30,8 +30,6 @@ from islands.store import Away, Store, run
 from islands.view import Island
 from runtime.config import RunError
 
-EXPIRY = 60.0  # seconds without a heartbeat, by the store's clock, after which an island is taken to be gone
-LOOK = 15.0  # seconds between two looks at the others' heartbeats
 IDLE, WAITED_FOR = 1.0, 0.05  # seconds between two requests for the next record: nobody waits for it, or somebody does
 PATIENCE = 3.0  # seconds after which a store that does not answer is said to be away
 MOST_WAITING = 8  # rounds that wait in memory for a store that is away
@@ -64,7 +62,7 @@ class Member:
         self._hurry, self._ended, self._leaving = False, False, False
         self._failed: BaseException | None = None
         self._away_since = 0.0  # 0: the store answers
-        self._next_look, self._told = 0.0, 0
+        self._lookout, self._told = presence.Lookout(self.log, say), 0
         self.before: Island | None = None  # what the log said of this island before it joined
         self._thread = threading.Thread(target=self._work, name=f"island {self.name}", daemon=True)
 
@@ -102,6 +100,13 @@ class Member:
             self._pushes.append(made)
             self.clock += 1
             self._changed.notify_all()
+
+    def hand_over(
+        self, blobs: Sequence[Blob] | None, base: int, steps: int, tokens: int, numbers: Mapping[str, str]
+    ) -> bool:
+        """As `push`; None: the round is left out. Whether it counts."""
+        self.push(Push(push_of(self.follower, blobs) if blobs else [], base, steps, tokens, numbers))
+        return blobs is not None
 
     def take(self) -> tuple[int, Params]:
         """(version, its parameters) that the next round begins with, as soon as it may begin."""
@@ -176,7 +181,7 @@ class Member:
                     self._pushes.popleft()
                     self._changed.notify_all()
             self._advance()
-            self._look()
+            self._lookout.look()
         except Away as error:
             if not self._away_since:
                 self._away_since = time.monotonic()
@@ -222,34 +227,10 @@ class Member:
                     made.blobs, made.base = (), self.log.view.islands[self.name].version
 
     def _again(self, error: Dropped) -> None:
-        """Joins anew after an expiry. Raises RunError where this island must end."""
-        island, member = self.log.view.islands[self.name], self.log.view.members.get(self.name)
-        if island.incarnation != self.log.incarnation:
-            raise RunError(f"another process has joined as {self.name}: this one ends, and nothing of it is folded")
-        if member is None or not member.writes:
-            raise RunError(f"the key of {self.name} is revoked: nothing of it is folded any more")
-        if island.live:
-            raise RunError(f"a round of {self.name} is not folded: {error.why}")
-        self._say(f"{self.name} was taken to be gone, and joins again")
-        run(self.log.join())
+        rejoin(self.log, error, self._say)
         with self._changed:
             self.clock = self.log.view.islands[self.name].clock + len(self._pushes)
         self._advance()
-
-    def _look(self) -> None:
-        """Whether others are there: an expiry is proposed by the store's times alone."""
-        others = [name for name in self.log.view.live() if name != self.name]
-        if time.monotonic() < self._next_look or not others:
-            return
-        self._next_look = time.monotonic() + LOOK
-        beats = run(self.log.heartbeats())
-        own = beats.get(self.name, 0.0)
-        for name in others:
-            if own - beats.get(name, own) > EXPIRY:
-                proof = {"own": own.hex(), "theirs": beats[name].hex()}
-                with contextlib.suppress(Dropped):
-                    run(self.log.expire(name, proof))
-                    self._say(f"{name} has been silent for {own - beats[name]:.0f} s, and is taken to be gone")
 
     # ── snapshots ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -299,14 +280,34 @@ class Member:
         self._told = len(self.follower.wrong)
 
 
-def push_of(follower: Follower, parts: Sequence[Part], draw: Draw) -> list[bytes]:
-    """The blobs of a push as they are stored, and its manifest. Raises ValueError for what is not finite."""
-    form, secret = follower.form, follower.secret
-    blobs = list(payload.encode(form, parts, draw))
-    if secret:
-        blobs = list(sealed(secret, blobs))
-    manifest = payload.manifest(form, (piece for blob in blobs for piece in blob.pieces))
-    return [*(blob.data for blob in blobs), seal(secret, manifest) if secret else manifest]
+def rejoin(log: Log, error: Dropped, say: Callable[[str], None]) -> None:
+    """Joins anew after an expiry. Raises RunError where this island must end. error: what its push has met with."""
+    name, island, member = log.island, log.view.islands[log.island], log.view.members.get(log.island)
+    if island.incarnation != log.incarnation:
+        raise RunError(f"another process has joined as {name}: this one ends, and nothing of it is folded")
+    if member is None or not member.writes:
+        raise RunError(f"the key of {name} is revoked: nothing of it is folded any more")
+    if island.live:
+        raise RunError(f"a round of {name} is not folded: {error.why}")
+    say(f"{name} was taken to be gone, and joins again")
+    run(log.join())
+
+
+def encoded(follower: Follower, parts: Sequence[Part], draw: Draw) -> list[Blob]:
+    """As they are stored. Raises ValueError for what is not finite."""
+    blobs = payload.encode(follower.form, parts, draw)
+    return list(sealed(follower.secret, blobs) if follower.secret else blobs)
+
+
+def manifest_of(follower: Follower, pieces: Iterable[Piece]) -> bytes:
+    """As it is stored."""
+    manifest = payload.manifest(follower.form, pieces)
+    return seal(follower.secret, manifest) if follower.secret else manifest
+
+
+def push_of(follower: Follower, blobs: Sequence[Blob]) -> list[bytes]:
+    """What is stored of these blobs: they, and the manifest as the last one."""
+    return [*(blob.data for blob in blobs), manifest_of(follower, (piece for blob in blobs for piece in blob.pieces))]
 
 
 def _catch_up(follower: Follower, say: Callable[[str], None]) -> None:

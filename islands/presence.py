@@ -1,5 +1,7 @@
-"""Whether a process takes part already by a name: two of one name would push for each other."""
+"""Who is there: whether a process takes part already by a name, since two would push for each other; and which islands
+have been silent for so long that they are taken to be gone."""
 
+import contextlib
 import json
 import os
 import socket
@@ -7,10 +9,35 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from islands.log import BEAT
+from islands.log import BEAT, Dropped, Log
 from islands.reader import Reader
 from islands.store import run
 from runtime.config import UsageError
+
+EXPIRY = 60.0  # seconds without a heartbeat, by the store's clock, after which an island is taken to be gone
+LOOK = 15.0  # seconds between two looks at the others' heartbeats
+
+
+class Lookout:
+    """Of an island, for the others: an expiry is proposed by the store's times alone."""
+
+    def __init__(self, log: Log, say: Callable[[str], None]):
+        self.log, self._say, self._next = log, say, 0.0
+
+    def look(self) -> None:
+        log = self.log
+        others = [name for name in log.view.live() if name != log.island]
+        if time.monotonic() < self._next or not others:
+            return
+        self._next = time.monotonic() + LOOK
+        beats = run(log.heartbeats())
+        own = beats.get(log.island, 0.0)
+        for name in others:
+            if own - beats.get(name, own) > EXPIRY:
+                proof = {"own": own.hex(), "theirs": beats[name].hex()}
+                with contextlib.suppress(Dropped):
+                    run(log.expire(name, proof))
+                    self._say(f"{name} has been silent for {own - beats[name]:.0f} s, and is taken to be gone")
 
 
 def process() -> dict[str, Any]:

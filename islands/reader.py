@@ -120,6 +120,11 @@ class Reader:
                 yield from self._take(data)
         return self._unread.popleft() if self._unread else None
 
+    def given(self, data: bytes) -> Routine[tuple[Entry, View]]:
+        """Goes on by these bytes, which another reader has found at the next number."""
+        yield from self._take(data)
+        return self._unread.popleft()
+
     def look_ahead(self) -> Routine[None]:
         """Raises LogError where records lie behind the last that can be reached: those between were removed."""
         keys = yield from self.store.list("records", record_key(self.view.next))

@@ -13,7 +13,7 @@ from islands import keyring, snapshot
 from islands import record as records
 from islands.follow import Follower, Fork
 from islands.log import Log
-from islands.member import EXPIRY
+from islands.presence import EXPIRY
 from islands.reader import payload_key, record_key
 from islands.record import LIMIT, OWNER, SNAPSHOT
 from islands.snapshot import Place

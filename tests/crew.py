@@ -6,6 +6,7 @@ import helpers
 import numpy as np
 
 from islands import founding
+from islands import member as members
 from islands.member import Member, Push, push_of
 from islands.payload import Draw, Part
 from islands.store import Store
@@ -37,7 +38,8 @@ def begin(store: Store, snapshots: int = 0, encrypt: bool = False, **changes: An
 
 def encoded(member: Member, delta: dict[str, np.ndarray]) -> list[bytes]:
     """Blobs, with the manifest as the last one."""
-    return push_of(member.follower, [Part(name, 0, x) for name, x in delta.items()], Draw(0, member.name, 0))
+    parts = [Part(name, 0, x) for name, x in delta.items()]
+    return push_of(member.follower, members.encoded(member.follower, parts, Draw(0, member.name, 0)))
 
 
 def push(member: Member, delta: dict[str, np.ndarray], base: int) -> None:

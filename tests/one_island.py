@@ -13,7 +13,7 @@ import numpy as np  # noqa: E402
 
 import islands.log  # noqa: E402
 from islands import member as members  # noqa: E402
-from islands.member import Member, Push, push_of  # noqa: E402
+from islands.member import Member  # noqa: E402
 from islands.payload import Draw, Part  # noqa: E402
 from islands.store import open_store  # noqa: E402
 
@@ -37,7 +37,7 @@ def main(log: str, name: str, rounds: str, seconds: str = "0") -> None:
         time.sleep(float(seconds))
         parts = [Part(leaf, 0, x) for leaf, x in made(name, clock, dict(form.sizes)).items()]
         pushed = True
-        member.push(Push(push_of(member.follower, parts, Draw(0, name, clock)), version, 1, 1))
+        member.hand_over(members.encoded(member.follower, parts, Draw(0, name, clock)), version, 1, 1, {})
     member.take()
     member.end()
     member.check()

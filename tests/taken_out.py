@@ -2020,7 +2020,7 @@ CASES = [
     ),
     TakenOut(
         "islands: an expiry is proved by the store's clock",
-        "islands/member.py",
+        "islands/presence.py",
         "            if own - beats.get(name, own) > EXPIRY:\n",
         "            if True:\n",
         "tests/test_islands_member.py -k staleness_0",

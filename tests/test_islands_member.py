@@ -268,9 +268,9 @@ def test_a_silent_island_is_taken_to_be_gone(store, start, monkeypatch):
     assert stopped(b)
     version, _ = a.take()
     crew.push(a, ones(), version)
-    monkeypatch.setattr(members, "EXPIRY", 0.2)
-    monkeypatch.setattr(members, "LOOK", 0.05)
-    a._next_look = a.log._next_beat = 0.0
+    monkeypatch.setattr(presence, "EXPIRY", 0.2)
+    monkeypatch.setattr(presence, "LOOK", 0.05)
+    a._lookout._next = a.log._next_beat = 0.0
     time.sleep(0.3)
     a.take()  # waits until b does not hold it back any more
     (expiry,) = [entry.record for entry in entries(store) if entry.record.type == EXPIRE]
