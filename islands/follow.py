@@ -213,7 +213,9 @@ class Follower:
         for leaf, wanted in self.share.items():
             for piece in payload.needed(found[leaf], wanted):
                 key, place = payload_key(piece.blob), (piece.blob, piece.offset)
-                if place not in stored:
+                if place not in stored and piece.blob in self.own:
+                    stored[place] = self.own[piece.blob][piece.offset : piece.offset + piece.length]
+                elif place not in stored:
                     data = yield from self.log.store.get_range(key, piece.offset, piece.length)
                     if data is None:
                         raise LogError(f"{key} is not there: payloads are written before the records that name them")

@@ -1,5 +1,5 @@
 """The arrays of a tree as islands push and fold them: flat, and cut over all devices of the mesh in whole blocks of the
-codec, so that each process encodes and folds what lies on its own devices. What crosses devices is inside the island."""
+codec, so that each process encodes and folds what lies on its own devices. What crosses devices stays in the island."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,7 +50,7 @@ class Flat:
         return {name: padded(name, x) for name, x in named_arrays(tree).items()}
 
     def host(self, tree: Any) -> Arrays:
-        """Of a tree like the parameters, perhaps with a leading dimension of 1: the ranges of the share, side by side."""
+        """Of a tree like the parameters, or with a leading dimension of 1: the ranges of the share, side by side."""
         found = {}
         for name, x in self._cut(tree).items():
             shards = {shard.index[0].indices(x.size)[0]: shard for shard in x.addressable_shards}
@@ -76,4 +76,8 @@ class Flat:
             at[first] = np.pad(x[place : place + count], (0, last - first - count))
             place += count
         size = self._padded[name]
-        return jax.make_array_from_callback((size,), self._sharding, lambda index: at[index[0].indices(size)[0]])
+
+        def part(index: Any) -> np.ndarray:
+            return at[index[0].indices(size)[0]]
+
+        return jax.make_array_from_callback((size,), self._sharding, part)

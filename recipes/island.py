@@ -16,13 +16,15 @@ import jax
 import numpy as np
 
 from islands import pace, payload, snapshot, terms
-from islands.follow import Follower, form_of
-from islands.member import Member, Params, Push, push_of
-from islands.payload import Draw, Part
+from islands.follow import Follower, begin_at, form_of
+from islands.member import Member, Params, encoded
+from islands.payload import Blob, Draw, Part, Ranges
+from islands.processes import Processes
 from islands.reader import LogError, Reader, record_key
 from islands.record import LIMIT, PUSH, Run, digest
 from islands.store import Store, open_store, run
 from recipes.build import Parts
+from recipes.flat import Flat
 from runtime.config import UsageError, flatten
 from runtime.console import human_bytes
 from runtime.digest import named_arrays
@@ -45,11 +47,6 @@ def data_seed(config: Any) -> int:
 
 def meet(config: Any, parts: Parts) -> Met:
     """Raises UsageError where the log is of another run than this config's."""
-    if jax.process_count() > 1:
-        raise UsageError(
-            "sync.strategy=island with several processes: an island is one process with all its devices, so far. Start "
-            "one island for each machine"
-        )
     for key, example in (("log", "runs/shared"), ("name", "a")):
         if not config.island[key]:
             raise UsageError(f"sync.strategy=island needs island.{key}, as in --config.island.{key}={example}")
@@ -67,10 +64,10 @@ def meet(config: Any, parts: Parts) -> Met:
 class Islander:
     """What joins a run's loop and its log. Its methods take and give the state."""
 
-    def __init__(self, config: Any, parts: Parts, member: Member, say: Callable[[str], None]):
-        self.config, self.parts, self.member, self._say = config, parts, member, say
-        self.form = form_of(member.log.run.facts)
-        self.names = list(named_arrays(parts.param_shapes))
+    def __init__(self, config: Any, parts: Parts, flat: Flat, member: Member | Processes, say: Callable[[str], None]):
+        self.config, self.flat, self.member, self._say = config, flat, member, say
+        self._tokens = config.data.batch_size * parts.task.units  # of a step
+        self._clock = parts.state.strategy["round"]["clock"]  # as all scalars of the state lie
         self._began = time.monotonic()
         self._rounds = 0
         self._made: list[Made] = []  # rounds that are in the log already, and are made again
@@ -83,17 +80,23 @@ class Islander:
         """(it, the state that its first step begins with). before: the facts of the checkpoint that the run goes on
         from; empty: it begins."""
         saved = {name: int(x) for name, x in jax.device_get(state.strategy["round"]).items()}
-        last = before.get(NAME)
+        last, name = before.get(NAME), config.island.name
         if last:
             _confirm(met, last)
-        member = Member.start(met.store, config.island.name, saved["clock"] if last else 0, say)
-        own = cls(config, parts, member, say)
+        flat = Flat(parts.mesh, parts.param_shapes, form_of(met.given.facts).codec.block)
+        clock = saved["clock"] if last else 0
+        member: Member | Processes
+        if jax.process_count() > 1:
+            member = Processes.start(met.store, name, clock, say, flat.share)
+        else:
+            member = Member.start(met.store, name, clock, say)
+        own = cls(config, parts, flat, member, say)
         if not last:
             return own, own._begin(int(state.step), state)
         own._first, own._length = saved["first"], saved["length"]
-        own._made = made_since(met, config.island.name, saved["clock"])
+        own._made = made_since(met, name, saved["clock"], flat.share if jax.process_count() > 1 else None)
         if own._made:
-            say(f"the log has {len(own._made)} rounds of {member.name} that the checkpoint lacks: making them again")
+            say(f"the log has {len(own._made)} rounds of {name} that the checkpoint lacks: making them again")
         elif member.follower.terms.rule.pins:  # a round begins where it has joined
             return own, own._begin(int(state.step), state)
         else:
@@ -128,28 +131,39 @@ class Islander:
     def _push(self, done: int, state: Any) -> Any:
         seconds, steps, own = time.monotonic() - self._began, done - self._first, state.strategy
         numbers = {name: int(x) for name, x in jax.device_get(own["round"]).items()}
-        base, local = self._host(state.params), self._host(own["replicas"]["params"])
-        owed = {name: x.copy() for name, x in self._host(own["owed"]).items()}
-        parts = [Part(name, 0, base[name] - local[name], owed.get(name)) for name in self.names]
-        draw = Draw(self.config.seed, self.member.name, numbers["clock"])
-        try:
-            stored = push_of(self.member.follower, parts, draw)
-        except ValueError as error:
-            self._say(f"round {numbers['clock']} is pushed as zeros: {error}")
-            stored, owed = [], self._host(own["owed"])
-            numbers["skipped"] += 1
-        round = own["round"] | {"skipped": self._scalar(numbers["skipped"])}
-        after = replace(state, strategy=own | {"owed": self._put(owed, own["owed"]), "round": round})
-        if self._made:
-            self._compare(self._made.pop(0), stored)
-            return after
+        owed = self.flat.host(own["owed"]) if own["owed"] else {}
+        blobs, owed_now = self._encoded(state, owed, numbers["clock"])
         speed, self._rounds = steps / max(seconds, 1e-9), self._rounds + 1
-        units = steps * self.config.data.batch_size * self.parts.task.units
-        self.member.push(Push(stored, numbers["version"], steps, units, {pace.SPEED: speed.hex()}))
-        return after
+        if self._made:
+            made, counts = self._made.pop(0), blobs is not None
+            self._compare(made, blobs)
+        else:
+            told = {pace.SPEED: speed.hex()}
+            counts = self.member.hand_over(blobs, numbers["version"], steps, steps * self._tokens, told)
+        numbers["skipped"] += not counts
+        round = own["round"] | {"skipped": self._scalar(numbers["skipped"])}
+        kept = self.flat.tree(owed_now if counts else owed, own["owed"]) if owed else {}
+        return replace(state, strategy=own | {"owed": kept, "round": round})
 
-    def _compare(self, made: "Made", stored: list[bytes]) -> None:
-        if [digest(data) for data in stored] != made.payloads:
+    def _encoded(self, state: Any, owed: Params, clock: int) -> tuple[list[Blob] | None, Params]:
+        """(what this process pushes, what it owes then). None: it is not finite."""
+        base, local = self.flat.host(state.params), self.flat.host(state.strategy["replicas"]["params"])
+        owed, parts = {name: x.copy() for name, x in owed.items()}, []
+        for name, ranges in self.flat.share.items():
+            place = 0
+            for first, count in ranges:
+                here = slice(place, place + count)
+                delta = base[name][here] - local[name][here]
+                parts.append(Part(name, first, delta, owed[name][here] if owed else None))
+                place += count
+        try:
+            return encoded(self.member.follower, parts, Draw(self.config.seed, self.member.name, clock)), owed
+        except ValueError as error:
+            self._say(f"round {clock} is pushed as zeros: {error}")
+            return None, owed
+
+    def _compare(self, made: "Made", blobs: list[Blob] | None) -> None:
+        if not {blob.digest for blob in blobs or ()} <= set(made.payloads):
             self._say(
                 f"round {made.clock}, made again, is not to the bit what {self.member.name} had pushed (on other "
                 "hardware, or another mesh or JAX?): what it had pushed counts"
@@ -170,27 +184,14 @@ class Islander:
                 self._length = pace.local_steps(terms.interval, speeds[name], fastest)
         numbers = {"clock": clock, "version": version, "first": done, "length": self._length}
         strategy = own | {
-            "replicas": own["replicas"] | {"params": self._put(params, own["replicas"]["params"])},
+            "replicas": own["replicas"] | {"params": self.flat.tree(params, own["replicas"]["params"])},
             "round": own["round"] | {name: self._scalar(x) for name, x in numbers.items()},
         }
         self._began = time.monotonic()
-        return replace(state, params=self._put(params, state.params), strategy=strategy)
-
-    # ── arrays ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _host(self, tree: Any) -> Params:
-        return {name: np.asarray(x).reshape(-1) for name, x in named_arrays(tree).items()}
-
-    def _put(self, arrays: Params, like: Any) -> Any:
-        """In the shapes and shardings of a tree, whose arrays are deleted as theirs come."""
-        put = []
-        for name, x in named_arrays(like).items():
-            shape, sharding = x.shape, x.sharding
-            put.append(jax.device_put(arrays[name].reshape(shape), sharding))
-        return jax.tree.structure(like).unflatten(put)
+        return replace(state, params=self.flat.tree(params, state.params), strategy=strategy)
 
     def _scalar(self, x: int) -> jax.Array:
-        return jax.device_put(np.int32(x), self.parts.state.strategy["round"]["clock"].sharding)
+        return jax.device_put(np.int32(x), self._clock.sharding)
 
 
 class Made(NamedTuple):
@@ -204,8 +205,9 @@ class Made(NamedTuple):
     payloads: list[str]
 
 
-def made_since(met: Met, name: str, clock: int) -> list[Made]:
-    """Those of an island, from round `clock` on. Raises LogError where the log does not have what they began with."""
+def made_since(met: Met, name: str, clock: int, share: Ranges | None) -> list[Made]:
+    """Those of an island, from round `clock` on. share: of the arrays; None: all. Raises LogError where the log has not
+    what they began with."""
     reader = run(snapshot.begin(met.store, Reader))
     own = [
         entry.record
@@ -216,7 +218,8 @@ def made_since(met: Met, name: str, clock: int) -> list[Made]:
     wanted = {record.base for record in own[1:]}
     params: dict[int, Params] = {}
     if wanted:
-        follower = run(Follower.open(met.store, most=min(wanted)))
+        place = run(begin_at(reader, most=min(wanted)))
+        follower = run(Follower.at(place, run(Reader.open(met.store)), met.store, share=share))
         _keep(follower, wanted, params)
     if wanted - params.keys():
         raise LogError(

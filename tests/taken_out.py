@@ -2095,6 +2095,13 @@ CASES = [
         "    if False:\n",
         "tests/test_island_run.py -k forked",
     ),
+    TakenOut(
+        "islands: what one process of an island refuses, all refuse",
+        "islands/processes.py",
+        '            why = next((reasons[i] for reasons in refused if reasons[i]), "")\n',
+        "            why = refused[agree.peers().me][i]\n",
+        "tests/test_island_processes.py -k as_one_does",
+    ),
     # ── islands: real stores, encryption ─────────────────────────────────────────────────────────────────────────
     TakenOut(
         "islands: a listing has only what comes after a key, whatever the store gives",

@@ -195,12 +195,13 @@ def init(log: Path, *options: str):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-def island_process(log: Path, name: str, workdir: Path, *options: str, die_at: str = "", simulate: int = 1):
+def island_process(
+    log: Path, name: str, workdir: Path, *options: str, die_at: str = "", simulate: int = 1, processes: int = 1
+) -> subprocess.Popen:
     own = [f"--config.island.log={log}", f"--config.island.name={name}"]
-    command = helpers.command(workdir, *OPTIONS, *own, *options, simulate=simulate)
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | (
-        {"SLACKLINE_DIE_AT": die_at} if die_at else {}
-    )
+    command = helpers.command(workdir, *OPTIONS, *own, *options, simulate=simulate, processes=processes)
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    environment |= {"SLACKLINE_DIE_AT": die_at} if die_at else {}
     return subprocess.Popen(
         command, cwd=helpers.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
