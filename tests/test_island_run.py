@@ -33,6 +33,8 @@ from recipes.programs import compile_init, compile_steps
 from runtime.config import UsageError
 from runtime.digest import named_arrays
 
+SMALL = {"num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "model_dim": 16, "mlp_dim": 32}
+SMALL = {f"model__{key}": value for key, value in SMALL.items()}
 ALONE = {"sync__strategy": "island", "sync__interval": 3}
 PLAIN = {"sync__outer__optimizer": "sgd", "sync__outer__lr": 1.0}
 DILOCO = {"sync__outer__optimizer": "nesterov", "sync__outer__lr": 0.7, "sync__outer__momentum": 0.9}
@@ -93,8 +95,8 @@ def check(found: dict[str, np.ndarray], wanted: Any, most: float = 1e-6):
 
 
 def test_one_island_with_plain_steps_outside_trains_as_it_would_alone(tmp_path):
-    (found,) = Fleet(tmp_path / "log", helpers.tiny(**ALONE, **PLAIN), 6).run()
-    config = helpers.tiny()
+    (found,) = Fleet(tmp_path / "log", helpers.tiny(**ALONE, **PLAIN, **SMALL), 6).run()
+    config = helpers.tiny(**SMALL)
     _, state = helpers.train_here(config, helpers.build(config, (1, 1, 1)), 6, quickly=True)
     check(found, state.params)
 

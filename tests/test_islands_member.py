@@ -191,6 +191,7 @@ def test_a_store_that_is_away_costs_nothing(store, start):
     wait(lambda: "the store is back" in start.said[-1])
 
 
+@pytest.mark.slow
 def test_a_push_whose_answer_is_lost_before_the_store_goes_away_counts_once(store, start, monkeypatch):
     first = crew.begin(store, **EACH)
     a = start("a")
@@ -213,6 +214,7 @@ def test_a_push_whose_answer_is_lost_before_the_store_goes_away_counts_once(stor
     assert [entry.record.clock for entry in entries(store) if entry.record.type == "push"] == [0]
 
 
+@pytest.mark.slow
 def test_away_the_staleness_bound_holds(store, start):
     crew.begin(store, island__staleness=1)
     a, b = start("a"), start("b")
@@ -277,6 +279,7 @@ def test_a_silent_island_is_taken_to_be_gone(store, start, monkeypatch):
     assert expiry.target == "b" and expiry.number("own") - expiry.number("theirs") > 0.2
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_name(store, start, monkeypatch):
     crew.begin(store)
     monkeypatch.setattr(presence, "BEAT", 0.2)
@@ -468,6 +471,7 @@ def test_a_poisoned_snapshot_is_told_and_nobody_takes_it(store, start, monkeypat
 # ── encrypted payloads ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_an_encrypted_run_is_folded_snapshotted_joined_and_truncated(store, start, monkeypatch):
     crew.begin(store, snapshots=4, encrypt=True, sync__codec="int8", sync__outer__optimizer="nesterov")
     for member in trained(store, start, 6):
@@ -568,6 +572,7 @@ def of_list(store) -> list[str]:
     return [payload["digest"] for payload in json.loads(first.read_bytes())["payloads"]]
 
 
+@pytest.mark.slow
 def test_nothing_is_removed_that_somebody_still_reads(store, start):
     crew.begin(store, snapshots=4)
     members_of = trained(store, start, 6)
@@ -582,6 +587,7 @@ def test_nothing_is_removed_that_somebody_still_reads(store, start):
     truncate.before(store, 4, print)
 
 
+@pytest.mark.slow
 def test_only_the_owner_truncates(store, start, monkeypatch, tmp_path):
     crew.begin(store, snapshots=4)
     for member in trained(store, start, 3):
