@@ -68,8 +68,7 @@ def allow(store: Store, name: str, key: str = "", role: str = "push", norm_bound
     except ValueError as error:
         raise UsageError(str(error)) from error
     member = Member(key, role, norm_bound.hex() if norm_bound else "")
-    if log.view.members.get(name) != member:
-        run(log.write_members({**log.view.members, name: member}))
+    run(log.write_members(lambda before: {**before, name: member}))
     return member
 
 
@@ -79,7 +78,7 @@ def revoke(store: Store, name: str) -> None:
     log = _owners(store)
     if name not in log.view.members:
         raise UsageError(f"{name} is not on the member list: {', '.join(sorted(log.view.members))}")
-    run(log.write_members({**log.view.members, name: replace(log.view.members[name], revoked=True)}))
+    run(log.write_members(lambda before: {**before, name: replace(before[name], revoked=True)}))
 
 
 def of_member(store: Store, given: Run, view: View, name: str) -> Key:

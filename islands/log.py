@@ -4,7 +4,7 @@ Whatever the store answers, what then can be read at that key is the next record
 that case the writer takes the next number. A Log reads, too (islands/reader.py), and is used by one thread.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class Log(Reader):
         log = yield from cls.open(store, OWNER, key, clock=clock)
         yield from log.read()
         if log.view.next == 0:
-            yield from log.write_members(members)
+            yield from log.write_members(lambda before: members)
         return log
 
     def draft(self, type: str, **fields: Any) -> Record:
@@ -66,12 +66,15 @@ class Log(Reader):
         Its payloads are there already. Raises Dropped, and writes nothing, where it would be dropped: this island has
         expired, say, or its name has joined anew. After Away the same draft may be appended again: it is written once.
         """
+        while (entry := (yield from self._append_here(draft))) is None:
+            pass
+        return entry
+
+    def _append_here(self, draft: Record) -> Routine[Entry | None]:
+        """At the next number and nowhere else; None: another record is there now, and was read."""
         assert self._key, "a log without a key is only read"
         self._pending = draft
-        while True:
-            if self._mine and self._mine.record and _same(self._mine.record, draft):
-                self._pending = None
-                return self._mine
+        if not self._has_written(draft):
             record = self._key.sign(replace(draft, sequence=self.view.next, previous=self.tail))
             data = record.encode()
             key = record_key(record.sequence)
@@ -85,6 +88,13 @@ class Log(Reader):
                 self._pending = None
                 raise Dropped(verdict.why)
             yield from self._take(there)
+        if not self._has_written(draft):
+            return None
+        self._pending = None
+        return self._mine
+
+    def _has_written(self, draft: Record) -> bool:
+        return bool(self._mine and self._mine.record and _same(self._mine.record, draft))
 
     def push(self, blobs: Sequence[bytes], **fields: Any) -> Routine[Entry]:
         """A round's result. What the record names is there before the record is: a reader never waits for it."""
@@ -115,11 +125,17 @@ class Log(Reader):
         first = max(clock, clock_before, self.view.complete)
         return replace(self.draft(JOIN, clock=first, base=self.view.version), incarnation=incarnation + 1)
 
-    def write_members(self, members: Mapping[str, Member]) -> Routine[Entry]:
-        """Puts another member list into force. By the owner, or an island with the role own."""
-        payload = yield from self.upload(trust.write_list(members))
-        draft = self.draft(MEMBERS, clock=0, payloads=(payload,), manifest=payload.digest)
-        return (yield from self.append(draft))
+    def write_members(self, change: Callable[[Mapping[str, Member]], Mapping[str, Member]]) -> Routine[Entry | None]:
+        """Puts another member list into force. By the owner, or an island with the role own.
+
+        change: from the list in force to the new one. It is asked again where another record came first. Returns None
+        where nothing changes."""
+        while (members := change(self.view.members)) != self.view.members:
+            payload = yield from self.upload(trust.write_list(members))
+            draft = self.draft(MEMBERS, clock=0, payloads=(payload,), manifest=payload.digest)
+            if entry := (yield from self._append_here(draft)):
+                return entry
+        return None
 
     def upload(self, data: bytes) -> Routine[Payload]:
         """Stores what a record is going to name. What is there already has its digest, too."""

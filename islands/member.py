@@ -255,7 +255,7 @@ class Member:
             return None
         next_one = live[(live.index(found.island) + 1) % len(live)]
         by = self.follower.view.snapshots.get(version, {}).get(manifest, frozenset())
-        if next_one != self.name or self.name in by:
+        if next_one != self.name or len(by) > 1 or self.name in by:
             return None
         return snapshot.Place(version, manifest, found.payloads)
 

@@ -397,6 +397,16 @@ def test_names_that_may_not_take_part(store, start, monkeypatch, tmp_path):
     start("c")
 
 
+def test_names_that_are_allowed_at_the_same_time_are_all_allowed(store):
+    crew.begin(store)
+    names = [f"i{i}" for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda name: keyring.allow(Gone(store.root), name), names))
+    reader = run(Reader.open(store))
+    run(reader.read())
+    assert set(names) < set(reader.view.members)
+
+
 # ── snapshots ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -418,6 +428,8 @@ def test_every_island_takes_the_same_snapshots_and_a_second_one_confirms(store, 
     for version, of_version in a.follower.view.snapshots.items():
         wait(lambda v=version: all(names == {"a", "b"} for names in a.follower.view.snapshots[v].values()))
         assert len(of_version) == 1
+    confirmations = [entry.record.base for entry in entries(store) if entry.record.type == "snapshot"]
+    assert all(confirmations.count(version) == 2 for version in confirmations)
     same_state(a.follower.state, b.follower.state)
     a.end(), b.end()
     folded = whole(store).state.digest()

@@ -184,7 +184,7 @@ def test_who_only_reads_may_write_nothing(scene):
 def test_a_member_list_that_a_member_has_written_is_refused(scene):
     scene.a._key = KEYS["a"]
     with pytest.raises(Dropped, match="a has the role push, which writes no such record"):
-        run(scene.a.write_members(LISTED | {"stranger": Member(KEYS["stranger"].public)}))
+        run(scene.a.write_members(lambda before: LISTED | {"stranger": Member(KEYS["stranger"].public)}))
 
 
 def test_a_member_list_that_says_it_is_the_owners_is_refused(scene):
@@ -194,10 +194,10 @@ def test_a_member_list_that_says_it_is_the_owners_is_refused(scene):
 
 def test_the_owner_and_who_has_the_role_own_may_change_the_list(scene):
     run(scene.owner.read())
-    run(scene.owner.write_members(LISTED | {"stranger": Member(KEYS["stranger"].public)}))
+    run(scene.owner.write_members(lambda before: LISTED | {"stranger": Member(KEYS["stranger"].public)}))
     assert run(scene.member("stranger").push([b"one"], clock=1, base=4)).verdict.folded
     second = scene.member("second")
-    run(second.write_members(LISTED))
+    run(second.write_members(lambda before: LISTED))
     run(scene.reader.read())
     assert "stranger" not in scene.reader.view.members and OWNER in scene.reader.view.members
 
@@ -205,7 +205,7 @@ def test_the_owner_and_who_has_the_role_own_may_change_the_list(scene):
 def test_a_key_that_is_revoked_while_it_works_writes_nothing_more_and_holds_nobody_back(scene):
     run(scene.b.push([b"round 1"], clock=1, base=4))
     run(scene.owner.read())
-    run(scene.owner.write_members(LISTED | {"a": replace(LISTED["a"], revoked=True)}))
+    run(scene.owner.write_members(lambda before: LISTED | {"a": replace(LISTED["a"], revoked=True)}))
     with pytest.raises(Dropped, match="the key of a is revoked"):
         run(scene.a.push([b"round 1"], clock=1, base=4))
     run(scene.reader.read())
@@ -216,14 +216,14 @@ def test_a_key_that_is_revoked_while_it_works_writes_nothing_more_and_holds_nobo
 
 def test_a_name_that_gets_another_key_is_not_the_old_key_any_more(scene):
     run(scene.owner.read())
-    run(scene.owner.write_members(LISTED | {"a": Member(KEYS["stranger"].public)}))
+    run(scene.owner.write_members(lambda before: LISTED | {"a": Member(KEYS["stranger"].public)}))
     run(scene.reader.read())
     assert scene.refused(altered(scene.next())).startswith("its signature is not that of a")
 
 
 def test_nothing_of_a_member_list_is_believed_that_its_record_does_not_name(scene):
     run(scene.owner.read())
-    entry = run(scene.owner.write_members(LISTED | {"stranger": Member(KEYS["stranger"].public)}))
+    entry = run(scene.owner.write_members(lambda before: LISTED | {"stranger": Member(KEYS["stranger"].public)}))
     key = payload_key(entry.record.manifest)
     data, _ = scene.store.objects[key]
     scene.store.objects[key] = data.replace(b"push", b"read"), 0.0
