@@ -88,6 +88,7 @@ class Crowd:
         about = Run(owner=owner.public, budget=1000, facts={})
         log = run(Log.begin(memory, about, members, owner))  # type: ignore[arg-type]
         self.logs: list[Fast] = []
+        Fast.made.clear()
         for i, name in enumerate(names):
             place, nonce = (log.view, log.tail), f"{i:032x}"
             log = run(Fast.open(Counted(memory), name, Seal(name), place, self.schedule, nonce=nonce))  # type: ignore[arg-type]

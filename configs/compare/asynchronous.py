@@ -14,6 +14,7 @@ SECONDS = 320.0  # of the laboratory's clock: the slowest island makes a step a 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # of --tune, and of no row
 OUTER_LR = ("sync.outer.lr", (0.1, 0.2, 0.4, 0.8, 1.6))  # the same for every row
+ONE_MORE = ("sync.outer.lr", (*OUTER_LR[1], 3.2))  # where the last one was the best
 
 UNEVEN = {"spread": 0.3, "straggle": 0.05, "slowdown": 5.0}
 SITES = {
@@ -55,8 +56,8 @@ ROWS = [
     row("synchronous DiLoCo", 0.4, **SYNCHRONOUS),
     row("synchronous, no momentum", 0.8, **SYNCHRONOUS, **PLAIN),
     row("synchronous DiLoCo, H by speed", 0.4, **SYNCHRONOUS, **DYLU),
-    row("plain asynchronous", 0.8, **PLAIN),
-    row("plain asynchronous + DyLU", 0.8, **PLAIN, **DYLU),
+    row("plain asynchronous", 1.6, tune=ONE_MORE, **PLAIN),
+    row("plain asynchronous + DyLU", 1.6, tune=ONE_MORE, **PLAIN, **DYLU),
     row("Delayed Nesterov", 0.4),
     row("Delayed Nesterov + DyLU", 0.4, **DYLU),
     row("synchronous DiLoCo", 0.4, "troubled", None, **SYNCHRONOUS),
