@@ -59,9 +59,10 @@ ROWS = [
     row("plain asynchronous", 1.6, tune=ONE_MORE, **PLAIN),
     row("plain asynchronous + DyLU", 1.6, tune=ONE_MORE, **PLAIN, **DYLU),
     row("Delayed Nesterov", 0.4),
-    row("Delayed Nesterov + DyLU", 0.4, **DYLU),
+    row("Delayed Nesterov + DyLU", 0.2, **DYLU),
     row("synchronous DiLoCo", 0.4, "troubled", None, **SYNCHRONOUS),
     row("synchronous DiLoCo, H by speed", 0.4, "troubled", None, **SYNCHRONOUS, **DYLU),
+    row("plain asynchronous", 1.6, "troubled", None, **PLAIN),
     row("Delayed Nesterov", 0.4, "troubled", None),
-    row("Delayed Nesterov + DyLU", 0.4, "troubled", None, **DYLU),
+    row("Delayed Nesterov + DyLU", 0.2, "troubled", None, **DYLU),
 ]
