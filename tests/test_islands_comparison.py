@@ -88,10 +88,9 @@ def test_the_first_row_of_each_sites_is_always_there(tmp_path):
      ("quorum", Quorum(SGD, 3))],
 )  # fmt: skip
 def test_every_merge_rule_can_be_compared(merge, rule):
-    changes = {"island.merge": merge, "island.staleness": 1, "island.quorum": 3}
-    config, scheme = described(
-        asynchronous.get_config(), changes | {"sync.outer.optimizer": "sgd", "sync.outer.lr": 1.0}, "row 'a' sets"
-    )
+    island = {"island.merge": merge, "island.staleness": 1, "island.quorum": 3, "sync.interval": 20}
+    outer = {"sync.outer.optimizer": "sgd", "sync.outer.lr": 1.0}
+    config, scheme = described(asynchronous.get_config(), island | outer, "row 'a' sets")
     assert scheme == Scheme(rule, 20, staleness=1)
     assert (config.sync.replicas, config.sync.strategy) == (1, "sync")
 
