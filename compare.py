@@ -3,6 +3,7 @@
 python compare.py --config=configs/compare/quickstart.py --simulate=4
 python compare.py --config=configs/compare/quickstart.py --processes=2
 python compare.py --config=configs/compare/quickstart.py --tune
+python compare.py --config=configs/compare/asynchronous.py     islands of unequal speed, on a simulated clock
 
 Trains every row of the config (a strategy, a codec, further changes) on the same budget of tokens with the same seeds.
 With --tune it only looks for rates: of each row that names candidates, one run of each, of a third of the length. Stop
@@ -28,7 +29,7 @@ from recipes import table
 from recipes.programs import use_compilation_cache
 from runtime import config as configuration
 from runtime import exits, lock, usage
-from runtime.config import bad_input
+from runtime.config import UsageError, bad_input
 from runtime.console import is_terminal, terminal_columns
 
 
@@ -38,20 +39,34 @@ def main(argv: list[str]) -> int:
         meshes.simulate(args.simulate)
     meshes.keep_freed_memory()
     use_compilation_cache(cache_directory())
-    plan = comparing.Plan.read(configuration.expand_home(args.config), args.only)
+    file = configuration.expand_home(args.config)
+    config, names = configuration.execute(file)
+    islands = _islands(args) if "SITES" in names else None
+    plan = (islands or comparing.Plan).found(file, config, names, args.only)
     with bad_input():
         workdir = Path(configuration.local_path("--workdir", args.workdir or f"runs/compare-{Path(args.config).stem}"))
     lock.hold(workdir)  # exits.guarded lets go of it
+    if islands:
+        return islands.main(plan, workdir, args.tune, args.processes)
     side_by_side = {"processes": args.processes, "simulate": args.simulate or 0}
     if args.tune:
         for row in comparing.search(plan, workdir, **side_by_side):
-            said = ", ".join(f"{value:g}: {loss:.4f}" for value, loss in row.losses.items())
-            edge = ", at the edge: try more" if row.edge else ""
-            print(f"{row.name} | {row.key} | {said} | best {row.best:g}{edge}")
+            print(row)
         return 0
     found = comparing.run(plan, workdir, **side_by_side)
     print(f"\n{shown(found)}\nin {workdir}: report.html, table.md, table.csv, table.json, plots/")
     return 0
+
+
+def _islands(args: argparse.Namespace) -> Any:
+    """What compares asynchronous schemes: their rows are islands of the laboratory."""
+    if args.simulate:
+        raise UsageError(
+            "--simulate: the islands of such a comparison train one after another, each on one device: leave it out"
+        )
+    from islands import comparison
+
+    return comparison
 
 
 def shown(found: dict[str, Any]) -> str:

@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     replace_file(workdir / "table.md", ("\n".join(lines) + "\n").encode())
-    pictures.losses(outcomes, workdir / "loss.png")
-    pictures.staleness(outcomes, workdir / "staleness.png")
+    pictures.losses({"": outcomes}, workdir / "loss.png")
+    pictures.staleness({"": outcomes}, workdir / "staleness.png")
     if paths:
         pictures.paths(Textbook(), paths, workdir / "path.png")
     print(f"\n{workdir}: {', '.join(sorted(each.name for each in workdir.iterdir()))}")

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -63,17 +63,28 @@ class Scheme:
     codec: Any = None
 
 
-@dataclass
-class Outcome:
-    """What has happened. times, losses: a curve. log: every record. staleness: of each push, how many of others were
-    folded since its round began. steps, bytes: of all pushes."""
+class Round(NamedTuple):
+    """Of an island: seconds at which it began, its steps did, they ended, and its push was folded. counts: it was; what
+    an island was at when it died, or when time was up, ends there."""
 
-    state: State
-    view: View
+    island: int
+    began: float
+    first: float
+    last: float
+    ended: float
+    counts: bool
+
+
+@dataclass
+class Measured:
+    """What an experiment shows. times, losses: a curve. staleness: of each push, how many of others were folded since
+    its round began. steps, bytes: of all pushes. rounds: of all islands. away: (island, from when, until when)."""
+
     times: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     staleness: list[int] = field(default_factory=list)
-    log: list[Record] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    away: list[tuple[int, float, float]] = field(default_factory=list)
     steps: int = 0
     bytes: int = 0
 
@@ -85,6 +96,15 @@ class Outcome:
     def seconds_to(self, loss: float) -> float:
         """When the curve is first at this loss, or below; infinity: never."""
         return next((t for t, x in zip(self.times, self.losses, strict=True) if x <= loss), math.inf)
+
+
+@dataclass(kw_only=True)
+class Outcome(Measured):
+    """What has happened. log: every record."""
+
+    state: State
+    view: View
+    log: list[Record] = field(default_factory=list)
 
 
 @dataclass
@@ -104,7 +124,9 @@ class _Island:
     seen: int = 0  # of all pushes that were folded, so many has it
     missing: int = 0  # further bytes that it has to pull
     base: Params | None = None
-    seconds: float = 0.0  # that the round takes
+    seconds: float = 0.0  # that the steps of the round take
+    round: Round | None = None  # that it makes
+    gone: float = 0.0  # since when it is not there
 
 
 def play(
@@ -123,7 +145,7 @@ class _Laboratory:
     def __init__(self, task: Task, sites: Sequence[Site], scheme: Scheme, seed: int, watch: Any):
         params = task.init()
         self.task, self.scheme, self.seed, self._watch = task, scheme, seed, watch
-        self.found = Outcome(merge.start(scheme.rule, params), View())
+        self.found = Outcome(state=merge.start(scheme.rule, params), view=View())
         self.form = Form({leaf: x.size for leaf, x in params.items()}, scheme.codec) if scheme.codec else None
         self.model_bytes = self.push_bytes = sum(4 * x.size for x in params.values())
         if self.form:
@@ -152,6 +174,9 @@ class _Laboratory:
                 event(*arguments)
             self.found.times.append(grid)
             self.found.losses.append(self.task.loss(self._params()[1]))
+        self.time = seconds
+        for island in self.islands:
+            self._end_round(island) if island.alive else self._return(island)
         return self.found
 
     def _at(self, time: float, event: Callable[..., None], *arguments: Any) -> None:
@@ -170,6 +195,7 @@ class _Laboratory:
         island.clock = max(before.clock if before else 0, self.found.view.complete)
         incarnation = before.incarnation + 1 if before else 1
         self._write("join", island, incarnation=incarnation, base=self.found.view.version)
+        self._return(island)
         island.own, island.alive = self.task.begin(island.number), True
         if self.form and self.form.codec.wants_error_feedback:
             island.owed = {leaf: np.zeros(size, np.float32) for leaf, size in self.form.sizes.items()}
@@ -197,10 +223,13 @@ class _Laboratory:
         island.seconds = site.seconds(island.interval, island.rng)
         pull = site.transfer(island.missing + (self._pushes - island.seen) * self.push_bytes)
         push, island.seen, island.missing = site.transfer(self.push_bytes), self._pushes, 0
+        first, last = self.time + pull, self.time + pull + island.seconds
+        island.round = Round(island.number, self.time, first, last, last + push, counts=True)
         self._in_this_life(pull + island.seconds + push, self._push, island)
 
     def _push(self, island: _Island) -> None:
         assert island.base is not None
+        self._end_round(island)
         params, island.own, _ = self.task.steps(island.base, island.own, island.number, island.done, island.interval)
         island.done += island.interval
         delta = {leaf: island.base[leaf] - params[leaf] for leaf in params}
@@ -230,8 +259,22 @@ class _Laboratory:
             self._die(island)
             self._write("leave", island)
 
+    def _end_round(self, island: _Island) -> None:
+        """By its push; before that, it was for nothing."""
+        if island.round:
+            began, *times = island.round[1:5]
+            cut = [min(time, self.time) for time in times]
+            counts = island.round.ended <= self.time
+            self.found.rounds.append(Round(island.number, began, *cut, counts=counts))
+        island.round = None
+
+    def _return(self, island: _Island) -> None:
+        if self.time > island.gone:
+            self.found.away.append((island.number, island.gone, self.time))
+
     def _die(self, island: _Island) -> None:
-        island.alive, island.life = False, island.life + 1
+        self._end_round(island)
+        island.alive, island.life, island.gone = False, island.life + 1, self.time
         self._waiting = [each for each in self._waiting if each is not island]
 
     def _expire(self, gone: _Island, incarnation: int) -> None:

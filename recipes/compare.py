@@ -55,7 +55,11 @@ class Plan:
     @classmethod
     def read(cls, file: str, only: str) -> "Plan":
         """Of a config file with ROWS and SEEDS. Raises UsageError."""
-        base, found = configuration.execute(file)
+        return cls.found(file, *configuration.execute(file), only)
+
+    @classmethod
+    def found(cls, file: str, base: Any, found: dict[str, Any], only: str) -> "Plan":
+        """Of what is in such a file."""
         if missing := {"ROWS", "SEEDS"} - found.keys():
             raise UsageError(f"--config={file} has no {', '.join(sorted(missing))}: see configs/compare/quickstart.py")
         return cls.of(base, found["ROWS"], found["SEEDS"], only)
@@ -189,6 +193,11 @@ class Tried(NamedTuple):
     @property
     def edge(self) -> bool:
         return len(self.losses) > 1 and self.best in (min(self.losses), max(self.losses))
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{value:g}: {loss:.4f}" for value, loss in self.losses.items())
+        edge = ", at the edge: try more" if self.edge else ""
+        return f"{self.name} | {self.key} | {said} | best {self.best:g}{edge}"
 
 
 def search(

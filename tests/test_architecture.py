@@ -43,14 +43,14 @@ def parsed(file: Path) -> ast.Module:
     return ast.parse((ROOT / file).read_text())
 
 
+ROOMS_OF_THEIR_OWN = {"model/huggingface.py", "data/chat.py"} | {
+    f"islands/{name}.py" for name in ("experiments", "founding", "comparison", "compared", "language")
+}
+
+
 def room(file: Path) -> str:
     """Of a file: its folder at the root, or its own name there; parallel/ has four rooms, and a command its own."""
-    if file in (
-        Path("model", "huggingface.py"),
-        Path("data", "chat.py"),
-        Path("islands", "experiments.py"),
-        Path("islands", "founding.py"),
-    ):
+    if str(file) in ROOMS_OF_THEIR_OWN:
         return str(file.with_suffix(""))
     first = file.parts[0].removesuffix(".py")
     return "/".join(file.parts[:2]) if first == "parallel" and len(file.parts) > 2 else first
@@ -198,12 +198,15 @@ MAY_IMPORT = {
     "runtime": {"runtime"},
     "configs": {"configs"},
     "recipes": {"recipes", "islands", "model", "optim", *PARALLEL, "data", "runtime"},
-    "compare": {"recipes", "data", *PARALLEL, "runtime"},
+    "compare": {"recipes", "islands", "data", *PARALLEL, "runtime"},
     "plan": {"recipes", *PARALLEL, "runtime"},
     "train": {"recipes", "data", *PARALLEL, "runtime"},
     "slackline": {"recipes", "data", "runtime"},
     "islands/experiments": {"islands", "recipes", "runtime"},
     "islands/founding": {"islands", "recipes", "parallel/layout", "runtime"},
+    "islands/comparison": {"islands", "recipes", "runtime"},
+    "islands/compared": {"islands", "runtime"},
+    "islands/language": {"recipes", "parallel/layout", "runtime"},
     "islands": {"islands", "parallel/exchange", "runtime"},
     "serving": {"serving", "recipes", "model", "parallel/layout", "parallel/cost", "data", "runtime"},
     "serve": {"serving", "data", "runtime"},

@@ -1,0 +1,208 @@
+"""A comparison (compare.py) whose rows are islands of the laboratory: schemes that differ in who waits for whom, and in
+what is done with a push. Its config file has SITES, and get_config() says what an island trains.
+
+SITES: {name: [what pace.Site takes, of each island]}. ROWS: dictionaries with name, changes, perhaps sites (the name of
+some; else the first), and tune. changes: keys of the config, and those of `ISLAND`. SECONDS: of the laboratory's clock.
+TUNING_SEED: of the candidates' runs.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from islands import compared, decode
+from islands.laboratory import Measured, Round, Scheme, play
+from islands.language import Language, Programs
+from islands.merge import Average, Compensated, Nesterov, Outer, Quorum, Rule
+from islands.pace import Site
+from recipes import methods
+from recipes.compare import Tried
+from recipes.runner import one_core
+from runtime import config as configuration
+from runtime.config import UsageError
+from runtime.metrics import write_json
+
+NAMES = ("ROWS", "SEEDS", "SITES", "SECONDS", "TUNING_SEED")  # in a config file
+ISLAND = {"island.merge": "nesterov", "island.staleness": -1, "island.dylu": False, "island.quorum": 4}
+KIND = 1  # of result files: those with another number are not read
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: of a row with a seed, or of a candidate."""
+
+    name: str
+    config: Any  # what an island trains
+    scheme: Scheme
+    sites: tuple[Site, ...]
+    seconds: float
+    seed: int
+
+    def file(self, workdir: Path) -> Path:
+        """Named by all that was run: another config, another file."""
+        described = [self.config.to_json(sort_keys=True), *map(repr, (self.scheme, self.sites, self.seconds))]
+        digest = hashlib.sha256(json.dumps([*described, self.seed, KIND]).encode()).hexdigest()[:16]
+        return workdir / "results" / f"{digest}.json"
+
+    def result(self, workdir: Path) -> Measured:
+        """JSON has no NaN: a loss that is not a number is null there."""
+        found = json.loads(self.file(workdir).read_text())
+        losses = [math.nan if loss is None else loss for loss in found["losses"]]
+        return Measured(**found | {"losses": losses, "rounds": [Round(*each) for each in found["rounds"]]})
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    sites: str
+    jobs: tuple[Job, ...]  # one of each seed
+    candidates: dict[float, Job]
+    key: str  # whose values these are
+
+
+# ── what is compared ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def found(file: str, base: Any, names: dict[str, Any], only: str = "") -> list[Row]:
+    """Of a config file and the names in it. The first row of each sites is its baseline, and always there. Raises
+    UsageError."""
+    if missing := [name for name in NAMES if name not in names]:
+        raise UsageError(f"--config={file} has no {', '.join(missing)}: see configs/compare/asynchronous.py")
+    if len(set(names["SEEDS"])) < max(3, len(names["SEEDS"])):
+        raise UsageError(f"SEEDS={names['SEEDS']}: an interval needs 3 seeds or more, all different")
+    try:
+        sites = {name: tuple(Site(**each) for each in given) for name, given in names["SITES"].items()}
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"SITES: {error}; islands/pace.py says what a site has") from error
+    rows = [_row(row, base, sites, names) for row in names["ROWS"]]
+    if not rows:
+        raise UsageError("ROWS is empty: the first row of each sites is the baseline, the others are compared with it")
+    first = {row.sites: row for row in reversed(rows)}
+    return [row for row in rows if only in f"{row.name}, {row.sites}" or row is first[row.sites]]
+
+
+def _row(given: Any, base: Any, sites: dict[str, tuple[Site, ...]], names: dict[str, Any]) -> Row:
+    if not isinstance(given, dict) or not {"name", "changes"} <= given.keys() <= {"name", "changes", "sites", "tune"}:
+        raise UsageError(f"row {given!r}: expected a dictionary with name, changes and perhaps sites and tune")
+    name, where = given["name"], given.get("sites", next(iter(sites)))
+    if where not in sites:
+        raise UsageError(f"row {name!r}: sites={where!r} is none of {', '.join(sites)}")
+    key, values = given.get("tune") or ("", ())
+
+    def job(seed: int, **more: Any) -> Job:
+        config, scheme = described(base, given["changes"] | more, f"row {name!r} sets")
+        label = ", ".join([name, where, *(f"{key}={value:g}" for key, value in more.items())])
+        return Job(label, config, scheme, sites[where], float(names["SECONDS"]), seed)
+
+    candidates = {value: job(names["TUNING_SEED"], **{key: value}) for value in values}
+    return Row(name, where, tuple(job(seed) for seed in names["SEEDS"]), candidates, key)
+
+
+def described(base: Any, changes: dict[str, Any], what: str) -> tuple[Any, Scheme]:
+    """(what an island trains, how) of a config with these changes. Raises UsageError."""
+    config, island = base.copy_and_resolve_references(), dict(ISLAND)
+    island |= {key: value for key, value in changes.items() if key in ISLAND}
+    others = {key: value for key, value in changes.items() if key not in ISLAND}
+    config.update_from_flattened_dict(configuration.converted(others, what))
+    s = config.sync
+    try:
+        outer = Outer(s.outer.optimizer, s.outer.lr, 0.0 if s.outer.optimizer == "sgd" else s.outer.momentum)
+        codec = None if s.codec == "none" else decode.build(s.codec)
+        scheme = Scheme(_rule(island, outer), s.interval, island["island.staleness"], island["island.dylu"], codec)
+    except ValueError as error:
+        raise UsageError(f"{what} what cannot be: {error}") from error
+    config.sync = configuration.nested(configuration.base_values()).sync
+    config.sync.replicas = 1  # by itself an island is a run with one replica
+    methods.validate(config)
+    return config, scheme
+
+
+def _rule(island: dict[str, Any], outer: Outer) -> Rule:
+    merge = island["island.merge"]
+    rules: dict[str, Any] = {
+        "average": lambda: Average(outer, island["island.staleness"]),
+        "nesterov": lambda: Nesterov(outer),
+        "compensated": lambda: Compensated(outer),
+        "quorum": lambda: Quorum(outer, island["island.quorum"]),
+    }
+    if merge not in rules:
+        raise ValueError(f"island.merge={merge}: expected one of {', '.join(rules)}")
+    return rules[merge]()
+
+
+def main(rows: list[Row], workdir: Path, tune: bool, processes: int) -> int:
+    """What compare.py does with such a config: trains what is not there yet, and keeps table and plots of what is."""
+    if tune:
+        return _tune(rows, workdir, processes)
+    text, firsts = "", {row.sites: row for row in reversed(rows)}
+    for _ in train([row.jobs for row in rows], workdir, processes):
+        done = [row for row in rows if all(job.file(workdir).exists() for job in row.jobs)]
+        shown = [row for row in done if firsts[row.sites] in done]
+        found = [
+            compared.Found(row.name, row.sites, len(row.jobs[0].sites), [job.result(workdir) for job in row.jobs])
+            for row in shown
+        ]
+        text = compared.write(found, workdir) if found else ""
+    print(f"\n{text}\n\nin {workdir}: table.md, table.csv, table.json, plots/")
+    return 0
+
+
+def _tune(rows: list[Row], workdir: Path, processes: int) -> int:
+    """Each candidate once, by the loss at the end. A line for each row, as compare.py has them."""
+    rows = [row for row in rows if row.candidates]
+    if not rows:
+        raise UsageError("no row has `tune`, a key and the values to try: see configs/compare/asynchronous.py")
+    for _ in train([[job] for row in rows for job in row.candidates.values()], workdir, processes):
+        pass
+    for row in rows:
+        print(Tried(row.name, row.key, {value: job.result(workdir).loss for value, job in row.candidates.items()}))
+    return 0
+
+
+# ── the runs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def train(jobs: Sequence[Sequence[Job]], workdir: Path, processes: int = 1) -> Iterator[None]:
+    """Trains what is not in the workdir yet; comes back after each list. processes: so many lists at once, each on a
+    core of its own."""
+    if processes == 1:
+        for some in jobs:
+            _train(some, workdir)
+            yield
+        return
+    spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not have
+    with ProcessPoolExecutor(processes, spawn, one_core, (spawn.Value("i", 0), 0)) as pool:
+        for done in as_completed([pool.submit(_train, some, workdir) for some in jobs]):
+            done.result()
+            yield
+
+
+def _train(jobs: Sequence[Job], workdir: Path) -> None:
+    for job in jobs:
+        if job.file(workdir).exists():
+            continue
+        began = time.time()
+        task = Language(_programs(job.config.to_json(sort_keys=True)), job.seed)
+        found = play(task, job.sites, job.scheme, job.seconds, job.seed)
+        measured = {field.name: getattr(found, field.name) for field in dataclasses.fields(Measured)}
+        write_json(job.file(workdir), measured)
+        print(
+            f"{job.name} | seed {job.seed} | {found.steps:,} steps in {time.time() - began:.0f} s | "
+            f"loss {found.loss:.4f}",
+            flush=True,
+        )
+
+
+@functools.lru_cache(1)
+def _programs(text: str) -> Programs:
+    """Shared by all runs that train the same."""
+    return Programs(configuration.nested(dict(configuration.flatten(json.loads(text)))))
