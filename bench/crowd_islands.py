@@ -131,7 +131,7 @@ def _read(log: Log) -> Routine[None]:
 
 def main() -> None:
     parser = usage.parser(__doc__, "python bench/crowd_islands.py")
-    parser.add_argument("--islands", type=usage.positive, default=1000)
+    parser.add_argument("--islands", type=usage.positive, default=1000, metavar="N", help="how many")
     count = parser.parse_args().islands
     trust.genuine = lambda public, message, signature: True
     report = common.Report("crowd_islands")

@@ -34,7 +34,8 @@ Params = dict[str, np.ndarray]
 class Task(Protocol):
     """What is trained. Params are float32 vectors by name. tokens: of one step."""
 
-    tokens: int
+    @property
+    def tokens(self) -> int: ...
 
     def init(self) -> Params: ...
 

@@ -122,7 +122,7 @@ def _figure(
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.1)
     figure.suptitle(title, x=0.02, ha="left", fontsize=15, fontweight="bold", color=INK)
-    found = figure.subplots(rows, panels, sharex=one_scale, sharey=True, squeeze=False).reshape(-1)
+    found = figure.subplots(rows, panels, sharex=one_scale, sharey=True, squeeze=False).reshape(-1).tolist()
     for axes in found:
         axes.grid(True, color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)

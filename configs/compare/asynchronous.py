@@ -8,6 +8,8 @@ Rows of the first sites have speeds of 1 : 1 : 2 : 4 and nothing else. On the ot
 and straggle, an island dies and comes back, and one joins late.
 """
 
+from typing import Any
+
 from configs.compare import quickstart
 
 H = 20  # steps of a round; with H by speed, the fastest island's
@@ -49,9 +51,9 @@ def row(name, lr, sites="steady", tune=OUTER_LR, **changes):
     return {"name": name, "changes": keys, "tune": tune, "sites": sites}
 
 
-SYNCHRONOUS = {"island__merge": "average", "island__staleness": 0}
-PLAIN = {"sync__outer__optimizer": "sgd"}
-DYLU = {"island__dylu": True}
+SYNCHRONOUS: dict[str, Any] = {"island__merge": "average", "island__staleness": 0}
+PLAIN: dict[str, Any] = {"sync__outer__optimizer": "sgd"}
+DYLU: dict[str, Any] = {"island__dylu": True}
 
 # The first row of each sites is what the others of these sites are compared with.
 ROWS = [
