@@ -88,7 +88,7 @@ def island(name: str, log: Path, number: int, speed: float, seconds: float) -> N
 
 
 def real(name: str, folder: Path, scale: float) -> tuple[Measured, float]:
-    """(its curve, by the times of its records; the share of a round that computing took, of the busiest island, the median)."""
+    """(its curve, by the times of its records; the median share of a round that computing takes, of the busiest)."""
     config, _, _ = described(name)
     task, log, seconds = Language(Programs(config), SEED), folder / name.replace(" ", "-"), rows.SECONDS / scale
     begin(name, log, task)
