@@ -103,6 +103,11 @@ class Plan:
             methods.validate(config, row.own)
             if row.own.task:
                 methods.check_unread(row.own.task, row.changes | more)
+            if config.sync.strategy in methods.OUTSIDE:
+                raise UsageError(
+                    f"row {row.name!r} sets sync.strategy={config.sync.strategy}: it trains with others, at a speed of its "
+                    "own. Rows of islands are compared on a simulated clock: see configs/compare/asynchronous.py"
+                )
             if config.init.workdir:
                 raise UsageError(f"row {row.name!r} sets init.workdir: a comparison draws its weights by seed")
 

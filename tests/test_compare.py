@@ -267,6 +267,7 @@ def test_a_row_with_warm_steps_begins_with_the_baselines_state(tmp_path):
         (("(1e-3, 4e-3)", "(1e-3, 2e-3, 3e-3, 4e-3)"), "4 candidates; every row has at most 3"),
         (('sync__codec="sign"', 'sync__codec="sing"'), "did you mean 'sign'"),
         (("ROWS = ", "LINES = "), "has no ROWS"),
+        (('sync__codec="sign"', 'sync__strategy="island"'), "'signs' sets sync.strategy=island: it trains with others"),
     ],
 )
 def test_bad_comparisons(tmp_path, change, part):
