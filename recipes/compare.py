@@ -100,14 +100,14 @@ class Plan:
         candidates = [({row.tune[0]: value}, self.third) for value in row.tune[1]] if row.tune else []
         for more, steps in [({}, self.steps), *candidates]:
             config = self.config(row, steps, more)
+            if config.sync.strategy in methods.OUTSIDE:
+                raise UsageError(
+                    f"row {row.name!r} sets sync.strategy={config.sync.strategy}: it trains with others, at a speed of "
+                    "its own. Rows of islands are compared on a simulated clock: see configs/compare/asynchronous.py"
+                )
             methods.validate(config, row.own)
             if row.own.task:
                 methods.check_unread(row.own.task, row.changes | more)
-            if config.sync.strategy in methods.OUTSIDE:
-                raise UsageError(
-                    f"row {row.name!r} sets sync.strategy={config.sync.strategy}: it trains with others, at a speed of its "
-                    "own. Rows of islands are compared on a simulated clock: see configs/compare/asynchronous.py"
-                )
             if config.init.workdir:
                 raise UsageError(f"row {row.name!r} sets init.workdir: a comparison draws its weights by seed")
 
