@@ -1,8 +1,11 @@
 """Members of a real log: what they take, when they wait, and what becomes of them when the store or another is gone."""
 
+import errno
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import crew
@@ -209,6 +212,27 @@ def test_a_push_whose_answer_is_lost_before_the_store_goes_away_counts_once(stor
     wait(lambda: a._away_since)
     monkeypatch.undo()
     store.away = False
+    wait(lambda: not a._pushes)
+    same(a.take()[1], less(first, 1.0))
+    assert [entry.record.clock for entry in entries(store) if entry.record.type == "push"] == [0]
+
+
+def test_a_full_disk_in_the_middle_of_a_push_costs_nothing(store, start, monkeypatch):
+    """Half of a payload is written; nothing of it is left, and when there is room again the push counts once."""
+    first = crew.begin(store, **EACH)
+    a = start("a")
+    version, _ = a.take()
+
+    def full(path, data):
+        Path(path).write_bytes(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store._disk, "write", full)
+    crew.push(a, ones(), version)
+    wait(lambda: a._away_since)
+    assert "No space left on device" in start.said[-1]
+    assert not list((store.root / "payloads").glob(".*"))
+    monkeypatch.undo()
     wait(lambda: not a._pushes)
     same(a.take()[1], less(first, 1.0))
     assert [entry.record.clock for entry in entries(store) if entry.record.type == "push"] == [0]
