@@ -30,7 +30,8 @@ from islands.store import Away, Store, run
 from islands.view import Island
 from runtime.config import RunError
 
-IDLE, WAITED_FOR = 1.0, 0.05  # seconds between two requests for the next record: nobody waits for it, or somebody does
+IDLE = 1.0  # seconds between two requests for the next record
+WAITED_FOR = 0.05, 0.5  # of these, when the island waits for it: at first, and at last
 PATIENCE = 3.0  # seconds after which a store that does not answer is said to be away
 MOST_WAITING = 8  # rounds that wait in memory for a store that is away
 TOLD = 20  # of what was refused, in a heartbeat
@@ -154,12 +155,16 @@ class Member:
 
     def _work(self) -> None:
         try:
+            pause, longest = WAITED_FOR
             while not self._ended or self._pushes:
+                before = self.follower.view.next
                 self._turn()
+                in_vain = self._hurry and self.follower.view.next == before
+                pause = min(2 * pause, longest) if in_vain else WAITED_FOR[0]
                 with self._changed:
                     self._changed.notify_all()
                     if not self._asked and not self._ended and (not self._pushes or self._away_since):
-                        self._changed.wait(WAITED_FOR if self._hurry else IDLE)
+                        self._changed.wait(pause if self._hurry else IDLE)
             if self._leaving:
                 with contextlib.suppress(Dropped):
                     run(self.log.leave())
