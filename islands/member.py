@@ -27,7 +27,6 @@ from islands.reader import Reader
 from islands.record import PUSH
 from islands.secret import seal, sealed
 from islands.store import Away, Store, run
-from islands.view import Island
 from runtime.config import RunError
 
 IDLE = 1.0  # seconds between two requests for the next record
@@ -64,7 +63,6 @@ class Member:
         self._failed: BaseException | None = None
         self._away_since = 0.0  # 0: the store answers
         self._lookout, self._told = presence.Lookout(self.log, say), 0
-        self.before: Island | None = None  # what the log said of this island before it joined
         self._thread = threading.Thread(target=self._work, name=f"island {self.name}", daemon=True)
 
     @classmethod
@@ -84,7 +82,6 @@ class Member:
         follower = run(Follower.open(store, island=name, key=key, patience=PATIENCE))
         _catch_up(follower, say)
         member = cls(follower, store, say)
-        member.before = follower.view.islands.get(name)
         run(follower.log.beat(**presence.process()))
         run(follower.log.join(clock))
         member._advance()

@@ -37,7 +37,7 @@ class Processes:
 
     def __init__(self, follower: Follower, log: Log | None, store: Ahead, name: str, say: Callable[[str], None]):
         self.follower, self.log, self.store, self.name, self._say = follower, log, store, name, say
-        self.clock, self.before, self._told = 0, None, 0
+        self.clock, self._told = 0, 0
         self._lookout = presence.Lookout(log, say) if log else None
         self._ended = threading.Event()
 
@@ -65,7 +65,6 @@ class Processes:
         follower = run(Follower.at(place, reader, store, share=share))
         own = cls(follower, log[0] if log else None, store, name, say)
         own._follow(lambda: True)
-        own.before = follower.view.islands.get(name)
         agree.decided("joining", lambda: run(log[0].join(clock)).sequence)
         own._follow(lambda: True)
         own.clock = follower.view.islands[name].clock
