@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from parallel.exchange import residuals
 from parallel.exchange.exchange import Exchange
 from parallel.layout import roles
-from parallel.layout.axes import SLOW
 from parallel.strategies.base import Batch, State, Strategy, norms
 from parallel.strategies.local import Local
 
@@ -39,14 +38,9 @@ class Island(Local):
         return State(step=jnp.int32(0), params=params, opt={}, strategy=strategy, guard={}, codec=codec)
 
     def declare(self, state: State) -> Any:
-        own = state.strategy["replicas"]
-        replicas = {
-            "params": roles.like(roles.REPLICA, self.specs, SLOW),
-            "opt": roles.of_optimizer(self.optimizer, own["opt"], self.specs, SLOW, own=True),
-            "guard": roles.of_guard(own["guard"], SLOW),
-        }
         owed = roles.like(roles.SHARED, self.specs) if self.feedback else {}
-        strategy = {"replicas": replicas, "owed": owed, "round": roles.each(roles.SHARED, state.strategy["round"])}
+        round = roles.each(roles.SHARED, state.strategy["round"])
+        strategy = {"replicas": self.declare_replicas(state), "owed": owed, "round": round}
         return replace(Strategy.declare(self, state), opt={}, strategy=strategy, guard={})
 
     def programs(self) -> dict[str, Callable]:

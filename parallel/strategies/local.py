@@ -77,16 +77,19 @@ class Local(Strategy):
         return State(step=jnp.int32(0), params=params, opt={}, strategy=strategy, guard={}, codec=codec)
 
     def declare(self, state: State) -> Any:
+        outer = {"shared": roles.of_optimizer(self.outer, state.strategy["outer"]["shared"], self.specs, SLOW)}
+        rounds = roles.of_guard(state.strategy["rounds"])
+        strategy = {"replicas": self.declare_replicas(state), "outer": outer, "rounds": rounds}
+        return replace(super().declare(state), opt={}, strategy=strategy, guard={})
+
+    def declare_replicas(self, state: State) -> Any:
+        """Of what each replica has of its own."""
         own = state.strategy["replicas"]
-        replicas = {
+        return {
             "params": roles.like(roles.REPLICA, self.specs, SLOW),
             "opt": roles.of_optimizer(self.optimizer, own["opt"], self.specs, SLOW, own=True),
             "guard": roles.of_guard(own["guard"], SLOW),
         }
-        outer = {"shared": roles.of_optimizer(self.outer, state.strategy["outer"]["shared"], self.specs, SLOW)}
-        rounds = roles.of_guard(state.strategy["rounds"])
-        strategy = {"replicas": replicas, "outer": outer, "rounds": rounds}
-        return replace(super().declare(state), opt={}, strategy=strategy, guard={})
 
     def copies(self, tree: Any) -> Any:
         """One for each replica."""
