@@ -2070,7 +2070,7 @@ CASES = [
     TakenOut(
         "islands: rounds that the checkpoint lacks are made again",
         "recipes/island.py",
-        '        own._made = made_since(met, config.island.name, saved["clock"])\n',
+        '        own._made = made_since(met, name, saved["clock"], flat.share if jax.process_count() > 1 else None)\n',
         "        own._made = []\n",
         "tests/test_island_run.py -k killed_and_goes_on",
     ),

@@ -45,7 +45,13 @@ def bad_push(log: Path) -> None:
     """By another island: its last piece, which lies on the last device, is not finite."""
     z = Member.start(Folder(log), "z", 0, print)
     form = z.follower.form
-    parts = [Part(name, 0, np.ones(size, np.float32)) for name, size in form.sizes.items()]
+    cut = {name: 3 * size // 4 // form.codec.block * form.codec.block for name, size in form.sizes.items()}
+    parts = [
+        Part(name, first, np.ones(last - first, np.float32))
+        for name, size in form.sizes.items()
+        for first, last in ((0, cut[name]), (cut[name], size))
+        if first < last
+    ]
     blobs = member.encoded(z.follower, parts, Draw(0, "z", 0))
     *data, text = member.push_of(z.follower, blobs)
     said, leaf = json.loads(text), max(form.sizes, key=lambda name: form.sizes[name])
