@@ -56,8 +56,8 @@ def staleness(panels: Panels, path: Path) -> None:
             axes.bar(left, share, wide, align="edge", color=colors[name], label=name)
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("pushes folded since its round began", **LABEL)
-        _legend(axes)
     found[0].set_ylabel("pushes, %", **LABEL)
+    _shared_legend(figure, found, "outside lower center", 4)
     _save(figure, path)
 
 
@@ -81,9 +81,7 @@ def times(rows: Mapping[str, tuple[Measured, int]], path: Path) -> None:
         axes.set_xlim(0, run.times[-1])
         axes.grid(False)
     found[-1].set_xlabel("seconds of the laboratory's clock; white: it waits for others", **LABEL)
-    named = {kind: each for axes in found for each, kind in zip(*axes.get_legend_handles_labels(), strict=True)}
-    how = {"ncols": len(SPELLS), "fontsize": 11, "frameon": False, "labelcolor": INK}
-    figure.legend(named.values(), named.keys(), loc="outside upper right", **how)
+    _shared_legend(figure, found, "outside upper right", len(SPELLS))
     _save(figure, path)
 
 
@@ -141,9 +139,15 @@ def _colors(count: int) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(count)]
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(fontsize=11, frameon=False, labelcolor=INK)
-
-
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, format="png")
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(loc="upper right", fontsize=11, frameon=False, labelcolor=INK)
+
+
+def _shared_legend(figure: Any, found: Sequence[Any], where: str, ncols: int) -> None:
+    """One for all panels, beside them, where it hides nothing."""
+    named = {kind: each for axes in found for each, kind in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc=where, ncols=ncols, fontsize=11, frameon=False, labelcolor=INK)
