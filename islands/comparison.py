@@ -9,6 +9,7 @@ TUNING_SEED: of the candidates' runs.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -144,7 +145,7 @@ def main(rows: list[Row], workdir: Path, tune: bool, processes: int) -> int:
     if tune:
         return _tune(rows, workdir, processes)
     text, firsts = "", {row.sites: row for row in reversed(rows)}
-    for _ in train([row.jobs for row in rows], workdir, processes):
+    for _ in itertools.chain([None], train([row.jobs for row in rows], workdir, processes)):
         done = [row for row in rows if all(job.file(workdir).exists() for job in row.jobs)]
         shown = [row for row in done if firsts[row.sites] in done]
         found = [
@@ -172,8 +173,9 @@ def _tune(rows: list[Row], workdir: Path, processes: int) -> int:
 
 
 def train(jobs: Sequence[Sequence[Job]], workdir: Path, processes: int = 1) -> Iterator[None]:
-    """Trains what is not in the workdir yet; comes back after each list. processes: so many lists at once, each on a
-    core of its own."""
+    """Trains what is not in the workdir yet; comes back after each list of which something was missing. processes: so
+    many lists at once, each on a core of its own."""
+    jobs = [some for some in jobs if not all(job.file(workdir).exists() for job in some)]
     if processes == 1:
         for some in jobs:
             _train(some, workdir)

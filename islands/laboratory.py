@@ -261,7 +261,7 @@ class _Laboratory:
             self._write("leave", island)
 
     def _end_round(self, island: _Island) -> None:
-        """By its push; before that, it was for nothing."""
+        """By its push; before that, its steps are not pushed."""
         if island.round:
             began, *times = island.round[1:5]
             cut = [min(time, self.time) for time in times]

@@ -14,7 +14,7 @@ from runtime.plot import GRID, INK, LABEL, MUTED
 
 COLORS = ("#1f2430", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b8860b", "#6f4bb8", "#56b4e9")
 BINS = 20
-SPELLS = {"steps that count": "#0072b2", "steps for nothing": "#d55e00", "link": "#b8860b", "away": "#d1d5db"}
+SPELLS = {"steps that count": "#0072b2", "steps not pushed": "#d55e00", "link": "#b8860b", "away": "#d1d5db"}
 Outcomes = Mapping[str, Sequence[Measured]]  # by scheme, of each seed
 Panels = Mapping[str, Outcomes]  # by title, side by side
 
@@ -69,7 +69,7 @@ def times(rows: Mapping[str, tuple[Measured, int]], path: Path) -> None:
         spells["away"] = list(run.away)
         for each in run.rounds:
             spells["link"] += [(each.island, each.began, each.first), (each.island, each.last, each.ended)]
-            spells["steps that count" if each.counts else "steps for nothing"] += [(each.island, each.first, each.last)]
+            spells["steps that count" if each.counts else "steps not pushed"] += [(each.island, each.first, each.last)]
         for kind, color in SPELLS.items():
             at = [(island, a, b) for island, a, b in spells[kind] if b > a]
             if at:

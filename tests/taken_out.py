@@ -2028,15 +2028,15 @@ CASES = [
     TakenOut(
         "islands: a push beyond its norm bound counts as zeros",
         "islands/follow.py",
-        "        if bound and not norm <= bound:\n",
-        "        if False:\n",
+        "            if not norm <= bound:\n",
+        "            if False:\n",
         "tests/test_islands_member.py -k norm_bound",
     ),
     TakenOut(
         "islands: a payload is checked as a whole before it is folded",
         "islands/follow.py",
-        "            payload.verify(self.form, found, self.form.whole(), fetch)\n",
-        "            pass\n",
+        "        payload.verify(self.form, found, self.share, fetch)\n",
+        "        pass\n",
         "tests/test_islands_member.py -k one_bad_piece",
     ),
     TakenOut(

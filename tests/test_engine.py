@@ -117,6 +117,7 @@ def test_so_it_is_for_every_family_on_every_mesh(family, mesh):
     engine.close()
 
 
+@pytest.mark.slow
 def test_parameters_are_used_up():
     """No second copy stays: each array is given back, but an embedding that decoding takes as it is."""
     found = made()

@@ -94,6 +94,7 @@ def check(found: dict[str, np.ndarray], wanted: Any, most: float = 1e-6):
         np.testing.assert_allclose(found[name], np.asarray(x), rtol=0, atol=most, err_msg=name)
 
 
+@pytest.mark.slow
 def test_one_island_with_plain_steps_outside_trains_as_it_would_alone(tmp_path):
     (found,) = Fleet(tmp_path / "log", helpers.tiny(**ALONE, **PLAIN, **SMALL), 6).run()
     config = helpers.tiny(**SMALL)

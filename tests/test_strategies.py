@@ -544,7 +544,7 @@ TOYS = {
 }
 
 
-@pytest.mark.parametrize("name", [*TOYS, "streaming"])
+@pytest.mark.parametrize("name", [*TOYS, pytest.param("streaming", marks=pytest.mark.slow)])
 def test_a_step_of_every_strategy_is_an_update(name):
     """Whatever a call makes of them: a checkpoint's number, the schedule and the draws go by it."""
     if name == "streaming":
