@@ -114,7 +114,7 @@ def test_all_take_the_same_way_where_one_cannot_read(tmp_path):
 @pytest.mark.parametrize(
     ("scenario", "code", "why"),
     [
-        ("raises", 1, "ValueError: something unforeseen"),
+        pytest.param("raises", 1, "ValueError: something unforeseen", marks=pytest.mark.slow),
         ("fails", 1, "the disk is full"),
         ("killed", -9, "it ended without a word"),
     ],

@@ -276,6 +276,7 @@ def final_losses(name: str, seeds, seconds: float, factor: float = 1.0) -> list[
     return [play(toys.Mixture(seed), sites, scheme, seconds, seed).loss for seed in seeds]
 
 
+@pytest.mark.slow
 def test_naive_asynchronous_nesterov_ends_above_delayed_nesterov():
     """Of one seed, in a quarter of the time."""
     naive, delayed = (final_losses(name, [0], 500.0)[0] for name in ("naive", "delayed"))

@@ -200,6 +200,7 @@ def test_diloco_equals_numpy_float64():
         np.testing.assert_allclose(found[name], theta[name], rtol=2e-5, atol=2e-6)
 
 
+@SLOW  # in the default run: stale and DiLoCo against NumPy
 def test_eager_updates_equal_numpy_float64():
     """4 rounds of 3 workers with Nesterov; the last round's pseudo-gradients are in the result too."""
     R, H, lr, outer_lr, momentum = 3, 4, 0.05, 0.7, 0.9
