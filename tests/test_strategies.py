@@ -267,7 +267,7 @@ def test_stale_equals_numpy_float64(staleness, compensation):
 
 # Every codec under sync; the exchange is the same object in the other strategies, which are tried with three.
 STEP_CODECS = [
-    pytest.param(strategy, codec, marks=[] if (strategy, codec) == ("stale", "int4") else [SLOW])
+    pytest.param(strategy, codec, marks=[SLOW])  # in the default run: tests/test_bytes.py
     for strategy in OPTIONS
     for codec in (CODECS if strategy == "sync" else ("int4", "topk", "powersgd"))
 ]
