@@ -2,7 +2,7 @@
 what is done with a push. Its config file has SITES, and get_config() says what an island trains.
 
 SITES: {name: [what pace.Site takes, of each island]}. ROWS: dictionaries with name, changes, perhaps sites (the name of
-some; else the first), and tune. changes: keys of the config, and those of `ISLAND`. SECONDS: of the laboratory's clock.
+some; else the first), and tune. changes: keys of the config. SECONDS: of the laboratory's clock.
 TUNING_SEED: of the candidates' runs.
 """
 
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from islands import compared, decode
+from islands import compared, decode, terms
 from islands.laboratory import Measured, Round, Scheme, play
 from islands.language import Language, Programs
-from islands.merge import Average, Compensated, Nesterov, Outer, Quorum, Rule
+from islands.merge import RULES
 from islands.pace import Site
 from recipes import methods
 from recipes.compare import Tried
@@ -33,7 +33,6 @@ from runtime.config import UsageError
 from runtime.metrics import write_json
 
 NAMES = ("ROWS", "SEEDS", "SITES", "SECONDS", "TUNING_SEED")  # in a config file
-ISLAND = {"island.merge": "nesterov", "island.staleness": -1, "island.dylu": False, "island.quorum": 4}
 KIND = 1  # of result files: those with another number are not read
 
 
@@ -110,34 +109,21 @@ def _row(given: Any, base: Any, sites: dict[str, tuple[Site, ...]], names: dict[
 
 def described(base: Any, changes: dict[str, Any], what: str) -> tuple[Any, Scheme]:
     """(what an island trains, how) of a config with these changes. Raises UsageError."""
-    config, island = base.copy_and_resolve_references(), dict(ISLAND)
-    island |= {key: value for key, value in changes.items() if key in ISLAND}
-    others = {key: value for key, value in changes.items() if key not in ISLAND}
-    config.update_from_flattened_dict(configuration.converted(others, what))
-    s = config.sync
+    config = base.copy_and_resolve_references()
+    config.update_from_flattened_dict(configuration.converted(changes, what))
     try:
-        outer = Outer(s.outer.optimizer, s.outer.lr, 0.0 if s.outer.optimizer == "sgd" else s.outer.momentum)
-        codec = None if s.codec == "none" else decode.build(s.codec)
-        scheme = Scheme(_rule(island, outer), s.interval, island["island.staleness"], island["island.dylu"], codec)
+        if config.island.merge not in RULES:
+            raise ValueError(f"island.merge={config.island.merge}: expected one of {', '.join(RULES)}")
+        found = terms.of(terms.agreed(dict(configuration.flatten(config))))
+        codec = None if config.sync.codec == "none" else decode.build(config.sync.codec)
     except ValueError as error:
         raise UsageError(f"{what} what cannot be: {error}") from error
-    config.sync = configuration.nested(configuration.base_values()).sync
+    scheme = Scheme(found.rule, found.interval, found.staleness, found.dylu, codec)
+    defaults = configuration.nested(configuration.base_values())
+    config.sync, config.island = defaults.sync, defaults.island
     config.sync.replicas = 1  # by itself an island is a run with one replica
     methods.validate(config)
     return config, scheme
-
-
-def _rule(island: dict[str, Any], outer: Outer) -> Rule:
-    merge = island["island.merge"]
-    rules: dict[str, Any] = {
-        "average": lambda: Average(outer, island["island.staleness"]),
-        "nesterov": lambda: Nesterov(outer),
-        "compensated": lambda: Compensated(outer),
-        "quorum": lambda: Quorum(outer, island["island.quorum"]),
-    }
-    if merge not in rules:
-        raise ValueError(f"island.merge={merge}: expected one of {', '.join(rules)}")
-    return rules[merge]()
 
 
 def main(rows: list[Row], workdir: Path, tune: bool, processes: int) -> int:

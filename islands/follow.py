@@ -191,7 +191,9 @@ class Follower:
             return None, {}
         sizes = {each.digest: each.bytes for each in record.payloads}
         sizes = secrets.plain(sizes) if self.secret else sizes
-        (own,) = {each for each in record.payloads if each.digest == record.manifest}
+        if len(sizes) != len(record.payloads):
+            raise PayloadError("it names a payload twice")
+        own = next(each for each in record.payloads if each.digest == record.manifest)
         if sizes[own.digest] > (limit := payload.manifest_limit(self.form)):
             raise PayloadError(f"manifest: {own.bytes} bytes are more than the {limit} that it may have")
         data = yield from self._payload(own)

@@ -162,14 +162,23 @@ class Member:
                     self._changed.notify_all()
                     if not self._asked and not self._ended and (not self._pushes or self._away_since):
                         self._changed.wait(pause if self._hurry else IDLE)
-            if self._leaving:
-                with contextlib.suppress(Dropped):
-                    run(self.log.leave())
+            while self._leaving and not self._has_left():
+                pass
             run(self.log.beat(at_once=True, **presence.process(), **self._said()))
         except BaseException as error:  # raised where the island asks for something
             self._failed = error
         with self._changed:
             self._changed.notify_all()
+
+    def _has_left(self) -> bool:
+        """Whether nobody waits for this island any more; it is asked again while the store is away."""
+        try:
+            run(self.log.leave())
+        except Away:
+            return False
+        except Dropped:  # it was taken to be gone
+            pass
+        return True
 
     def _turn(self) -> None:
         while self._asked:

@@ -85,23 +85,22 @@ class Processes:
         self.follower.own = {blob.digest: blob.data for blob in blobs or ()}
 
         def write() -> int:
-            assert self.log
-            payloads = [Payload(*each) for own, _ in found for each in own]
+            log = self._leading()
+            payloads, start = [Payload(*each) for own, _ in found for each in own], base
             if sound:
                 manifest = manifest_of(self.follower, (Piece(*each) for _, own in found for each in own))
-                payloads.append(self._insist(lambda: self.follower.log.upload(manifest)))
+                payloads.append(self._insist(lambda: log.upload(manifest)))
             while True:
-                fields = {"base": base, "steps": steps, "tokens": tokens, "numbers": numbers}
-                fields["payloads"], fields["manifest"] = tuple(payloads), payloads[-1].digest if payloads else ""
-                clock = self.log.view.islands[self.name].clock
+                draft = log.draft(
+                    PUSH, clock=log.view.islands[self.name].clock, base=start, steps=steps, tokens=tokens,
+                    numbers=numbers, payloads=tuple(payloads), manifest=payloads[-1].digest if payloads else "",
+                )  # fmt: skip
                 try:
-                    draft = self.log.draft(PUSH, clock=clock, **fields)
-                    return self._insist(lambda draft=draft: self.log.append(draft)).sequence  # type: ignore[union-attr]
+                    return self._insist(lambda draft=draft: log.append(draft)).sequence
                 except Dropped as error:
-                    rejoin(self.log, error, self._say)
-                    if self.follower.terms.rule.pins:
-                        payloads, base_now = [], self.log.view.islands[self.name].version
-                        fields["base"] = base_now
+                    rejoin(log, error, self._say)
+                    if self.follower.terms.rule.pins:  # it has begun somewhere else
+                        payloads, start = [], log.view.islands[self.name].version
 
         agree.decided("pushing", write)
         self._follow(lambda: True)
@@ -112,7 +111,7 @@ class Processes:
     def take(self) -> tuple[int, Params]:
         """(version, this process's share of its parameters) that the next round begins with, as soon as it may."""
         bound = self.follower.terms.staleness
-        self._follow(lambda: bound < 0 or self.clock - self.log.view.live_minimum() <= bound)  # type: ignore[union-attr]
+        self._follow(lambda: bound < 0 or self.clock - self._leading().view.live_minimum() <= bound)
         state, view, kind = self.follower.state, self.follower.view, "params"
         version = view.version
         if self.follower.terms.rule.pins:
@@ -124,13 +123,18 @@ class Processes:
 
     def end(self, leave: bool = True, patience: float = 0.0) -> None:
         def write() -> None:
-            assert self.log
+            log = self._leading()
             if leave:
-                self._insist(self.log.leave)
-            run(self.log.beat(at_once=True, **presence.process()))
+                self._insist(log.leave)
+            run(log.beat(at_once=True, **presence.process()))
 
         agree.decided("leaving", write)
         self._ended.set()
+
+    def _leading(self) -> Log:
+        """Of process 0, which alone asks."""
+        assert self.log
+        return self.log
 
     # ── following ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -143,13 +147,14 @@ class Processes:
                 return
 
     def _read(self, ready: Callable[[], bool]) -> dict[str, Any]:
-        assert self.log and self._lookout
-        self._insist(self.log.read)
-        first, last = self.follower.view.next, self.log.view.next
+        log = self._leading()
+        self._insist(log.read)
+        first, last = self.follower.view.next, log.view.next
         keys = [record_key(number) for number in range(first, min(last, first + AT_ONCE))]
-        found = [self._insist(lambda key=key: self.log.store.get(key, LIMIT + 1)) or b"" for key in keys]  # type: ignore[union-attr]
+        found = [self._insist(lambda key=key: log.store.get(key, LIMIT + 1)) or b"" for key in keys]
         is_ready = not keys and ready()
         if not keys and not is_ready:
+            assert self._lookout
             self._lookout.look()
             time.sleep(PAUSE)
         return {"records": [base64.b64encode(data).decode() for data in found], "ready": is_ready}

@@ -19,7 +19,7 @@ from islands.view import View
 from runtime.config import UsageError
 
 AGREED = "model.", "lora.", "island.", "sync.", "data.vocab_size"  # begin the keys that are
-OWN = "island.log", "island.name"  # of these, what is each island's own
+OWN = "island.log", "island.name", "sync.allow_stray_bytes"  # of these, what is each island's own
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def agreed(flat: Mapping[str, Any]) -> dict[str, str]:
 
 def of(keys: Mapping[str, str]) -> Terms:
     """Raises UsageError for values that do not go together."""
-    outer = keys["sync.outer.optimizer"], float(keys["sync.outer.lr"]), float(keys["sync.outer.momentum"])
+    optimizer, lr, momentum = (keys[f"sync.outer.{name}"] for name in ("optimizer", "lr", "momentum"))
+    outer = optimizer, float(lr), 0.0 if optimizer == "sgd" else float(momentum)
     staleness = int(keys["island.staleness"])
     own = {"average": {"staleness": staleness}, "quorum": {"quorum": int(keys["island.quorum"])}}
     kind = merge.RULES[keys["island.merge"]]

@@ -195,6 +195,22 @@ def test_a_store_that_is_away_costs_nothing(store, start):
 
 
 @pytest.mark.slow
+def test_who_leaves_while_the_store_is_away_leaves_when_it_is_back(store, start):
+    crew.begin(store)
+    a = start("a")
+    a.take()
+    store.away = True
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(a.end)
+        time.sleep(0.5)
+        assert not leaving.done()
+        store.away = False
+        leaving.result(timeout=10)
+    a.check()
+    assert entries(store)[-1].record.type == "leave"
+
+
+@pytest.mark.slow
 def test_a_push_whose_answer_is_lost_before_the_store_goes_away_counts_once(store, start, monkeypatch):
     first = crew.begin(store, **EACH)
     a = start("a")
@@ -376,8 +392,11 @@ def test_a_payload_that_is_none_counts_as_zeros(store, start):
     *blobs, manifest = crew.encoded(a, ones())
     a.push(Push([*blobs, manifest.replace(b'"format":1', b'"format":7')], version, 2, 100))
     a.push(Push([], version, 2, 100))  # a round that was left out
+    twice = crew.encoded(a, ones())
+    a.push(Push([*twice, twice[-1]], version, 2, 100))
     same(a.take()[1], first)
-    assert [entry.record.clock for entry in entries(store) if entry.record.type == "push"] == [0, 1]
+    assert [entry.record.clock for entry in entries(store) if entry.record.type == "push"] == [0, 1, 2]
+    assert "it names a payload twice" in start.said[-1]
 
 
 def test_a_push_with_one_bad_piece_counts_as_zeros_as_a_whole(store, start):
