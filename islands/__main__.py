@@ -21,12 +21,17 @@ import sys
 import time
 from collections.abc import Sequence
 
-from islands import check, keyring, status
-from islands.reader import Reader
-from islands.store import Away, open_store, run
-from islands.view import ROLES
 from runtime import exits, usage
 from runtime.config import UsageError
+
+try:
+    from islands import check, keyring, status
+    from islands.reader import Reader
+    from islands.store import Away, open_store, run
+    from islands.view import ROLES
+except ImportError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 UNUSABLE = 2
 PAUSE = 5.0  # seconds

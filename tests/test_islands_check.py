@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -259,3 +262,14 @@ def test_status_shows_who_takes_part_and_what_was_refused(tmp_path):
     assert found["refused"][0]["sequence"] == 5 and found["snapshots"] == []
     code, out = command("status", str(tmp_path))
     assert "version 4, 6 records" in out and "refused: record 5 of nobody known" in out
+
+
+@pytest.mark.slow
+def test_without_its_package_a_command_says_what_to_install(tmp_path):
+    (tmp_path / "cryptography.py").write_text("raise ImportError")
+    done = subprocess.run(
+        [sys.executable, "-m", "islands", "status", "runs/shared"], cwd=helpers.ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    sentence = "error: islands sign their records with cryptography: `pip install -r requirements-islands.txt`\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
