@@ -2,8 +2,8 @@
 what is done with a push. Its config file has SITES, and get_config() says what an island trains.
 
 SITES: {name: [what pace.Site takes, of each island]}. ROWS: dictionaries with name, changes, perhaps sites (the name of
-some; else the first), and tune. changes: keys of the config. SECONDS: of the laboratory's clock.
-TUNING_SEED: of the candidates' runs.
+some; else the first), tune, and region (what regions.Region takes). changes: keys of the config. SECONDS: of the
+laboratory's clock. TUNING_SEED: of the candidates' runs.
 """
 
 import dataclasses
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from islands import compared, decode, terms
-from islands.laboratory import Measured, Round, Scheme, play
+from islands.laboratory import Measured, Round, Scheme, Task, play
 from islands.language import Language, Programs
 from islands.merge import RULES
 from islands.pace import Site
+from islands.regions import Region, Regional
 from recipes import methods
 from recipes.compare import Tried
 from recipes.runner import one_core
@@ -33,6 +34,7 @@ from runtime.config import UsageError
 from runtime.metrics import write_json
 
 NAMES = ("ROWS", "SEEDS", "SITES", "SECONDS", "TUNING_SEED")  # in a config file
+KEYS = {"name", "changes", "sites", "tune", "region"}  # of a row
 KIND = 1  # of result files: those with another number are not read
 
 
@@ -46,10 +48,12 @@ class Job:
     sites: tuple[Site, ...]
     seconds: float
     seed: int
+    region: Region | None = None  # of each island
 
     def file(self, workdir: Path) -> Path:
         """Named by all that was run: another config, another file."""
         described = [self.config.to_json(sort_keys=True), *map(repr, (self.scheme, self.sites, self.seconds))]
+        described += [repr(self.region)] if self.region else []
         digest = hashlib.sha256(json.dumps([*described, self.seed, KIND]).encode()).hexdigest()[:16]
         return workdir / "results" / f"{digest}.json"
 
@@ -91,17 +95,21 @@ def found(file: str, base: Any, names: dict[str, Any], only: str = "") -> list[R
 
 
 def _row(given: Any, base: Any, sites: dict[str, tuple[Site, ...]], names: dict[str, Any]) -> Row:
-    if not isinstance(given, dict) or not {"name", "changes"} <= given.keys() <= {"name", "changes", "sites", "tune"}:
-        raise UsageError(f"row {given!r}: expected a dictionary with name, changes and perhaps sites and tune")
+    if not isinstance(given, dict) or not {"name", "changes"} <= given.keys() <= KEYS:
+        raise UsageError(f"row {given!r}: expected a dictionary with name, changes and perhaps sites, tune and region")
     name, where = given["name"], given.get("sites", next(iter(sites)))
     if where not in sites:
         raise UsageError(f"row {name!r}: sites={where!r} is none of {', '.join(sites)}")
     key, values = given.get("tune") or ("", ())
+    try:
+        region = Region(**given["region"]) if "region" in given else None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"row {name!r}: region: {error}; islands/regions.py says what a region has") from error
 
     def job(seed: int, **more: Any) -> Job:
         config, scheme = described(base, given["changes"] | more, f"row {name!r} sets")
         label = ", ".join([name, where, *(f"{key}={value:g}" for key, value in more.items())])
-        return Job(label, config, scheme, sites[where], float(names["SECONDS"]), seed)
+        return Job(label, config, scheme, sites[where], float(names["SECONDS"]), seed, region)
 
     candidates = {value: job(names["TUNING_SEED"], **{key: value}) for value in values}
     return Row(name, where, tuple(job(seed) for seed in names["SEEDS"]), candidates, key)
@@ -179,7 +187,8 @@ def _train(jobs: Sequence[Job], workdir: Path) -> None:
         if job.file(workdir).exists():
             continue
         began = time.time()
-        task = Language(_programs(job.config.to_json(sort_keys=True)), job.seed)
+        task: Task = Language(_programs(job.config.to_json(sort_keys=True)), job.seed)
+        task = Regional(task, job.region) if job.region else task
         found = play(task, job.sites, job.scheme, job.seconds, job.seed)
         measured = {field.name: getattr(found, field.name) for field in dataclasses.fields(Measured)}
         write_json(job.file(workdir), measured)

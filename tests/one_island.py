@@ -1,6 +1,7 @@
 """A member in a process of its own, that trains nothing: python tests/one_island.py LOG NAME ROUNDS [SECONDS]
 
-What a round makes follows from its name and its number alone. SECONDS: of a round. It says what has been acknowledged
+What a round makes follows from its name and its number alone. SECONDS: of a round; if they are few, it asks the store
+and beats as often. It says what has been acknowledged
 to it, and ends when it has pushed so many rounds."""
 
 import sys
@@ -25,8 +26,8 @@ def made(name: str, clock: int, sizes: dict[str, int]) -> dict[str, np.ndarray]:
 
 
 def main(log: str, name: str, rounds: str, seconds: str = "0") -> None:
-    members.IDLE = 0.02
-    islands.log.BEAT = 0.2
+    if float(seconds) < 1:
+        members.IDLE, islands.log.BEAT = 0.02, 0.2
     member = Member.start(open_store(log), name, 0, lambda line: print(line, flush=True))
     form = member.follower.form
     pushed = False
@@ -41,6 +42,7 @@ def main(log: str, name: str, rounds: str, seconds: str = "0") -> None:
     member.take()
     member.end()
     member.check()
+    print(f"{member.store.requests} requests")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def test_a_run_is_kept_by_all_that_it_depends_on(tmp_path):
     files = lambda text: {job.file(tmp_path) for row in rows_of(tmp_path, text) for job in row.jobs}
     assert len(files(CONFIG)) == 9
     changes = [("SECONDS = (0, 1, 2), 7, 12.0", "SECONDS = (0, 1, 2), 7, 13.0"), ("c.sync.interval = 2", "c.seed = 2"),
-               ('[{"speed": 1.0}, {"speed": 2.0}]', '[{"speed": 1.5}, {"speed": 2.0}]')]  # fmt: skip
+               ('[{"speed": 1.0}, {"speed": 2.0}]', '[{"speed": 1.5}, {"speed": 2.0}]'),
+              ('row("', 'dict(region={"interval": 1, "lr": 1.0}) | row("')]  # fmt: skip
     for change in changes:
         assert change[0] in CONFIG
         assert len(files(CONFIG) & files(CONFIG.replace(*change))) == (3 if "speed" in change[0] else 0)
@@ -107,6 +108,8 @@ def test_every_merge_rule_can_be_compared(merge, rule):
         (('"average"', '"mean"'), "row 'all wait' sets what cannot be: island.merge=mean: expected one of average"),
         (('"int4"', '"powersgd"'), "row 'none waits' sets what cannot be: sync.codec=powersgd: needs rounds"),
         (("ROWS = [", "ROWS = [3, "), "row 3: expected a dictionary"),
+        (('row("all', 'dict(region={"lr": 1.0}) | row("all'), "row 'all wait': region: .*'interval'"),
+        (('row("all', 'dict(region={"lr": 1.0, "interval": 0}) | row("all'), "row 'all wait': region: interval=0"),
     ],
 )
 def test_bad_comparisons_are_one_sentence(tmp_path, change, said):

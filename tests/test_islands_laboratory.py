@@ -17,6 +17,7 @@ from islands.experiments import EXPERIMENTS, MIXTURE, TEXTBOOK, interval
 from islands.laboratory import PATIENCE, SPEED, Scheme, play
 from islands.merge import Average, Compensated, Nesterov, Outer, Quorum
 from islands.pace import Site, local_steps
+from islands.regions import Region, Regional
 from islands.view import View
 from runtime.config import UsageError
 
@@ -230,6 +231,83 @@ def test_a_codec_is_that_of_real_payloads(name):
     assert coded.bytes == len(pushes(coded)) * payload.payload_bytes(sizes, codec)
     assert (coded.state.digest() == plain.state.digest()) == (name == "none")
     assert coded.losses[-1] == pytest.approx(plain.losses[-1], rel=0.02) and coded.losses[-1] < 0.99 * coded.losses[0]
+
+
+# ── regions ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_region_that_adds_nothing_is_no_region():
+    """Its server takes the parameters of the log for its own, and a worker's step for its step."""
+    task, sites = toys.Mixture(hidden=8), [Site(1.0), Site(2.0)]
+    scheme = Scheme(Nesterov(Outer("nesterov", 0.7, 0.9)), 5)
+    plain = play(task, sites, scheme, 40)
+    region = Region(interval=5, lr=1.0, momentum=0.0, buffer=1, mixing=1.0)
+    found = play(Regional(task, region), sites, scheme, 40)
+    np.testing.assert_allclose(found.losses, plain.losses, rtol=1e-5)
+    assert [record.base for record in found.log] == [record.base for record in plain.log]
+
+
+class Line:
+    """One parameter x, and a worker whose every step is x -> 0.9 x - 0.1."""
+
+    tokens = 1
+
+    def init(self):
+        return {"x": np.ones(1, np.float32)}
+
+    def begin(self, island):
+        return 0
+
+    def steps(self, params, own, island, done, count):
+        assert own == done, "what a worker keeps stays with it"
+        x = params["x"]
+        for _ in range(count):
+            x = np.float32(0.9) * x - np.float32(0.1)
+        return {"x": x}, own + count, 0.0
+
+    def loss(self, params):
+        return float(params["x"][0])
+
+
+def halos(pushes: int, interval: int, region: Region, lr: float, beta: float, count: int = 1) -> float:
+    """Algorithm 1 of the paper with one region and one worker, in float64: the server of all folds each push."""
+
+    def delayed(state, delta, lr, beta, buffer):
+        x, m, total, t = state
+        total, t = total + delta, t + 1
+        if t % buffer == 0:
+            m, total = beta * m + total / buffer, 0.0
+            return x - lr * (beta * m + delta / buffer), m, total, t
+        return x - lr * delta / buffer, m, total, t
+
+    own, all_of_them = (1.0, 0.0, 0.0, 0), (1.0, 0.0, 0.0, 0)
+    for push in range(pushes):
+        if push:
+            own = (own[0] + region.mixing * (all_of_them[0] - own[0]), *own[1:])
+        begun = own[0]
+        for _ in range(interval // region.interval):
+            x = own[0]
+            for _ in range(region.interval):
+                x = 0.9 * x - 0.1
+            own = delayed(own, own[0] - x, region.lr, region.momentum, region.buffer)
+        all_of_them = delayed(all_of_them, begun - own[0], lr, beta, count)
+    return all_of_them[0]
+
+
+@pytest.mark.parametrize("region", [Region(2, 0.4, 0.9, 2), Region(3, 0.7, 0.5, 3, 0.6), Region(6, 1.0, 0.0)])
+def test_a_region_is_that_of_the_paper(region):
+    scheme = Scheme(Nesterov(Outer("nesterov", 0.3, 0.5)), 6)
+    found = play(Regional(Line(), region), [Site(1.0)], scheme, 42.0)
+    assert found.losses[-1] == pytest.approx(halos(7, 6, region, 0.3, 0.5), abs=1e-5)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"interval": 0}, "interval=0"), ({"buffer": 0}, "buffer=0"), ({"mixing": 0.0}, "mixing=0.0"),
+    ({"mixing": 1.5}, "mixing=1.5"),
+])  # fmt: skip
+def test_a_region_that_cannot_be_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        Region(**{"interval": 5, "lr": 0.4} | change)
 
 
 # ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────────

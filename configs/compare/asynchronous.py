@@ -44,16 +44,18 @@ def get_config():
     return c
 
 
-def row(name, lr, sites="steady", tune=OUTER_LR, **changes):
-    """lr: outer; the best of OUTER_LR."""
+def row(name, lr, sites="steady", tune=OUTER_LR, region=None, **changes):
+    """lr: outer; the best of OUTER_LR. region: of each island (islands/regions.py)."""
     keys = {key.replace("__", "."): value for key, value in changes.items()}
     keys |= {"sync.interval": H, "sync.outer.lr": lr}
-    return {"name": name, "changes": keys, "tune": tune, "sites": sites}
+    return {"name": name, "changes": keys, "tune": tune, "sites": sites} | ({"region": region} if region else {})
 
 
 SYNCHRONOUS: dict[str, Any] = {"island__merge": "average", "island__staleness": 0}
 PLAIN: dict[str, Any] = {"sync__outer__optimizer": "sgd"}
 DYLU: dict[str, Any] = {"island__dylu": True}
+# Momenta and mixing are the paper's; of the server's rate 0.2 and 0.8 were tried, too.
+HALOS: dict[str, Any] = {"sync__outer__momentum": 0.5, "region": {"interval": 5, "lr": 0.4, "buffer": 2}}
 
 # The first row of each sites is what the others of these sites are compared with.
 ROWS = [
@@ -64,6 +66,7 @@ ROWS = [
     row("plain asynchronous + DyLU", 1.6, tune=ONE_MORE, **PLAIN, **DYLU),
     row("Delayed Nesterov", 0.4),
     row("Delayed Nesterov + DyLU", 0.2, **DYLU),
+    row("HALoS", 0.4, **HALOS),
     row("synchronous DiLoCo", 0.4, "troubled", None, **SYNCHRONOUS),
     row("synchronous DiLoCo, H by speed", 0.4, "troubled", None, **SYNCHRONOUS, **DYLU),
     row("plain asynchronous", 1.6, "troubled", None, **PLAIN),
