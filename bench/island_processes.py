@@ -5,7 +5,8 @@ python bench/island_processes.py                      16 that train by train.py,
 python bench/island_processes.py --islands=4 --toys=0
 
 An island pushes when its own steps are done, so pushes are spread as evenly as the machine lets them be. A toy
-(tests/one_island.py) is a member without JAX: it pushes small whole numbers, ten seconds apart.
+(tests/one_island.py) is a member without JAX: it pushes small whole numbers, ten seconds apart, and begins a part of
+that after the one before it.
 """
 
 import json
@@ -94,7 +95,8 @@ def main() -> None:
             play(report, f"{args.islands} islands", folder / "log", [trains(i) for i in range(args.islands)])
         toy = [sys.executable, "tests/one_island.py", f"{folder}/toys"]
         if args.toys:
-            commands = [[*toy, f"i{i}", str(ROUNDS), "10"] for i in range(args.toys)]
+            late = lambda i: ["bash", "-c", f'sleep {10 * i / args.toys}; exec "$@"', "late"]
+            commands = [[*late(i), *toy, f"i{i}", str(ROUNDS), "10"] for i in range(args.toys)]
             play(report, f"{args.toys} toys", folder / "toys", commands)
     report.finish()
 

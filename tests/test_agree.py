@@ -115,7 +115,7 @@ def test_all_take_the_same_way_where_one_cannot_read(tmp_path):
     ("scenario", "code", "why"),
     [
         pytest.param("raises", 1, "ValueError: something unforeseen", marks=pytest.mark.slow),
-        ("fails", 1, "the disk is full"),
+        pytest.param("fails", 1, "the disk is full", marks=pytest.mark.slow),
         ("killed", -9, "it ended without a word"),
     ],
 )

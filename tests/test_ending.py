@@ -32,6 +32,7 @@ def run(workdir, *options: str) -> int:
     return train.run(["train.py", *SHORT, f"--workdir={workdir}", *options])
 
 
+@pytest.mark.slow
 def test_what_fails_at_the_end_costs_only_itself_and_is_said(tmp_path, capsys):
     """A folder where the sample and the page belong, a file where the plots and the samples before the end do."""
     (tmp_path / "samples.txt").mkdir()
