@@ -5,8 +5,8 @@ python bench/island_processes.py                      16 that train by train.py,
 python bench/island_processes.py --islands=4 --toys=0
 
 An island pushes when its own steps are done, so pushes are spread as evenly as the machine lets them be. A toy
-(tests/one_island.py) is a member without JAX: it pushes small whole numbers, ten seconds apart, and begins a part of
-that after the one before it.
+(tests/one_island.py) is a member without JAX: it pushes small whole numbers every ten seconds, and they begin one
+after another.
 """
 
 import json
@@ -25,6 +25,7 @@ from bench import common  # noqa: E402
 from runtime import usage  # noqa: E402
 
 ROUNDS, H = 8, 10
+PAUSE = 10  # seconds of a toy's round
 SMALL = "model.num_layers=2 model.model_dim=64 model.num_heads=2 model.num_kv_heads=2 model.mlp_dim=128"
 RUN = f"sync.interval={H} sync.codec=int4 island.staleness=4 {SMALL}"
 QUIET = "log_every=10 eval_every=0 checkpoint.every=0 sample.tokens=0 data.batch_size=4"
@@ -48,14 +49,14 @@ def peak(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def play(report: common.Report, what: str, log: Path, commands: list[list[str]]) -> None:
-    """Lets them run to their end, and reports."""
+def play(report: common.Report, what: str, log: Path, commands: list[list[str]], apart: float = 0.0) -> None:
+    """Lets them run to their end, and reports. apart: seconds from the beginning of one to that of the next."""
     python("-m", "islands", "init", str(log), "--config=configs/island.py", *options(RUN))
     paths = [log.parent / f"{log.name}-{i}" for i in range(len(commands))]
-    running = [
-        subprocess.Popen(command, cwd=common.ROOT, stdout=path.open("w"), stderr=subprocess.STDOUT)
-        for command, path in zip(commands, paths, strict=True)
-    ]
+    running = []
+    for command, path in zip(commands, paths, strict=True):
+        running.append(subprocess.Popen(command, cwd=common.ROOT, stdout=path.open("w"), stderr=subprocess.STDOUT))
+        time.sleep(apart)
     most = {process.pid: 0 for process in running}
     while any(process.poll() is None for process in running):
         most = {pid: max(before, peak(pid)) for pid, before in most.items()}
@@ -95,9 +96,8 @@ def main() -> None:
             play(report, f"{args.islands} islands", folder / "log", [trains(i) for i in range(args.islands)])
         toy = [sys.executable, "tests/one_island.py", f"{folder}/toys"]
         if args.toys:
-            late = lambda i: ["bash", "-c", f'sleep {10 * i / args.toys}; exec "$@"', "late"]
-            commands = [[*late(i), *toy, f"i{i}", str(ROUNDS), "10"] for i in range(args.toys)]
-            play(report, f"{args.toys} toys", folder / "toys", commands)
+            commands = [[*toy, f"i{i}", str(ROUNDS), str(PAUSE)] for i in range(args.toys)]
+            play(report, f"{args.toys} toys", folder / "toys", commands, PAUSE / args.toys)
     report.finish()
 
 

@@ -115,14 +115,13 @@ def curve(task: Language, log: Path, scale: float) -> Measured:
     found, grid = Measured(), [rows.SECONDS * i / 64 for i in range(65)]
     times: list[float] = []
     losses: list[float] = []
-    params = lambda: {leaf: follower.state.arrays[f"params/{leaf}"].copy() for leaf in follower.state.leaves()}
     while run(follower.advance(follower.view.next)):
         number = follower.view.next - 1
         if len(joins) == len(rows.SITES["steady"]):
             at = (written(number) - joins[-1]) * scale
             if not times or at - times[-1] > rows.SECONDS / 200:
                 times.append(at)
-                losses.append(task.loss(params()))
+                losses.append(task.loss(follower.state.copied("params")))
     for at in grid:
         before = [loss for t, loss in zip(times, losses, strict=True) if t <= at]
         found.times.append(at)

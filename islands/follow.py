@@ -18,7 +18,7 @@ from islands.reader import Entry, LogError, Reader, payload_key
 from islands.record import PUSH, SNAPSHOT, Payload, Record
 from islands.secret import Secret
 from islands.snapshot import Place
-from islands.state import State
+from islands.state import Params, State
 from islands.store import Clock, Routine, Store
 from islands.view import View
 
@@ -121,6 +121,13 @@ class Follower:
             self._waiting = None
             count += 1
         return count
+
+    def newest(self, name: str) -> tuple[int, Params]:
+        """(version, a copy of its parameters) that a round of this island begins with; by a rule that pins, its own
+        last one."""
+        if self.terms.rule.pins:
+            return self.view.islands[name].version, self.state.copied(f"base.{name}")
+        return self.view.version, self.state.copied("params")
 
     @property
     def is_due(self) -> bool:

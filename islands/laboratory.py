@@ -22,13 +22,11 @@ from islands import record as records
 from islands.pace import SPEED, Site
 from islands.payload import Draw, Form, Part
 from islands.record import Record
-from islands.state import State, in_blocks
+from islands.state import Params, State, in_blocks
 from islands.view import View
 
 PATIENCE = 60.0  # seconds without a heartbeat, after which others take an island to be gone
 POINTS = 64  # of a curve
-
-Params = dict[str, np.ndarray]
 
 
 class Task(Protocol):
@@ -335,9 +333,7 @@ class _Laboratory:
     def _params(self) -> tuple[int, Params]:
         """(version, a copy of its parameters), shared by all that begin with it."""
         if self._newest is None:
-            state = self.found.state
-            copies = {leaf: state.arrays[f"params/{leaf}"].copy() for leaf in state.leaves()}
-            self._newest = self.found.view.version, copies
+            self._newest = self.found.view.version, self.found.state.copied("params")
         return self._newest
 
 

@@ -15,8 +15,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from islands import keyring, payload, presence, snapshot
 from islands import record as records
 from islands.ahead import Ahead
@@ -26,6 +24,7 @@ from islands.payload import Blob, Draw, Part, Piece
 from islands.reader import Reader
 from islands.record import PUSH
 from islands.secret import seal, sealed
+from islands.state import Params
 from islands.store import Away, Store, run
 from runtime.config import RunError
 
@@ -34,8 +33,6 @@ WAITED_FOR = 0.05, 0.5  # of these, when the island waits for it: at first, and 
 PATIENCE = 3.0  # seconds after which a store that does not answer is said to be away
 MOST_WAITING = 8  # rounds that wait in memory for a store that is away
 TOLD = 20  # of what was refused, in a heartbeat
-
-Params = dict[str, np.ndarray]
 
 
 @dataclass
@@ -182,7 +179,7 @@ class Member:
 
     def _turn(self) -> None:
         while self._asked:
-            self._asked.popleft().set_result(self._newest())
+            self._asked.popleft().set_result(self.follower.newest(self.name))
         try:
             while self._pushes and not self._asked:
                 self._write(self._pushes[0])
@@ -201,14 +198,6 @@ class Member:
         if self._away_since:
             self._say(f"the store is back, after {time.monotonic() - self._away_since:.0f} s")
             self._away_since = 0.0
-
-    def _newest(self) -> tuple[int, Params]:
-        """A copy; by a rule that pins, of the island's own last version."""
-        view, state = self.follower.view, self.follower.state
-        kind, version = "params", view.version
-        if self.follower.terms.rule.pins:
-            kind, version = f"base.{self.name}", view.islands[self.name].version
-        return version, {leaf: state.arrays[f"{kind}/{leaf}"].copy() for leaf in state.leaves()}
 
     def _advance(self) -> None:
         """Folds all that there is; takes the snapshots that are due on the way, and beats."""

@@ -18,11 +18,12 @@ from islands.ahead import Ahead
 from islands.decode import PayloadError
 from islands.follow import Follower, Pushed, begin_at
 from islands.log import BEAT, Dropped, Log
-from islands.member import PATIENCE, Params, manifest_of, rejoin
+from islands.member import PATIENCE, manifest_of, rejoin
 from islands.payload import Blob, Piece, Ranges
 from islands.reader import Reader, record_key
 from islands.record import LIMIT, PUSH, Payload
 from islands.snapshot import Place
+from islands.state import Params
 from islands.store import Away, Routine, Store, run
 from runtime import agree
 
@@ -112,11 +113,7 @@ class Processes:
         """(version, this process's share of its parameters) that the next round begins with, as soon as it may."""
         bound = self.follower.terms.staleness
         self._follow(lambda: bound < 0 or self.clock - self._leading().view.live_minimum() <= bound)
-        state, view, kind = self.follower.state, self.follower.view, "params"
-        version = view.version
-        if self.follower.terms.rule.pins:
-            kind, version = f"base.{self.name}", view.islands[self.name].version
-        return version, {leaf: state.arrays[f"{kind}/{leaf}"].copy() for leaf in state.leaves()}
+        return self.follower.newest(self.name)
 
     def check(self) -> None:
         """There is no thread that could have failed."""

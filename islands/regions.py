@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from islands import merge
-from islands.laboratory import Params, Task
+from islands.laboratory import Task
 from islands.record import PUSH, Record
-from islands.state import State, in_blocks
+from islands.state import Params, State, in_blocks
 from islands.view import Verdict, View
 
 ALONE = Verdict("", live=1, complete=0)  # of what a worker hands to its server
@@ -23,8 +23,8 @@ ALONE = Verdict("", live=1, complete=0)  # of what a worker hands to its server
 @dataclass(frozen=True)
 class Region:
     """interval: steps of a worker between two pseudo-gradients. lr, momentum, buffer: of the server's Delayed Nesterov,
-    as in merge.Nesterov. mixing: α, the weight of the log's parameters where they are mixed into the
-    server's. The defaults are the paper's."""
+    as in merge.Nesterov. mixing: α, the weight of the log's parameters where they are mixed into the server's. Momentum
+    and mixing are the paper's, where nothing else is said."""
 
     interval: int
     lr: float
@@ -65,16 +65,16 @@ class Regional:
         """params: of the log. What comes back is as far from them as the server has gone since it mixed them in."""
         (server, inner), losses = own, []
         server = self._mixed(server, params)
-        begun = _params(server)
+        begun = server.copied("params")
         for first in range(done, done + count, self.region.interval):
             part = min(self.region.interval, done + count - first)
-            before = _params(server)
+            before = server.copied("params")
             after, inner, loss = self.task.steps(before, inner, island, first, part)
             delta = {leaf: before[leaf] - after[leaf] for leaf in after}
             record = Record(type=PUSH, island="worker", incarnation=1, nonce="", clock=first, steps=part)
             merge.fold(self.region.rule, server, record, ALONE, View(), in_blocks(delta))
             losses.append(loss * part / count)
-        gone = {leaf: begun[leaf] - x for leaf, x in _params(server).items()}
+        gone = {leaf: begun[leaf] - x for leaf, x in server.copied("params").items()}
         return {leaf: params[leaf] - gone[leaf] for leaf in params}, (server, inner), float(np.sum(losses))
 
     def loss(self, params: Params) -> float:
@@ -87,7 +87,3 @@ class Regional:
             own = server.arrays[f"params/{leaf}"]
             own += np.float32(self.region.mixing) * (x - own)
         return server
-
-
-def _params(server: State) -> Params:
-    return {leaf: server.arrays[f"params/{leaf}"].copy() for leaf in server.leaves()}

@@ -12,6 +12,7 @@ from islands import record as records
 STEP = 2**17  # elements of an array at a time, which stay in a core's cache
 NORM_BLOCK = 4096  # elements of a canonical array whose squares are added up by themselves
 
+Params = dict[str, np.ndarray]  # by leaf: float32 vectors
 # (leaf, place in this process's part of it, at most STEP values there, to be overwritten)
 Blocks = Iterable[tuple[str, int, np.ndarray]]
 
@@ -44,6 +45,10 @@ class State:
     def copy(self, kind: str, source: str) -> None:
         for leaf in self.leaves():
             np.copyto(self.arrays[f"{kind}/{leaf}"], self.arrays[f"{source}/{leaf}"])
+
+    def copied(self, kind: str) -> Params:
+        """Copies of the arrays of a kind, by leaf."""
+        return {leaf: self.arrays[f"{kind}/{leaf}"].copy() for leaf in self.leaves()}
 
     def count(self, name: str, more: int) -> int:
         self.numbers[name] = self.numbers.get(name, 0) + more

@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-Params = dict[str, np.ndarray]
+from islands.state import Params
+
 SHARDS = 8  # an island has, of every so many clusters, one of its own
 
 

@@ -17,11 +17,12 @@ import numpy as np
 
 from islands import pace, payload, snapshot, terms
 from islands.follow import Follower, begin_at, form_of
-from islands.member import Member, Params, encoded
+from islands.member import Member, encoded
 from islands.payload import Blob, Draw, Part, Ranges
 from islands.processes import Processes
 from islands.reader import LogError, Reader, record_key
 from islands.record import LIMIT, PUSH, Run, digest
+from islands.state import Params
 from islands.store import Store, open_store, run
 from recipes.build import Parts
 from recipes.flat import Flat
@@ -234,9 +235,9 @@ def made_since(met: Met, name: str, clock: int, share: Ranges | None) -> list[Ma
 def _keep(follower: Follower, wanted: set[int], params: dict[int, Params]) -> None:
     """Copies of the parameters of these versions."""
     while wanted - params.keys():
-        state, version = follower.state, follower.view.version
+        version = follower.view.version
         if version in wanted:
-            params[version] = {leaf: state.arrays[f"params/{leaf}"].copy() for leaf in state.leaves()}
+            params[version] = follower.state.copied("params")
         if not run(follower.advance(follower.view.next)):
             break
 

@@ -1,8 +1,8 @@
 """A member in a process of its own, that trains nothing: python tests/one_island.py LOG NAME ROUNDS [SECONDS]
 
-What a round makes follows from its name and its number alone. SECONDS: of a round; if they are few, it asks the store
-and beats as often. It says what has been acknowledged
-to it, and ends when it has pushed so many rounds."""
+What a round makes follows from its name and its number alone. SECONDS: of a round; if it takes less than one, it
+asks the store and beats more often. It says what has been acknowledged to it, and ends when it has pushed so many
+rounds."""
 
 import sys
 import time

@@ -308,8 +308,7 @@ def schedule_free():
     return optax.chain(optax.clip(1.0), optax.scale_by_adam(), optax.trace(0.5), decaying)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [x if x == "sync" else pytest.param(x, marks=pytest.mark.slow) for x in STRATEGIES])
 def test_a_codec_a_strategy_an_optimizer_and_a_loss_of_a_caller_s_train_and_go_on_to_the_same_bits(
     task, name, tmp_path, monkeypatch
 ):
