@@ -11,9 +11,9 @@ from islands.record import LIMIT
 from islands.store import Away, Routine, Store, StoreError, call, run
 
 WORKERS = 16  # requests under way
-RECORDS = 64  # that are fetched at a time
+RECORDS = 64  # that are fetched at a time, at most
 BYTES = 1 << 28  # of payloads that wait for their fold
-IN_A_ROW = 3  # records, after which somebody is taken to be catching up
+IN_A_ROW = 8  # records, after which somebody is taken to be catching up: as many as were there are fetched at a time
 
 Wanted = Sequence[tuple[str, int]]  # (key, its most bytes) of each
 
@@ -25,21 +25,22 @@ class Ahead:
         self.store, self.requests, self._payloads = store, 0, payloads
         self._there: dict[str, bytes] = {}
         self._next, self._in_a_row = "", 0
+        self._end = 0  # the first number in this row that was not asked for yet
 
     def get(self, key: str, most: int) -> Routine[bytes | None]:
         """From what was fetched, once: nothing is kept."""
         if key.startswith("records/"):
             number = int(key.rpartition("/")[2])
-            self._in_a_row = self._in_a_row + 1 if key == self._next else 0
+            self._in_a_row, self._end = (self._in_a_row + 1, self._end) if key == self._next else (0, 0)
             self._next = record_key(number + 1)
-            if self._in_a_row >= IN_A_ROW and key not in self._there:
-                yield call("get", key, self._fetch_from, number)
+            if self._in_a_row >= IN_A_ROW and number >= self._end:
+                yield call("get", key, self._fetch_from, number, min(self._in_a_row, RECORDS))
         if len(self._there.get(key, b"")) <= most and key in self._there:
             return self._there.pop(key)
         return (yield from self._counted(self.store.get, key, most))
 
-    def _fetch_from(self, number: int) -> None:
-        keys = [record_key(number + i) for i in range(RECORDS)]
+    def _fetch_from(self, number: int, count: int) -> None:
+        keys, self._end = [record_key(number + i) for i in range(count)], number + count
         self._there.clear()
         self._fetch([(key, LIMIT + 1) for key in keys])
         if self._payloads:
