@@ -41,6 +41,12 @@ def folded(log: Path) -> str:
     return found.params_digest
 
 
+def joined(log: Path) -> set[str]:
+    reader = run(Reader.open(Folder(log)))
+    run(reader.read())
+    return set(reader.view.live())
+
+
 def bad_push(log: Path) -> None:
     """By another island: its last piece, which lies on the last device, is not finite."""
     z = Member.start(Folder(log), "z", 0, print)
@@ -96,8 +102,11 @@ def test_islands_of_one_and_of_two_processes_train_together(tmp_path):
     log = tmp_path / "log"
     one.init(log, "--config.island.merge=average", "--config.island.staleness=0", "--snapshots=4")
     options = ["--config.island.merge=average", "--config.island.staleness=0", *MESH]
+    z = Member.start(Folder(log), "z", 0, print)  # all wait for it: else one may be done before the other has joined
     b = one.island_process(log, "b", tmp_path / "b", *options, simulate=2)
     a = one.island_process(log, "a", tmp_path / "a", *options, simulate=4, processes=2)
+    one.until(lambda: {"a", "b"} <= joined(log), 240)
+    z.end()
     for process in (a, b):
         code, out = one.ended(process)
         assert code == 0, out
