@@ -19,25 +19,38 @@ LOOK = 15.0  # seconds between two looks at the others' heartbeats
 
 
 class Lookout:
-    """Of an island, for the others: an expiry is proposed by the store's times alone."""
+    """Of an island, for the others: an expiry is proposed by the store's times alone.
+
+    At every look it asks after one island, another one each time, of those that have written no record since the look
+    before: so in a crowd each is asked after as often as among few, and what a look costs does not grow with them."""
 
     def __init__(self, log: Log, say: Callable[[str], None]):
-        self.log, self._say, self._next = log, say, 0.0
+        self.log, self._say, self._next, self._looks = log, say, 0.0, 0
+        self._last: dict[str, int] = {}  # of each live island the number of its last record, at the look before
+        self._asked: dict[str, int] = {}  # the look at which it was asked after
 
     def look(self) -> None:
         log = self.log
-        others = [name for name in log.view.live() if name != log.island]
-        if time.monotonic() < self._next or not others:
+        if time.monotonic() < self._next:
             return
-        self._next = time.monotonic() + LOOK
-        beats = run(log.heartbeats())
-        own = beats.get(log.island, 0.0)
-        for name in others:
-            if own - beats.get(name, own) > EXPIRY:
-                proof = {"own": own.hex(), "theirs": beats[name].hex()}
-                with contextlib.suppress(Dropped):
-                    run(log.expire(name, proof))
-                    self._say(f"{name} has been silent for {own - beats[name]:.0f} s, and is taken to be gone")
+        self._next, before = time.monotonic() + LOOK, self._last
+        self._last = {name: island.last for name, island in log.view.live().items()}
+        silent = [name for name, last in self._last.items() if before.get(name) == last and name != log.island]
+        if silent:
+            around = sorted(silent, key=lambda name: (name < log.island, name))  # not all begin with the same one
+            name = min(around, key=lambda name: self._asked.get(name, 0))
+            self._looks += 1
+            self._asked[name] = self._looks
+            self._ask_after(name)
+
+    def _ask_after(self, name: str) -> None:
+        log = self.log
+        own, theirs = (run(log.store.last_modified(f"heartbeats/{each}")) for each in (log.island, name))
+        if own is not None and theirs is not None and own - theirs > EXPIRY:
+            proof = {"own": own.hex(), "theirs": theirs.hex()}
+            with contextlib.suppress(Dropped):
+                run(log.expire(name, proof))
+                self._say(f"{name} has been silent for {own - theirs:.0f} s, and is taken to be gone")
 
 
 def process() -> dict[str, Any]:

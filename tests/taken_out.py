@@ -2021,8 +2021,8 @@ CASES = [
     TakenOut(
         "islands: an expiry is proved by the store's clock",
         "islands/presence.py",
-        "            if own - beats.get(name, own) > EXPIRY:\n",
-        "            if True:\n",
+        "theirs is not None and own - theirs > EXPIRY:\n",
+        "theirs is not None:\n",
         "tests/test_islands_member.py -k staleness_0",
     ),
     TakenOut(

@@ -5,7 +5,9 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import crew
@@ -23,7 +25,8 @@ from islands.member import Member, Push
 from islands.reader import Reader, record_key
 from islands.record import EXPIRE
 from islands.state import State
-from islands.store import Away, Call, run
+from islands.store import Away, Call, Routine, run
+from islands.view import Island, View
 from runtime.config import RunError, UsageError
 
 
@@ -317,6 +320,29 @@ def test_a_silent_island_is_taken_to_be_gone(store, start, monkeypatch):
     a.take()  # waits until b does not hold it back any more
     (expiry,) = [entry.record for entry in entries(store) if entry.record.type == EXPIRE]
     assert expiry.target == "b" and expiry.number("own") - expiry.number("theirs") > 0.2
+
+
+def test_a_look_asks_after_one_island_and_soon_after_each(monkeypatch):
+    """Of those that are silent: who has written a record since the look before is there."""
+    monkeypatch.setattr(presence, "LOOK", 0.0)
+    islands, asked = {name: Island(1, 0, True, 0, last=0) for name in "abcde"}, []
+
+    class Store:
+        def last_modified(self, key: str) -> Routine[float]:
+            asked.append(key.partition("/")[2])
+            return 100.0
+            yield
+
+    log = SimpleNamespace(view=View(islands), store=Store(), island="c")
+    lookout = presence.Lookout(log, print)
+    lookout.look()
+    assert not asked, "all may have written just now"
+    for _ in range(4):
+        lookout.look()
+    assert asked[::2] == ["c"] * 4 and asked[1::2] == ["d", "e", "a", "b"]
+    islands["d"] = replace(islands["d"], last=7)
+    lookout.look()
+    assert asked[-1] == "e"
 
 
 @pytest.mark.slow
