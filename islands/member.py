@@ -28,8 +28,8 @@ from islands.state import Params
 from islands.store import Away, Store, run
 from runtime.config import RunError
 
-IDLE = 1.0  # seconds between two requests for the next record
-WAITED_FOR = 0.05, 0.5  # of these, when the island waits for it: at first, and at last
+IDLE = 1.0, 4.0  # seconds between two requests for the next record: at first, and at last while there is none
+WAITED_FOR = 0.05, 0.5  # of these, when the island waits for it
 PATIENCE = 3.0  # seconds after which a store that does not answer is said to be away
 MOST_WAITING = 8  # rounds that wait in memory for a store that is away
 TOLD = 20  # of what was refused, in a heartbeat
@@ -149,16 +149,16 @@ class Member:
 
     def _work(self) -> None:
         try:
-            pause, longest = WAITED_FOR
+            pause, pauses = 0.0, IDLE
             while not self._ended or self._pushes:
-                before = self.follower.view.next
+                before = self.follower.view.next, pauses
                 self._turn()
-                in_vain = self._hurry and self.follower.view.next == before
-                pause = min(2 * pause, longest) if in_vain else WAITED_FOR[0]
+                pauses = WAITED_FOR if self._hurry else IDLE
+                pause = min(2 * pause, pauses[1]) if before == (self.follower.view.next, pauses) else pauses[0]
                 with self._changed:
                     self._changed.notify_all()
                     if not self._asked and not self._ended and (not self._pushes or self._away_since):
-                        self._changed.wait(pause if self._hurry else IDLE)
+                        self._changed.wait(pause)
             while self._leaving and not self._has_left():
                 pass
             run(self.log.beat(at_once=True, **presence.process(), **self._said()))
