@@ -29,6 +29,7 @@ def get_config() -> Any:
     c.mesh = ConfigDict()
     c.mesh.replica = 1  # machines joined by the slow link
     c.mesh.fsdp = -1  # shards of the weights and of each replica's batch; -1: all devices that are left
+    c.mesh.context = 1  # shards of sequences, and of the weights beside fsdp: for windows that one device cannot hold
     c.mesh.tensor = 1  # shards of heads, features, vocabulary, and of the sequence between blocks
 
     c.model = ConfigDict()
@@ -53,6 +54,9 @@ def get_config() -> Any:
     c.model.tie_embeddings = True  # the head is the transposed embedding
     c.model.sliding_window = 0  # positions that a query sees, itself included; 0: all before it
     c.model.init_std = 0.02
+
+    c.attention = ConfigDict()
+    c.attention.context = "auto"  # over mesh.context: heads, ring, gather; auto: the first of these that fits
 
     c.compute = ConfigDict()  # how the model is executed: nothing here changes the mathematics
     c.compute.dtype = "auto"  # auto: bfloat16 on accelerators, float32 on CPU

@@ -52,13 +52,9 @@ class Attention(nnx.Module):
         k_BSGK = checkpoint_name(ctx.constrain(k_BSGK, KV_HEADS), "qkv")
         v_BSGK = checkpoint_name(ctx.constrain(v_BSGK, KV_HEADS), "qkv")
         window = self.c.sliding_window or None
-        y_BTHK = KERNELS[ctx.attention](q_BTHK, k_BSGK, v_BSGK, ctx.segments_BT, window, ctx.constrain)
-        y_BTHK = checkpoint_name(ctx.constrain(y_BTHK, HEADS), "context")
-        y_BTD = jnp.einsum("bthk,hkd->btd", y_BTHK, self.out[...])
+        y_BTHK = ctx.attention(q_BTHK, k_BSGK, v_BSGK, ctx.segments_BT, window, ctx.constrain)
+        y_BTD = jnp.einsum("bthk,hkd->btd", ctx.constrain(y_BTHK, HEADS), self.out[...])
         return y_BTD + self.out_bias[None, None] if self.c.bias == "all" else y_BTD
-
-
-# ── position ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float, scaling) -> tuple[jax.Array, jax.Array]:
@@ -86,11 +82,8 @@ def rotate(x_BTHK: jax.Array, cos_BT1K: jax.Array, sin_BT1K: jax.Array) -> jax.A
     return y.astype(x_BTHK.dtype)
 
 
-# ── kernels: softmax(q k^T / sqrt(K) + mask) v ───────────────────────────────────────────────────────────────────
-
-
 def reference(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain) -> jax.Array:
-    """The plain one: holds the B×H×T×S scores, runs everywhere, and is what the others are compared with."""
+    """softmax(q k^T / sqrt(K) + mask) v, plainly: holds the B×H×T×S scores, and is what other kernels are held to."""
     B, T, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     q_BTGMK = q_BTHK.reshape(B, T, G, H // G, K)

@@ -46,6 +46,7 @@ class Compute:
 
     dtype: jnp.dtype
     attention: str
+    context: str  # attention.context: in which way sequences that are cut over devices attend
     remat: str
     unroll: bool
     loss_chunk_mib: int

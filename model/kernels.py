@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-HEADS = ("batch", None, "heads", "head_dim")
-KV_HEADS = ("batch", None, "kv_heads", "head_dim")
+HEADS = ("batch", "positions", "heads", "head_dim")
+KV_HEADS = ("batch", "positions", "kv_heads", "head_dim")
 
 
 def cudnn(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain) -> jax.Array:

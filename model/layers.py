@@ -12,17 +12,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, normal, ones, zeros
 
-HIDDEN = ("batch", None, "mlp")
-
-# ── a weight on one line: name, shape, logical axes, initialiser ─────────────────────────────────────────────────
+HIDDEN = ("batch", "positions", "mlp")
 
 
 class Weights:
-    """Makes the weights of one module, each from a key of its own.
-
-    The key of a weight depends on its name alone, so that adding a weight, or reordering two lines, leaves every
-    other weight's initial value as it was.
-    """
+    """Makes the weights of one module, each from a key of its own, which depends on its name alone: so adding a weight,
+    or reordering two lines, leaves every other weight's initial value as it was."""
 
     def __init__(self, key: jax.Array):
         self.key = key
@@ -37,11 +32,8 @@ class Weights:
         return jax.random.fold_in(self.key, zlib.crc32(name.encode()))
 
 
-# ── norms: over the last dimension, computed in at least float32 ─────────────────────────────────────────────────
-
-
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) · scale (Zhang & Sennrich 2019, eq. 4)."""
+    """x / sqrt(mean(x²) + eps) · scale (Zhang & Sennrich 2019, eq. 4), in float32 at least, as all norms."""
 
     def __init__(self, c, key: jax.Array, size: int, axis: str):
         self.eps = c.norm_eps
@@ -67,9 +59,6 @@ class LayerNorm(nnx.Module):
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         scale, bias = (jnp.expand_dims(w[...], range(x.ndim - 1)) for w in (self.scale, self.bias))
         return (y * scale + bias.astype(y.dtype)).astype(x.dtype)
-
-
-# ── feed-forward ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class SwiGLU(nnx.Module):

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-FEATURES = ("batch", None, None)
+FEATURES = ("batch", "positions", None)
 RESIDUAL = ("batch", "sequence", None)
-TOKENS = ("batch", None)
+TOKENS = ("batch", "positions")
 HEAD = (None, "vocab")
 
 
@@ -61,7 +61,7 @@ def _forward(x_BTD, head_DV, targets_BT, mask_BT, constrain, z_loss, chunk_bytes
         local,
         (FEATURES, HEAD, TOKENS, TOKENS),
         ((), RESIDUAL, ("embed", "vocab")) if with_gradient else ((),),
-        sums=("batch", "vocab", "batch") if with_gradient else ("batch",),
+        sums=("token", "vocab", "token") if with_gradient else ("token",),
     )
     return run(x_BTD, head_DV, targets_BT, mask_BT)
 

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import normal
 
-from model.attention import Attention, rope_tables
+from model.attention import KERNELS, Attention, rope_tables
 from model.config import Compute, ModelConfig
 from model.layers import GELU, LayerNorm, RMSNorm, SwiGLU, Weights
 from model.loss import cross_entropy
@@ -25,7 +26,7 @@ from model.loss import cross_entropy
 Params = dict[str, Any]
 
 RESIDUAL = ("batch", "sequence", None)  # between blocks: sharded over the sequence too (sequence-parallel)
-GATHERED = ("batch", None, None)  # inside a block: whole sequences, sharded heads or features
+GATHERED = ("batch", "positions", None)  # inside a block: longer parts of it, or all; sharded heads or features
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLPS = {"swiglu": SwiGLU, "gelu": GELU}
 
@@ -35,7 +36,7 @@ class Context:
     """What every block of one forward pass sees."""
 
     constrain: Any
-    attention: str
+    attention: Any
     rope: tuple[jax.Array, jax.Array] | None
     segments_BT: jax.Array | None
 
@@ -103,26 +104,30 @@ class Transformer:
         return params
 
     def features(
-        self, params: Params, tokens_BT: jax.Array, constrain, segments_BT=None
+        self, params: Params, tokens_BT: jax.Array, constrain, segments_BT=None, in_order: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """Final features x_BTD and the head's weight [D, V], both in the compute dtype; logits are x_BTD @ head."""
-        c = self.config
-        positions_BT = _positions(tokens_BT, segments_BT)
+        """Final features x_BTD and the head's weight [D, V], both in the compute dtype; logits are x_BTD @ head.
+        in_order: as the tokens are; else as positions lie on devices."""
+        c, positions_BT = self.config, _positions(tokens_BT, segments_BT)
+        if cut := constrain.sequences(self.compute.context):
+            tokens_BT, positions_BT, segments_BT = *map(cut.spread, (tokens_BT, positions_BT)), cut.known(segments_BT)
         x_BTD = self._embedded(params, tokens_BT, positions_BT, constrain)
         ends = {name: w for name, w in params.items() if name != "blocks"}
         ends = nnx.merge(self._ends, cast(ends, self.compute.dtype))
         rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
-        ctx = Context(constrain, self.compute.attention, rope, segments_BT)
+        kernel = KERNELS[self.compute.attention]
+        attention = cut.attention(kernel) if cut else lambda *arrays: checkpoint_name(kernel(*arrays), "context")
+        ctx = Context(constrain, attention, rope, segments_BT)
         x_BTD = self._run_blocks(params["blocks"], x_BTD, ctx)
         x_BTD = constrain(ends.final_norm(x_BTD), GATHERED)
         head_DV = ends.embed[...].T if c.tie_embeddings else ends.head[...]
-        return x_BTD, head_DV
+        return cut.back(x_BTD) if cut and in_order else x_BTD, head_DV
 
     def _embedded(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, constrain) -> jax.Array:
         """Embeddings of the tokens (and of learned positions), sharded as RESIDUAL."""
         names = ("embed", "position") if self.config.position == "learned" else ("embed",)
         look_up = partial(_look_up, constrain=constrain, dtype=self.compute.dtype)
-        in_axes = (("batch", None), ("batch", None), *(self.axes[name] for name in names))
+        in_axes = (*[("batch", "positions")] * 2, *(self.axes[name] for name in names))
         tables = (params[name] for name in names)
         return constrain.manual(look_up, in_axes, RESIDUAL)(tokens_BT, positions_BT, *tables)
 
@@ -151,9 +156,11 @@ class Transformer:
         batch: tokens, targets int32 [B, T]; mask float32 [B, T]; optionally segments int32 [B, T], the number of the
         document inside the window: positions attend within their document only.
         """
-        x_BTD, head_DV = self.features(params, batch["tokens"], constrain, batch.get("segments"))
-        arrays = (x_BTD, head_DV, batch["targets"], batch["mask"])
-        chunk_bytes = self.compute.loss_chunk_mib << 20
+        x_BTD, head_DV = self.features(params, batch["tokens"], constrain, batch.get("segments"), in_order=False)
+        targets_BT, mask_BT = batch["targets"], batch["mask"]
+        if cut := constrain.sequences(self.compute.context):
+            targets_BT, mask_BT = cut.spread(targets_BT), cut.spread(mask_BT)
+        arrays, chunk_bytes = (x_BTD, head_DV, targets_BT, mask_BT), self.compute.loss_chunk_mib << 20
         total = cross_entropy(*arrays, constrain, z_loss=self.z_loss, chunk_bytes=chunk_bytes)
         return total, jnp.sum(batch["mask"])
 
@@ -163,13 +170,16 @@ def _look_up(tokens_BT, positions_BT, embed_VD, position_TD=None, *, constrain, 
     vocabulary for the tokens of all batch shards, and hands on what belongs to others. Neither the table nor its
     gradient, which adds up in float32, ever leaves its shards; left to XLA, it may cross any axis, `replica` too.
     """
-    ids_BT = constrain.gather(tokens_BT, "batch", 0) - constrain.index("vocab") * embed_VD.shape[0]
+    C, all_BT = constrain.size("positions"), lambda x: constrain.gather(constrain.gather(x, "positions", 1), "batch", 0)
+    ids_BT = all_BT(tokens_BT) - constrain.index("vocab") * embed_VD.shape[0]
     own_BT = (ids_BT >= 0) & (ids_BT < embed_VD.shape[0])
     x_BTD = jnp.take(embed_VD, jnp.where(own_BT, ids_BT, 0), axis=0).astype(dtype)
     if position_TD is not None:  # every token is one device's own: its position is added once
-        x_BTD = x_BTD + jnp.take(position_TD, constrain.gather(positions_BT, "batch", 0), axis=0).astype(dtype)
-    x_BTD = constrain.scatter(jnp.where(own_BT[..., None], x_BTD, 0), "sequence", 1)
-    return constrain.transpose(x_BTD, "batch", 0, 2)
+        x_BTD = x_BTD + jnp.take(position_TD, all_BT(positions_BT), axis=0).astype(dtype)
+    B, T, D = x_BTD.shape
+    x_BCTD = jnp.where(own_BT[..., None], x_BTD, 0).reshape(B, C, T // C, D)
+    x_BCTD = constrain.transpose(constrain.scatter(x_BCTD, "vocab", 2), "positions", 1, 3)
+    return constrain.transpose(x_BCTD, "batch", 0, 3)[:, 0]
 
 
 def _axes(state: nnx.State, leading: tuple[str, ...]) -> Params:

@@ -1,17 +1,19 @@
 """What the user is told at the start: what a run is and needs, and what its compiled programs send."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 from parallel.cost import stray
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.link import Link
 from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
-from parallel.layout.axes import SLOW
+from parallel.layout import rules
+from parallel.layout.axes import SLOW, shown
 from recipes import memory, methods, over_link, phases, predicted, xla
 from recipes.build import Parts, num_parameters
 from recipes.programs import compile_beside, compile_init, compile_steps, takes_over
@@ -61,7 +63,7 @@ def wire_bytes(parts: Parts, found: dict[str, stray.Traffic], steps: int) -> dic
     if any(t.not_counted for t in found.values()):
         return {}
     calls = list(phases.calls(parts, steps))
-    total = {axis: sum(found[call.program].per_axis[axis] for call in calls) for axis in parts.mesh.axis_names}
+    total = {axis: sum(found[call.program].per_axis[axis] for call in calls) for axis in shown(parts.mesh.shape)}
     return {axis: round(size / sum(call.steps for call in calls)) for axis, size in total.items()}
 
 
@@ -214,10 +216,16 @@ def weight_rows(parts: Parts) -> list[tuple[str, str]]:
     if parts.mesh.size == 1:
         return []
     largest = sorted(named_arrays(parts.whole).items(), key=lambda row: -math.prod(row[1].shape))[:4]
-    how = lambda x: (
-        f"{list(x.shape)} as {x.sharding.spec}, {human_bytes(memory.shard_bytes(x, parts.mesh.shape))} on each device"
-    )
+    sizes = parts.mesh.shape
+    own = lambda x: human_bytes(memory.shard_bytes(x, sizes))
+    how = lambda x: f"{list(x.shape)} as {_said(x.sharding.spec, sizes)}, {own(x)} on each device"
     return [("largest weights", ""), *((name, how(x)) for name, x in largest)]
+
+
+def _said(spec: P, sizes: Mapping[str, int]) -> P:
+    """Without axes that are not worth a word."""
+    kept = (tuple(axis for axis in rules.names(entry) if axis in shown(sizes)) for entry in spec)
+    return P(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
 
 
 def _forms(exchange: Any) -> str:

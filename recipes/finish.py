@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from parallel.cost.link import Link
-from parallel.layout.axes import SLOW
+from parallel.layout.axes import SLOW, shown
 from recipes import fit, over_link
 from recipes.build import num_parameters
 from recipes.fit import Run
@@ -96,7 +96,7 @@ def summarise(run: Run, digest: str, evaluated: Evaluation, baselines: Baselines
     run.phases.mark("training and end", then="writing a sample")
     run.workdir.update_summary(
         parameters=num_parameters(run.parts),
-        mesh=dict(run.parts.mesh.shape),
+        mesh=shown(run.parts.mesh.shape),
         step=last["step"],
         skipped=last.get("skipped", 0),
         **{unit: last[unit]},

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,31 +20,38 @@ from model import kernels
 from model.config import Compute, ModelConfig, RopeScaling
 from model.transformer import Transformer
 from parallel.cost import flops
+from parallel.layout.axes import AXES
 from parallel.layout.mesh import cut
+from parallel.layout.ring import WAYS
+from recipes import context
 from recipes.task import AllTrained
 from runtime import config as configuration
 from runtime.config import UsageError, nearest_multiples
 
+WHOLE = dict.fromkeys(AXES, 1)
 PROMPT_TOKENS, PROMPT_WORDS = 64, 4  # of the sample, where none is given
 
 
-def build_model(c: Any, device_kind: str) -> tuple[Transformer, str]:
+def build_model(c: Any, device_kind: str, sizes: Mapping[str, int] = WHOLE) -> tuple[Transformer, str]:
     """(the network that config c describes; its attention kernel and why that one). device_kind: the chip it will run
-    on, which decides what `auto` means."""
+    on, and sizes of the mesh, which decide what `auto` means."""
     fields = {k: v for k, v in c.model.items() if k != "rope_scaling"}
     scaling = RopeScaling(**c.model.rope_scaling) if c.model.rope_scaling.factor else None
     config = ModelConfig(vocab_size=c.data.vocab_size, max_seq_len=c.data.seq_len, rope_scaling=scaling, **fields)
     auto = "float32" if device_kind == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if c.compute.dtype == "auto" else c.compute.dtype)
     queries = (c.data.batch_size, c.data.seq_len, config.num_heads, config.head_dim)
+    way, why_way = context.choose(c, sizes, dtype.itemsize)
+    asked = context.PLAIN if way in WAYS else c.compute.attention
     try:
-        kernel, passed = kernels.choose(c.compute.attention, queries, dtype, device_kind, c.data.document_mask)
+        kernel, passed = kernels.choose(asked, queries, dtype, device_kind, c.data.document_mask)
     except ValueError as error:
         raise UsageError(str(error)) from error
     options = {k: v for k, v in c.compute.items() if k not in ("dtype", "attention", "xla_options")}
     options["loss_chunk_mib"] = c.compute.loss_chunk_mib or chunk_of(device_kind)
-    compute = Compute(dtype=dtype, attention=kernel, **options)
-    why = "; ".join((f"auto: {kernel}", *passed.values())) if c.compute.attention == "auto" else f"{kernel}, as asked"
+    compute = Compute(dtype=dtype, attention=kernel, context=way, **options)
+    why = "; ".join((f"auto: {kernel}", *passed.values())) if asked == "auto" else f"{kernel}, as asked"
+    why = f"{why_way}; plain products" if way in WAYS else "; ".join(filter(None, (why, why_way)))
     return Transformer(config, compute, z_loss=c.optimizer.z_loss), why
 
 
@@ -189,4 +196,4 @@ def build(c: Any, mesh: Mesh) -> Language:
         dtypes["segments"] = np.int32
     row = {name: jax.ShapeDtypeStruct((c.data.seq_len,), dtype) for name, dtype in dtypes.items()}
     least = {"vocab": configuration.SMALLEST_VOCABULARY.get(c.data.tokenizer, 1)}
-    return Language(*build_model(c, mesh.devices.flat[0].device_kind), row, least)
+    return Language(*build_model(c, mesh.devices.flat[0].device_kind, mesh.shape), row, least)

@@ -17,7 +17,7 @@ from parallel.cost.model import Flight, Layout, Network
 from parallel.cost.pace import Exchange
 from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
-from parallel.layout.axes import SLOW, USED
+from parallel.layout.axes import AXES, COMMON, SLOW, USED
 from recipes import build, exchanged, memory, over_link, predicted
 from recipes.candidate import Candidate
 from recipes.gaps import Gaps
@@ -58,7 +58,7 @@ class Case:
         alone = dict.fromkeys((f"mesh.{axis}" for axis in USED), 1) | {"sync.strategy": "sync", "sync.codec": "none"}
         alone |= {"optimizer.accumulate": 1, "data.batch_size": 1, "sync.warm_steps": 0, "sync.algorithm": "auto"}
         alone |= {"sync.replicas": 0, "compute.xla_options": ""}  # which a place has no compiler for
-        return build.build(changed(self.config, alone), self.mesh(dict.fromkeys(USED, 1)))
+        return build.build(changed(self.config, alone), self.mesh(dict.fromkeys(AXES, 1)))
 
     @cached_property
     def network(self) -> Network:
@@ -71,7 +71,7 @@ class Case:
         places = np.empty(math.prod(sizes.values()), dtype=object)
         for i in range(places.size):
             places[i] = Place(i, i // host, platform, chip.kind)
-        return Mesh(places.reshape([sizes[axis] for axis in USED]), USED)
+        return Mesh(places.reshape([sizes[axis] for axis in AXES]), AXES)
 
     def fixed(self, key: str, tried: Sequence[Any]) -> Sequence[Any]:
         """What is tried of a key: what was typed, if it was."""
@@ -132,6 +132,12 @@ def check_typed(case: Case) -> None:
         raise UsageError(
             f"compute.remat={remat} cannot be planned with: {' and '.join(REMAT)} can, and are what is tried"
         )
+    for axis in (axis for axis in USED if axis not in COMMON):
+        if case.config.mesh[axis] != 1:
+            raise UsageError(
+                f"mesh.{axis}={case.config.mesh[axis]}: mesh.{', mesh.'.join(COMMON)} are planned, so far: leave it at "
+                "1 here, and try it with train.py --target --dry_run"
+            )
     if case.config.sync.exchange != "after":
         raise UsageError(
             f"sync.exchange={case.config.sync.exchange} cannot be planned with: leave it out, and set it in the run"
@@ -156,10 +162,10 @@ def divisible(case: Case) -> Iterator[dict[str, int]]:
     target, parts = case.target, case.base
     host = target.sides[1] if not target.chip.is_tpu else target.chips
     for shape in meshes.factorings(target.chips):
-        sizes: dict[str, int] = dict(zip(USED, shape, strict=True))
+        sizes: dict[str, int] = dict.fromkeys(AXES, 1) | dict(zip(COMMON, shape, strict=True))
         if not _may_be_replicas(case, sizes[SLOW]) or host % sizes["tensor"]:
             continue
-        if any(not {sizes[axis], -1} & {*case.fixed(f"mesh.{axis}", (-1,))} for axis in USED):
+        if any(not {sizes[axis], -1} & {*case.fixed(f"mesh.{axis}", (-1,))} for axis in COMMON):
             continue
         try:
             build.check_cut(parts.task, sizes)
@@ -252,7 +258,7 @@ class Exchanging(NamedTuple):
 
 def exchanging(case: Case, sizes: Mapping[str, int], strategy: str, codec: str) -> Exchanging:
     """Raises UsageError."""
-    keys = method(case, strategy, codec) | {f"mesh.{axis}": size for axis, size in sizes.items()}
+    keys = method(case, strategy, codec) | {f"mesh.{axis}": sizes[axis] for axis in USED}
     keys |= {"optimizer.accumulate": 1, "sync.replicas": 0, "compute.xla_options": ""}
     keys |= {"data.batch_size": math.prod(sizes.values())}  # which any mesh cuts; it has no part in this
     parts = build.build(changed(case.config, keys), case.mesh(sizes))
@@ -265,12 +271,12 @@ def counted(
     net, target, sizes = case.network, case.target, layout.sizes
     rows = model.sent(net, layout, pace.habits(net, layout, target))
     step = pace.step(net, layout, target, rows, exchange, case.link, model.updated(net, layout))
-    changes: dict[str, Any] = {f"mesh.{axis}": sizes[axis] for axis in USED}
+    changes: dict[str, Any] = {f"mesh.{axis}": sizes[axis] for axis in COMMON}
     changes |= {"optimizer.accumulate": layout.accumulate, "compute.remat": layout.remat}
     changes |= {"data.batch_size": case.config.data.batch_size} | method(case, strategy, codec)
     tokens = case.config.data.batch_size * net.seq_len
     held = model.held(net, layout, flight)
-    sent = {axis: sum(row.bytes for row in rows if row.axis == axis) for axis in USED} | {SLOW: exchange.bytes}
+    sent = {axis: sum(row.bytes for row in rows if row.axis == axis) for axis in COMMON} | {SLOW: exchange.bytes}
     delay = case.gaps.of(strategy, codec).factor if case.gaps and sizes[SLOW] > 1 else 1.0
     return Candidate(changes, layout, strategy, codec, step, state, held, sent, tokens, target.memory, delay)
 
@@ -281,7 +287,7 @@ def counted(
 def too_small(case: Case, least: Candidate) -> str:
     """One sentence. least: the candidate that needs least."""
     need = f"{human_bytes(least.peak_bytes)} of each chip's {human_bytes(case.target.memory)}"
-    keys = [*(f"mesh.{axis}" for axis in USED), "optimizer.accumulate", "compute.remat"]
+    keys = [*(f"mesh.{axis}" for axis in COMMON), "optimizer.accumulate", "compute.remat"]
     best = ", ".join(f"{key}={least.changes[key]}" for key in keys)
     said = f"hardware={case.target.text}: the model needs {need} at best ({best})"
     for doublings in range(1, LARGEST):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.cost.targets import Target
-from parallel.layout.axes import SLOW, USED
+from parallel.layout.axes import COMMON, SLOW, shown
 from recipes import aot, programs
 from recipes import target as targeted
 from recipes.candidate import MARGIN, Candidate
@@ -77,7 +77,7 @@ def seconds(x: float) -> str:
 
 
 def mesh(c: Candidate) -> str:
-    return " × ".join(f"{axis} {c.layout.sizes[axis]}" for axis in USED)
+    return " × ".join(f"{axis} {c.layout.sizes[axis]}" for axis in COMMON)
 
 
 def micro_steps(c: Candidate) -> str:
@@ -206,7 +206,7 @@ def _candidate(c: Candidate, x: Compiled | None) -> dict[str, Any]:
     says = x and {"fits": x.fits, "peak_bytes": x.peak_bytes, "flops": x.flops, "wire": x.wire}
     return {
         "flags": c.flags,
-        "mesh": dict(c.layout.sizes),
+        "mesh": shown(c.layout.sizes),
         "fits": c.fits,
         "peak_bytes": c.peak_bytes,
         "seconds": c.seconds,

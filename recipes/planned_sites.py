@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.layout.axes import SLOW, USED
+from parallel.layout.axes import COMMON, SLOW, shown
 from recipes import planned, sites
 from runtime.console import aligned, human_bytes, human_count
 
@@ -31,7 +31,7 @@ def table(found: sites.Found) -> str:
     rows = [("", "site", "mesh", "micro-steps", "remat", "a step", "memory")]
     for share in found.pick.shares:
         c = share.candidate
-        own = " × ".join(f"{axis} {c.layout.sizes[axis]}" for axis in USED if axis != SLOW)
+        own = " × ".join(f"{axis} {c.layout.sizes[axis]}" for axis in COMMON if axis != SLOW)
         held = f"{human_bytes(c.peak_bytes)} of {human_bytes(c.memory)}"
         rows.append(
             ("", share.target.text, own, str(c.layout.accumulate), c.layout.remat, planned.seconds(sites.bare(c)), held)
@@ -89,7 +89,7 @@ def _round_json(x: sites.Round) -> dict[str, Any]:
         {
             "site": share.target.text,
             "flags": share.flags,
-            "mesh": dict(share.candidate.layout.sizes) | {SLOW: 1},
+            "mesh": shown(share.candidate.layout.sizes) | {SLOW: 1},
             "steps": share.steps,
             "rows": share.rows,
             "peak_bytes": share.candidate.peak_bytes,

@@ -8,7 +8,7 @@ from typing import Any
 
 from parallel.cost import model
 from parallel.cost.model import Flight, Layout, Network
-from parallel.layout.axes import SLOW
+from parallel.layout.axes import COMMON, SLOW
 from parallel.layout.mesh import cut
 from recipes import exchanged
 from recipes.build import Parts
@@ -42,6 +42,8 @@ def of(config: Any, parts: Parts) -> Predicted | None:
     if not isinstance(task, Language) or task.model.compute.remat not in REMAT or task.model.compute.unroll:
         return None
     if parts.replicas != sizes[SLOW] or config.optimizer.name == "muon":  # several on a device; products of its own
+        return None
+    if any(size != 1 for axis, size in sizes.items() if axis not in COMMON):
         return None
     if config.sync.exchange != "after":  # one message in flight after another
         return None

@@ -16,7 +16,7 @@ from parallel.cost.model import Flight, Layout
 from parallel.cost.pace import Exchange
 from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
-from parallel.layout.axes import SLOW, USED
+from parallel.layout.axes import COMMON, SLOW
 from recipes import memory, plan
 from recipes.candidate import Candidate
 from recipes.over_link import TRIED
@@ -44,7 +44,7 @@ class Share:
     @property
     def flags(self) -> str:
         """With which a dry run looks at this site's own part: without the others, and their exchange."""
-        keys = {f"mesh.{axis}": self.candidate.layout.sizes[axis] for axis in USED} | {SLOW_KEY: 1}
+        keys = {f"mesh.{axis}": self.candidate.layout.sizes[axis] for axis in COMMON} | {SLOW_KEY: 1}
         keys |= {"optimizer.accumulate": self.candidate.layout.accumulate}
         keys |= {"compute.remat": self.candidate.layout.remat, "data.batch_size": self.rows}
         return " ".join(f"--config.{key}={value}" for key, value in keys.items())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.cost.targets import Target
+from parallel.layout.axes import shown
 from recipes import aot
 from recipes.aot import Reading
 from recipes.build import Parts
@@ -50,7 +51,7 @@ def describe(
             "usable_bytes": target.memory,
             "wrap": list(target.wrap),
         },
-        "mesh": dict(parts.mesh.shape),
+        "mesh": shown(parts.mesh.shape),
         "versions": {"jax": importlib.metadata.version("jax"), "compiler": compiler},
         "fits": worst <= target.memory,
         "spare_bytes": target.memory - worst,

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from runtime import agree, exits, format1, steps
+from runtime import agree, exits, format1, format2, steps
 from runtime.config import RunError, UsageError
 from runtime.digest import fingerprint, named_arrays
 from runtime.steps import FIXED, PARAMS, read_record
@@ -196,6 +196,8 @@ class Checkpoints:
         counted_calls = record["format"] == 1
         if counted_calls:
             record = format1.translate(record)
+        if record["format"] == 2:
+            record = format2.translate(record)
         adapted = adapt(step, record["arrays"], wanted) if adapt else None
         _check_same_arrays(step, record["arrays"], wanted, adapted)
         arrays, problems = {}, []

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from runtime import agree, format1
+from runtime import agree, format1, format2
 from runtime.digest import digest_all, named_arrays, to_hex
 from runtime.steps import COPIES
 
@@ -37,7 +37,7 @@ def make_record(step: int, arrays: dict[str, jax.Array], kinds: Mapping[str, str
         }
         for name, x in arrays.items()
     }
-    return {"format": 2, "step": step, "arrays": described}
+    return {"format": 3, "step": step, "arrays": described}
 
 
 class Record:
@@ -81,7 +81,9 @@ def read_arrays(folder: Path, record: dict[str, Any], load: dict[str, Any]) -> t
     stored = {known[name].get("stored", name): name for name in load}
 
     def as_it_lies(name: str) -> Any:
-        return load[name] if known[name].get("fragments") is None else format1.as_stored(known[name], load[name])
+        if known[name].get("fragments") is not None:
+            return format1.as_stored(known[name], load[name])
+        return format2.as_stored(known[name], load[name]) if "further" in known[name] else load[name]
 
     found, problems = load_arrays(folder, {old: as_it_lies(name) for old, name in stored.items()})
     problems += wrong_digests({old: known[name] for old, name in stored.items()}, found)
@@ -89,6 +91,8 @@ def read_arrays(folder: Path, record: dict[str, Any], load: dict[str, Any]) -> t
     for name, x in arrays.items():
         if known[name].get("fragments") is not None:
             arrays[name] = format1.restack(x, known[name]["fragments"], load[name].sharding)
+        elif "further" in known[name]:
+            arrays[name] = format2.with_further(x, known[name]["further"], load[name].sharding)
     return arrays, problems
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from model.config import ModelConfig
 from parallel.layout import mesh as meshes
 from parallel.layout import rules
-from parallel.layout.axes import SLOW
+from parallel.layout.axes import COMMON, SLOW
 from recipes import door, language, memory, methods, parameters, xla
 from runtime import config as configuration
 from runtime.config import UsageError
@@ -76,7 +76,9 @@ def open_model(workdir: str, changes: Mapping[str, Any], simulate: int | None) -
 
 
 def laid_out(workdir: Path, config: Any, mesh: Mesh, tokenizer: Any) -> Model:
-    """Nothing is allocated. Raises UsageError for a mesh that does not divide the weights."""
+    """Nothing is allocated. Raises UsageError for a mesh that does not divide the weights, or has other axes."""
+    for axis in (axis for axis, size in mesh.shape.items() if axis not in COMMON and size != 1):
+        raise UsageError(f"mesh.{axis}={mesh.shape[axis]}: models are served over mesh.fsdp and mesh.tensor, so far")
     task = language.build(_any_length(config, mesh), mesh)
     shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
     with configuration.bad_input():

@@ -30,8 +30,13 @@ from runtime.progress import on_host
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def name(mesh: tuple[int, int, int]) -> str:
-    return "r{}f{}t{}".format(*mesh)
+def name(mesh: tuple[int, ...]) -> str:
+    return ("r{}f{}t{}" if len(mesh) == 3 else "r{}f{}c{}t{}").format(*mesh)
+
+
+def sizes(mesh: tuple[int, ...]) -> dict[str, int]:
+    """replica × fsdp × tensor, or with context before the last."""
+    return dict(zip(meshes.COMMON if len(mesh) == 3 else meshes.USED, mesh, strict=True))
 
 
 def tiny(**overrides: Any):
@@ -45,10 +50,9 @@ def tiny(**overrides: Any):
     return config
 
 
-def build(config, mesh: tuple[int, int, int]) -> Parts:
-    """On the first replica × fsdp × tensor of this process's devices."""
-    sizes = dict(zip(meshes.USED, mesh, strict=True))
-    return recipes.build.build(config, meshes.build(sizes, jax.devices()[: int(np.prod(mesh))]))
+def build(config, mesh: tuple[int, ...]) -> Parts:
+    """On the first of this process's devices."""
+    return recipes.build.build(config, meshes.build(sizes(mesh), jax.devices()[: int(np.prod(mesh))]))
 
 
 def replaced(parts: Parts, **fields: Any) -> Parts:

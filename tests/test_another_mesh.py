@@ -73,7 +73,13 @@ def options(codec: str, **more):
 
 @SLOW  # in the default run test_seams.py::test_what_is_owed_of_pieces_is_conserved, on a model that is not trained
 @pytest.mark.parametrize("codec", ["int4", "topk", "sign"])
-@pytest.mark.parametrize(("before", "after"), [((4, 2, 1), (4, 1, 2)), ((4, 2, 1), (2, 2, 1)), ((2, 1, 1), (4, 2, 1))])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((4, 2, 1), (4, 1, 2)), ((4, 2, 1), (2, 2, 1)), ((2, 1, 1), (4, 2, 1)),
+        ((4, 1, 2, 1), (4, 2, 1)), ((4, 2, 1), (2, 1, 2, 2)),
+    ],
+)  # fmt: skip
 def test_residuals_are_folded_onto_another_mesh_and_number_of_replicas(tmp_path, codec, before, after, monkeypatch):
     monkeypatch.setattr(units, "SMALL", 2**11)  # some arrays together, some by themselves, some in pieces
     monkeypatch.setattr(rounds, "PIECE", 2**11)

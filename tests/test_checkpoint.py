@@ -28,7 +28,7 @@ SPECS = {"step": P(), "params": {"w": P("fsdp", "tensor"), "b": P(), "half": P(N
 
 
 def mesh(*sizes: int) -> jax.sharding.Mesh:
-    return meshes.build(dict(zip(meshes.USED, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+    return meshes.build(dict(zip(meshes.COMMON, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
 
 
 def values(seed: int) -> dict:

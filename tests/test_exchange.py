@@ -78,7 +78,7 @@ every_codec = pytest.mark.parametrize(("case", "algorithm"), EVERY)
 
 def make(case, algorithm, sizes, replicas=None, feedback=None):
     name, options = case
-    mesh = meshes.build(dict(zip(meshes.USED, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+    mesh = meshes.build(dict(zip(meshes.COMMON, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
     return exchanges.build(CODECS[name](**dict(options)), algorithm, mesh, replicas or sizes[0], LEAVES, feedback)
 
 
@@ -232,7 +232,7 @@ def owed(exchange, state) -> dict[str, np.ndarray]:
     names = list(LEAVES)
     for unit in exchange.units:
         if unit.name in state["server"]:
-            chunks = np.asarray(state["server"][unit.name], np.float64)[:, 0, 0]  # [R, pieces, C]
+            chunks = np.asarray(state["server"][unit.name], np.float64)[:, 0, 0, 0, 0, 0]  # [R, pieces, C]
             pieces = np.moveaxis(chunks, 0, 1).reshape(unit.pieces, -1)[:, : unit.size // unit.pieces]
             flat, start = pieces.reshape(-1), 0
             for i, shape in zip(sorted(unit.leaves), unit.shapes, strict=True):

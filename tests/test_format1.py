@@ -80,17 +80,22 @@ def test_every_array_is_found_and_has_its_digest(tmp_path, mesh):
     ["codec=none", "strategy=stale codec=int4", "strategy=diloco codec=int4 interval=4", "strategy=eager interval=4"],
 )
 def test_runs_of_the_release_before_go_on_from_their_step(tmp_path, options):
-    release, workdir, archive = tmp_path / "release", tmp_path / "run", tmp_path / "release.tar"
-    done = subprocess.run(["git", "archive", f"--output={archive}", LAST_RELEASE], cwd=helpers.ROOT)
+    gone_on(LAST_RELEASE, tmp_path, options)
+
+
+def gone_on(release: str, tmp_path: Path, options: str) -> str:
+    """What is said of a run of 8 steps of that release, when it goes on for 8 more."""
+    folder, workdir, archive = tmp_path / "release", tmp_path / "run", tmp_path / "release.tar"
+    done = subprocess.run(["git", "archive", f"--output={archive}", release], cwd=helpers.ROOT)
     if done.returncode:
-        pytest.skip(f"needs the repository's history back to {LAST_RELEASE}")
-    shutil.unpack_archive(archive, release)
+        pytest.skip(f"needs the repository's history back to {release}")
+    shutil.unpack_archive(archive, folder)
     chosen = [f"--config.sync.{option}" for option in options.split()]
     chosen += ["--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.sample.tokens=0", f"--workdir={workdir}"]
     command = [sys.executable, "train.py", "--config=configs/tiny.py", "--simulate=4", *chosen]
     cache = {"SLACKLINE_CACHE": str(tmp_path / "cache")}  # its programs and tokens are not ours
     subprocess.run(
-        [*command, "--config.steps=8"], cwd=release, env={**os.environ, **cache}, check=True, capture_output=True
+        [*command, "--config.steps=8"], cwd=folder, env={**os.environ, **cache}, check=True, capture_output=True
     )
     done = helpers.train(workdir, *chosen, "--config.steps=16", simulate=4)
     assert "from step 8" in done.stdout and "has the digest" in done.stdout
@@ -98,3 +103,4 @@ def test_runs_of_the_release_before_go_on_from_their_step(tmp_path, options):
     rows = [row for row in read(workdir / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 17))
     assert rows[8]["loss"] < rows[7]["loss"] + 0.5 and rows[-1]["loss"] < rows[0]["loss"]
+    return done.stdout + done.stderr

@@ -116,7 +116,7 @@ def test_a_chip_is_known_by_whole_words_of_its_name(kind, teraflops):
 )
 def test_the_look_up_in_ones_own_rows_is_a_look_up_and_so_is_its_gradient(sizes, position):
     """Against jnp.take on one device: the embeddings to the bit, their gradient to the order of its sums."""
-    mesh = meshes.build(dict(zip(meshes.USED, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
+    mesh = meshes.build(dict(zip(meshes.COMMON, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
     model, _ = language.build_model(helpers.tiny(model__position=position), "cpu")
     draw = lambda seed, *shape: np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     tables = {"embed": draw(0, 256, 64)} | ({"position": draw(1, 32, 64)} if position == "learned" else {})

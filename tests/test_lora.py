@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import slackline as sl
 from model import families, huggingface
 from parallel.cost.bytes import exchange_bytes
-from parallel.layout.rules import Constrain
+from parallel.layout.rules import Constrain, entry
 from recipes import describe, memory, programs
 from recipes.build import Parts
 from recipes.programs import shardings_of
@@ -32,6 +32,8 @@ from runtime.steps import committed, read_record
 
 LORA = {"lora__rank": 4, "lora__alpha": 8.0, "init__workdir": "runs/base"}
 SCALE = 8.0 / 4
+
+EMBED = entry("embed")
 
 
 def tuned(mesh: tuple[int, int, int] = (1, 1, 1), **overrides: Any) -> tuple[Any, Parts]:
@@ -54,13 +56,13 @@ def test_a_state_holds_the_adapter_alone_and_the_base_lies_beside_it_once():
     }
     small = 3 * max(x.size for x in trained.values())  # also for two replicas
     assert all(x.size < small for x in jax.tree.leaves(parts.state))
-    assert base["blocks"]["attention"]["q"].sharding.spec == P(None, "fsdp", "tensor", None)
+    assert base["blocks"]["attention"]["q"].sharding.spec == P(None, EMBED, "tensor", None)
 
 
 @pytest.mark.parametrize("path, a, b", [
-    ("attention/q", ((2, 64, 4), P(None, "fsdp", None)), ((2, 4, 8, 8), P(None, None, "tensor", None))),
-    ("attention/out", ((2, 8, 8, 4), P(None, "tensor", None, None)), ((2, 4, 64), P(None, None, "fsdp"))),
-    ("mlp/down", ((2, 128, 4), P(None, "tensor", None)), ((2, 4, 64), P(None, None, "fsdp"))),
+    ("attention/q", ((2, 64, 4), P(None, EMBED, None)), ((2, 4, 8, 8), P(None, None, "tensor", None))),
+    ("attention/out", ((2, 8, 8, 4), P(None, "tensor", None, None)), ((2, 4, 64), P(None, None, EMBED))),
+    ("mlp/down", ((2, 128, 4), P(None, "tensor", None)), ((2, 4, 64), P(None, None, EMBED))),
 ])  # fmt: skip
 def test_an_adapter_lies_as_its_weight_does_and_its_rank_is_whole(path, a, b):
     _, parts = tuned((2, 2, 2))

@@ -17,6 +17,7 @@ from parallel.cost import flops, hardware, model, pace, targets
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.hardware import GiB
 from parallel.cost.link import Link
+from parallel.layout.axes import AXES
 from recipes import build, candidate, describe, gaps, memory, methods, plan, planned, predicted, sites
 from runtime.config import UsageError, flatten
 
@@ -123,7 +124,7 @@ def test_where_attention_is_fused_temporaries_and_products_are_compared_too():
     config.update_from_flattened_dict({"compute.remat": "full", "compute.attention": "cudnn", "sync.codec": "int4"})
     config.update_from_flattened_dict({"mesh.replica": 4, "data.batch_size": 32, "compute.loss_chunk_mib": 512})
     same = only("8b", "h100:4x8", "full", **INT4, mesh__replica=4, data__batch_size=32)
-    parts = build.build(config, case("8b", "h100:4x8").mesh({"replica": 4, "fsdp": 8, "tensor": 1}))
+    parts = build.build(config, case("8b", "h100:4x8").mesh(dict.fromkeys(AXES, 1) | {"replica": 4, "fsdp": 8}))
     found = predicted.of(config, parts)
     assert found == predicted.Predicted({"fsdp": same.sent["fsdp"]}, same.temporary_bytes, same.step.flops)
     compiled = {"fsdp": 0.5 * same.sent["fsdp"]}, same.temporary_bytes, same.step.flops / 1.1

@@ -78,7 +78,7 @@ def residual(params, batch, constrain):
 
 def make(strategy: str, codec: str, optimizer: str, mesh=MESH, replicas: int = R, outer: str = "nesterov"):
     """(the strategy, the first parameters, their units.Leaf)."""
-    made = meshes.build(dict(zip(meshes.USED, mesh, strict=True)), jax.devices()[: int(np.prod(mesh))])
+    made = meshes.build(helpers.sizes(mesh), jax.devices()[: int(np.prod(mesh))])
     key = jax.random.key(0)
     params = {
         "a": jnp.ones(FEATURES),

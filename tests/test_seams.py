@@ -16,7 +16,7 @@ from parallel.layout import roles, rules
 from parallel.strategies import resume
 from runtime.digest import named_arrays
 
-MESHES = [(1, 1), (2, 1), (1, 2), (2, 2)]  # fsdp, tensor
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 2, 1), (1, 2, 2)]  # fsdp × tensor, or with context between
 REPLICAS = (2, 3, 4)
 # (before, after, optimizer). The outer optimizer is by turns nesterov and adam, the codec by turns one of CODECS.
 PAIRS = [

@@ -512,7 +512,7 @@ def test_the_row_of_a_token_that_never_occurs_does_not_drift(options, says_zero)
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2), (4, 1, 2)], ids=helpers.name)
 def test_a_norm_is_the_same_bits_on_every_device_and_crosses_no_slow_axis(mesh):
-    made = meshes.build(dict(zip(meshes.USED, mesh, strict=True)), jax.devices()[: int(np.prod(mesh))])
+    made = meshes.build(dict(zip(meshes.COMMON, mesh, strict=True)), jax.devices()[: int(np.prod(mesh))])
     P = jax.sharding.PartitionSpec
     specs = {"a": P("fsdp", "tensor"), "b": P(None, "fsdp"), "c": P()}
     rng = np.random.default_rng(0)

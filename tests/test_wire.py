@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel.cost import wire
 from parallel.layout import mesh as meshes
+from parallel.layout.axes import AXES
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_a_real_loop_of_collectives_is_counted_with_its_trips(mesh):
 
 
 def test_per_axis_names_every_axis(mesh):
-    assert wire.per_axis(program("%a = f32[1] negate(%p)"), mesh) == {"replica": 0, "fsdp": 0, "tensor": 0}
+    assert wire.per_axis(program("%a = f32[1] negate(%p)"), mesh) == dict.fromkeys(AXES, 0)
 
 
 def test_fsdp_and_tensor_parallel_bytes_are_counted_too():
@@ -191,7 +192,7 @@ def test_a_bound_that_the_loop_changes_is_an_error(mesh):
 def test_bytes_of_gpu_hosts_are_laid_to_the_right_axis():
     """A GPU's slice_index is its host; its program is one over all hosts. A TPU's is one over its slice."""
     device = lambda i: SimpleNamespace(id=i, slice_index=i // 4, platform="gpu")
-    mesh = SimpleNamespace(devices=np.array([device(i) for i in range(8)]).reshape(2, 4, 1), axis_names=meshes.USED)
+    mesh = SimpleNamespace(devices=np.array([device(i) for i in range(8)]).reshape(2, 4, 1), axis_names=meshes.COMMON)
     line = "%a = f32[100]{0} all-reduce(%p), replica_groups=GROUPS, use_global_device_ids=true, to_apply=%add"
     for groups, axis, sent in (
         ("{{0,4},{1,5},{2,6},{3,7}}", "replica", 400), ("[4,2]<=[2,4]T(1,0)", "replica", 400),

@@ -226,7 +226,7 @@ def sent(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
 
 
 def _over_fsdp(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
-    (axis,), n, A = rules.RULES["embed"], lay.cut("embed"), lay.accumulate
+    (axis,), n, A = rules.RULES["batch"], lay.cut("batch"), lay.accumulate
     gathered = lambda weights: sum((n - 1) / n * _own(w, lay, without=axis) * net.itemsize for w in weights)
     weights = [w for w in net.layer if axis in _mesh_axes(w)]
     layer = net.layers * A * gathered(weights)
@@ -251,7 +251,7 @@ def _fills_lanes(w: Weight, n: int, lanes: int) -> bool:
 
 
 def _over_tensor(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
-    (axis,), n, A = rules.RULES["sequence"], lay.cut("sequence"), lay.accumulate
+    (axis,), n, A = rules.RULES["vocab"], lay.cut("vocab"), lay.accumulate
     once = (n - 1) / n * A * tokens(net, lay) * net.dim * net.itemsize
     parts = [net.layers * count for count in habits.in_parts]
     forward = net.layers * CROSSINGS["forward"] - parts[0]
@@ -280,7 +280,7 @@ def _mesh_axes(w: Weight) -> tuple[str, ...]:
 
 def _own(w: Weight, lay: Layout, without: str = "") -> float:
     """Elements that a device has of a weight; `without`: once it is gathered over this mesh axis."""
-    parts = (lay.sizes[axis] for axis in _mesh_axes(w) if axis != without)
+    parts = (lay.sizes.get(axis, 1) for axis in _mesh_axes(w) if axis != without)
     return math.prod(w.shape) / math.prod(parts)
 
 
@@ -299,7 +299,7 @@ class Flight(NamedTuple):
 def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float]]:
     """Temporary bytes by the moments at which a step may hold most: {moment: {array: bytes}}. The state lies beside
     them."""
-    (fsdp,), t, n = rules.RULES["embed"], lay.cut("mlp"), tokens(net, lay)
+    (fsdp,), t, n = rules.RULES["batch"], lay.cut("mlp"), tokens(net, lay)
     layer = sum(_own(w, lay) for w in net.trained_layer)
     whole = sum(_own(w, lay, without=fsdp) for w in net.layer)
     weights = net.layers * layer + sum(_own(w, lay) for w in net.trained_ends)

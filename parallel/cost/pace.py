@@ -13,7 +13,7 @@ from parallel.cost.hardware import Chip
 from parallel.cost.link import Link
 from parallel.cost.model import BACKWARD, ENDS, FORWARD, Habits, Layout, Network, Sent
 from parallel.cost.targets import Target
-from parallel.layout.axes import SLOW, USED
+from parallel.layout.axes import AXES, COMMON, SLOW
 
 HOP = 1e-6  # seconds from one chip of a ring to the next
 
@@ -44,7 +44,7 @@ def rate(target: Target, sizes: Mapping[str, int], axis: str) -> float:
     """Nominal bytes a second that each chip sends in collectives over an axis, inside one slice or site. The last axis
     of a mesh has neighbours."""
     size = sizes[axis]
-    stride = math.prod(sizes[a] for a in USED[USED.index(axis) + 1 :])
+    stride = math.prod(sizes.get(a, 1) for a in AXES[AXES.index(axis) + 1 :])
     if target.chip.is_tpu:
         return target.chip.link * max(1, _links(target, stride, size))
     together = target.sides[1]  # GPUs of a host
@@ -178,7 +178,7 @@ def step(
     on_wire = exchange_seconds(exchange, target, lay.sizes, link)
     bare = total + sum(exposed.values())
     exposed[SLOW] = late_seconds(exchange, on_wire, bare)
-    all_of_it = {axis: sum(time for key, time in wire.items() if key[0] == axis) for axis in USED}
+    all_of_it = {axis: sum(time for key, time in wire.items() if key[0] == axis) for axis in COMMON}
     return Step(total, exposed, all_of_it | {SLOW: on_wire / exchange.interval}, sum(products.values()))
 
 

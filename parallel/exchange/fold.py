@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from parallel.exchange.residuals import of_weights
 from parallel.exchange.units import SMALL_UNIT, Leaf
-from parallel.layout.rules import of
+from parallel.layout.axes import first
 
 FRAGMENTS = "codec/fragments/server/"
 SERVERS = (FRAGMENTS, "codec/rest/server/", "codec/server/")
@@ -28,11 +28,11 @@ def owners(server_names: list[str], leaves: list[Leaf]) -> dict[str, list[Leaf]]
 
 
 def _members(unit: str, units: set[str], leaves: list[Leaf]) -> list[Leaf]:
-    """The leaves of a unit, by its name: one array, or all over the same axes that are no unit by themselves."""
+    """The leaves of a unit, by its name: one array, or all that are cut alike and are no unit by themselves."""
     if unit.split(" ")[0] != SMALL_UNIT:
         return [leaf for leaf in leaves if leaf.name == unit]
-    axes = sorted(unit.split(" ")[1:])
-    return [leaf for leaf in leaves if leaf.name not in units and sorted(of(leaf.spec)) == axes]
+    cut = tuple(unit.split(" ")[1:])
+    return [leaf for leaf in leaves if leaf.name not in units and first(leaf.spec) == cut]
 
 
 def _belongs(leaf: Leaf, prefix: str) -> bool:

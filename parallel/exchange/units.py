@@ -14,6 +14,7 @@ from jax.tree_util import keystr
 from parallel.exchange.codecs import rounds
 from parallel.exchange.codecs.base import is_round
 from parallel.exchange.codecs.plain import Identity
+from parallel.layout.axes import first
 from parallel.layout.rules import of, shards, spec
 
 SMALL = 2**14  # shards of fewer elements share one unit: a collective has a price of its own
@@ -97,9 +98,9 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
             cut = pieces, _piece(local.shape, pieces)
             units.append(Unit(leaf.name, (i,), (local.shape,), axes, local.size, local, own, _salt(leaf.name), *cut))
         else:
-            buckets.setdefault((axes, own), []).append((i, local))
-    for (axes, own), found in buckets.items():
-        name = " ".join([SMALL_UNIT, *axes] if own == codec else [SMALL_UNIT, "exact", *axes])
+            buckets.setdefault((axes, first(leaf.spec), own), []).append((i, local))
+    for (axes, cut, own), found in buckets.items():
+        name = " ".join([SMALL_UNIT, *cut] if own == codec else [SMALL_UNIT, "exact", *cut])
         numbers, locals_ = zip(*found, strict=True)
         whole = Leaf(name, (sum(local.size for local in locals_),), P(None))
         shapes = tuple(local.shape for local in locals_)

@@ -4,7 +4,25 @@
 network's, own.
 """
 
-AXES = ("replica", "stage", "fsdp", "expert", "context", "tensor")
-USED = ("replica", "fsdp", "tensor")  # those that a mesh has so far
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Every mesh has all of them, of 1 device or more.
+AXES: tuple[str, ...] = ("replica", "stage", "fsdp", "expert", "context", "tensor")
 SLOW = "replica"
-FAST = tuple(axis for axis in USED if axis != SLOW)
+FAST = tuple(axis for axis in AXES if axis != SLOW)
+# Those that a config sets, so far.
+USED: tuple[str, ...] = ("replica", "fsdp", "context", "tensor")
+# Among these the planner chooses, so far; the others are spoken of where they are not 1.
+COMMON: tuple[str, ...] = ("replica", "fsdp", "tensor")
+
+
+def first(spec: Iterable[Any]) -> tuple[str, ...]:
+    """By which axis each dimension is cut, in alphabetical order; of several the first. What is named by these keeps
+    its name when a rule is given a further axis."""
+    return tuple(sorted(entry if isinstance(entry, str) else entry[0] for entry in spec if entry))
+
+
+def shown(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Those worth a word: the common ones, and others that are not 1."""
+    return {axis: sizes[axis] for axis in AXES if axis in COMMON or sizes[axis] != 1}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.tree_util import keystr
 
 from parallel.layout import rules
-from parallel.layout.axes import SLOW, USED
+from parallel.layout.axes import AXES, COMMON, SLOW, USED, shown
 
 
 def simulate(num_devices: int, num_processes: int = 1) -> None:
@@ -53,11 +53,11 @@ def gpu_share() -> float:
 def fill_sizes(
     sizes: Mapping[str, int], num_devices: int, hint: str = "On a CPU, --simulate=N gives N devices"
 ) -> dict[str, int]:
-    """Axis sizes with the one -1 filled in.
+    """Sizes of all axes, with the one -1 filled in.
 
     Raises ValueError when the product is not the number of devices, listing factorings that are. hint: its last words.
     """
-    sizes = {axis: int(sizes[axis]) for axis in USED}
+    sizes = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             raise ValueError(f"mesh.{axis}={size}: an axis has at least 1 device (or -1: whatever is left)")
@@ -69,14 +69,14 @@ def fill_sizes(
         return sizes | {free[0]: num_devices // fixed}
     if not free and fixed == num_devices:
         return sizes
-    asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+    others = {axis: size for axis, size in sizes.items() if axis not in COMMON and size != 1}
     raise ValueError(
-        f"the mesh {asked} does not multiply to the {num_devices} devices there are "
-        f"(mesh.{', mesh.'.join(USED)}). These do: {_factorings(num_devices)}. {hint}"
+        f"the mesh {_said(sizes)} does not multiply to the {num_devices} devices there are "
+        f"(mesh.{', mesh.'.join(USED)}). These do: {_factorings(num_devices, others)}. {hint}"
     )
 
 
-def factorings(n: int, count: int = len(USED)) -> list[tuple[int, ...]]:
+def factorings(n: int, count: int = len(COMMON)) -> list[tuple[int, ...]]:
     """All tuples of so many sizes with the product n."""
     if count == 1:
         return [(n,)]
@@ -84,15 +84,22 @@ def factorings(n: int, count: int = len(USED)) -> list[tuple[int, ...]]:
     return [(d, *rest) for d in divisors for rest in factorings(n // d, count - 1)]
 
 
-def _factorings(n: int, limit: int = 12) -> str:
-    rows = sorted(factorings(n), key=lambda row: (row[0], row[-1]))
+def _factorings(n: int, others: Mapping[str, int], limit: int = 12) -> str:
+    """others: sizes of further axes, which stay where they divide n."""
+    asked = math.prod(others.values())
+    kept = others if asked > 0 and n % asked == 0 else {}
+    rows = sorted(factorings(n // math.prod(kept.values())), key=lambda row: (row[0], row[-1]))
     text = ", ".join("×".join(map(str, row)) for row in rows[:limit])
-    return f"{'×'.join(USED)} = {text}{', …' if len(rows) > limit else ''}"
+    beside = "".join(f", beside {axis} {size}" for axis, size in kept.items())
+    return f"{'×'.join(COMMON)} = {text}{', …' if len(rows) > limit else ''}{beside}"
 
 
 def cut(axis: str, sizes: Mapping[str, int]) -> tuple[str, int]:
-    """(the config's keys of the mesh axes over which a logical axis is cut, into how many parts on such a mesh)."""
-    return " × ".join(f"mesh.{name}" for name in rules.RULES[axis]), rules.shards(rules.entry(axis), sizes)
+    """(the config's keys of the mesh axes over which a logical axis is cut, into how many parts on such a mesh). Of
+    several axes those that are not 1, or else the first that every mesh has."""
+    over = rules.RULES[axis]
+    named = [a for a in over if sizes.get(a, 1) != 1] or [a for a in over if a in COMMON][:1] or over
+    return " × ".join(f"mesh.{name}" for name in named), rules.shards(rules.entry(axis), sizes)
 
 
 def check_divisible(
@@ -137,7 +144,7 @@ def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mes
     laid over the slow network (DCN) and the other axes inside the slices.
     """
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
-    shape = tuple(sizes.get(axis, 1) for axis in USED)
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if devices[0].platform == "tpu":
         from jax.experimental import mesh_utils
 
@@ -145,12 +152,16 @@ def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mes
         if slices > 1:
             across = math.gcd(slices, sizes.get(SLOW, 1))
             slow = {SLOW: across, "fsdp": slices // across}  # a replica of several slices is cut by its weights
-            dcn = tuple(slow.get(axis, 1) for axis in USED)
+            dcn = tuple(slow.get(axis, 1) for axis in AXES)
             inside = tuple(size // d for size, d in zip(shape, dcn, strict=True))
-            return Mesh(mesh_utils.create_hybrid_device_mesh(inside, dcn, devices), USED)
-        return Mesh(mesh_utils.create_device_mesh(shape, devices), USED)
-    return Mesh(np.array(devices).reshape(shape), USED)
+            return Mesh(mesh_utils.create_hybrid_device_mesh(inside, dcn, devices), AXES)
+        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
+    return Mesh(np.array(devices).reshape(shape), AXES)
 
 
 def describe(mesh: Mesh) -> str:
-    return " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return _said(mesh.shape)
+
+
+def _said(sizes: Mapping[str, int]) -> str:
+    return " × ".join(f"{axis} {size}" for axis, size in shown(sizes).items())

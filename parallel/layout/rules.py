@@ -13,13 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 Axes = Sequence[str | None]
 
-# Weights are sharded over `fsdp` by their model dimension and over `tensor` by heads, features or vocabulary.
-# Activations: the batch over `fsdp`; between blocks the sequence over `tensor`.
+# Weights are sharded over `fsdp` and `context` by their model dimension, and over `tensor` by heads, features or
+# vocabulary. Activations: the batch over `fsdp`, sequences over `context`, and between blocks over `tensor` too.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("fsdp",),
-    "sequence": ("tensor",),
+    "positions": ("context",),
+    "sequence": ("context", "tensor"),
+    "token": ("fsdp", "context"),  # batch and positions at once
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -55,8 +57,8 @@ def of(spec: Any) -> tuple[str, ...]:
 
 
 def shards(entry: Any, sizes: Mapping[str, int]) -> int:
-    """Into how many parts a dimension with this entry is cut, on a mesh of these sizes."""
-    return math.prod(sizes[axis] for axis in names(entry))
+    """Into how many parts a dimension with this entry is cut, on a mesh of these sizes, 1 where none is given."""
+    return math.prod(sizes.get(axis, 1) for axis in names(entry))
 
 
 def specs(axes_tree: Any) -> Any:
@@ -115,6 +117,12 @@ class Constrain:
         """Into how many shards a logical axis is cut."""
         return 1 if self.mesh is None else shards(entry(axis), self.mesh.shape)
 
+    def sequences(self, way: str) -> Any:
+        """How they lie on devices that have parts of them, and attend (ring.py); None: each has them whole."""
+        from parallel.layout import ring
+
+        return ring.Sequences(self, way) if self.size("positions") > 1 else None
+
     # Inside `manual` only:
 
     def index(self, axis: str) -> jax.Array | int:
@@ -135,7 +143,7 @@ class Constrain:
     def transpose(self, x: jax.Array, axis: str, cut: int, joined: int) -> jax.Array:
         """Cut along dimension `cut` by a logical axis whose mesh axis had cut dimension `joined`. In steps: of an
         all-to-all along two dimensions XLA:GPU chooses a layout that the whole residual stream would follow."""
-        if self.mesh is None:
+        if self.size(axis) == 1:
             return x
         n = lax.axis_size(RULES[axis])
         x = x.reshape(*x.shape[:cut], n, x.shape[cut] // n, *x.shape[cut + 1 :])
@@ -148,6 +156,6 @@ class Constrain:
 
 
 def _add_up(x: jax.Array, axis: str, out_spec: P) -> jax.Array:
-    if entry(axis) in out_spec:
-        return lax.psum_scatter(x, RULES[axis], scatter_dimension=list(out_spec).index(entry(axis)), tiled=True)
-    return lax.psum(x, RULES[axis])
+    over = RULES[axis]
+    dims = [i for i, entry in enumerate(out_spec) if names(entry)[-len(over) :] == over]
+    return lax.psum_scatter(x, over, scatter_dimension=dims[0], tiled=True) if dims else lax.psum(x, over)

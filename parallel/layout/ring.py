@@ -1,0 +1,300 @@
+"""Attention over sequences that are cut over devices (the logical axis `positions`), in three ways.
+
+- ring: keys and values go round, a device to the next (Liu et al. 2023). What a device has seen is merged by its
+  log-sum-exp; the backward pass is its own, with the log-sum-exp over all keys.
+- gather: the same products, with all keys and values gathered at first, and their gradients scattered at last.
+- heads: an all-to-all turns whole heads of cut sequences into whole sequences of fewer heads (Jacobs et al. 2023), for
+  which any kernel will do.
+
+Ring and gather hold positions in zig-zag order: of 2C pieces device i has the i-th and the i-th from the end, so that
+under a causal mask all work alike. A hop is two products of half a device's positions, whichever they are, in one call.
+
+B batch, T one device's queries, S one device's keys, P = T / 2, H query heads, G key/value heads, M = H / G, K head
+size, C devices.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from parallel.layout.rules import RULES, Constrain
+
+HEADS = ("batch", "positions", "heads", "head_dim")
+KV_HEADS = ("batch", "positions", "kv_heads", "head_dim")
+SUMS, IDS = HEADS[:3], ("batch", None)
+OVER = RULES["positions"]
+SCOPE = "over_context"  # in the compiled program, of what is sent here
+HIDDEN = -1e30  # a score of what is not seen; of the sum of nothing else the logarithm is as good as −∞
+
+
+class Sequences:
+    """On the mesh of `constrain`. way: attention.context."""
+
+    def __init__(self, constrain: Constrain, way: str):
+        self.constrain, self.way, self.count = constrain, way, constrain.size("positions")
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """[B, T, …] with its positions in the order in which devices have them, each its own."""
+        return self._cut(self._ordered(x, zig_zag(x.shape[1], self.count)))
+
+    def known(self, x: jax.Array | None) -> jax.Array | None:
+        """In that order, and whole on each device: of documents, whose numbers need not be sent then."""
+        return None if x is None else self._ordered(x, zig_zag(x.shape[1], self.count))
+
+    def back(self, x: jax.Array) -> jax.Array:
+        """The inverse of `spread`."""
+        return self._cut(self._ordered(x, np.argsort(zig_zag(x.shape[1], self.count))))
+
+    def attention(self, kernel: Callable) -> Callable:
+        """What stands for a kernel of model/attention.py's. The ring and the gathered keys make plain products."""
+        return WAYS[self.way] if self.way in WAYS else functools.partial(heads, kernel=kernel)
+
+    def _ordered(self, x: jax.Array, order: np.ndarray) -> jax.Array:
+        return jnp.take(x, order, axis=1) if self.way in WAYS else x
+
+    def _cut(self, x: jax.Array) -> jax.Array:
+        return self.constrain(x, ("batch", "positions", *[None] * (x.ndim - 2)))
+
+
+def zig_zag(length: int, count: int) -> np.ndarray:
+    """Position numbers, device after device."""
+    pieces = np.arange(length).reshape(2 * count, -1)
+    return pieces[[p for i in range(count) for p in (i, 2 * count - 1 - i)]].reshape(-1)
+
+
+def heads(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain, *, kernel: Callable) -> jax.Array:
+    @jax.named_scope(SCOPE)
+    def local(q, k, v, *ids) -> jax.Array:
+        turn = lambda x: lax.all_to_all(x, OVER, 2, 1, tiled=True)
+        y = kernel(turn(q), turn(k), turn(v), ids[0] if ids else None, window, Constrain(None))
+        return lax.all_to_all(y, OVER, 1, 2, tiled=True)
+
+    ids = () if segments_BT is None else (segments_BT,)
+    run = constrain.manual(local, (HEADS, KV_HEADS, KV_HEADS, *[IDS] * len(ids)), HEADS)
+    return checkpoint_name(run(q_BTHK, k_BSGK, v_BSGK, *ids), "context")
+
+
+def by_hops(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain, *, way: type) -> jax.Array:
+    ids = () if segments_BT is None else (segments_BT,)
+    given = (HEADS, KV_HEADS, KV_HEADS, *[IDS] * len(ids))
+    on_device = lambda *arrays: _Device(way, constrain, window, *arrays)
+    forward = jax.named_scope(SCOPE)(lambda *arrays: on_device(*arrays).forward())
+    backward = jax.named_scope(SCOPE)(lambda y, lse, dy, *arrays: on_device(*arrays).backward(y, lse, dy))
+    forward = constrain.manual(forward, given, (HEADS, SUMS))
+    backward = constrain.manual(backward, (HEADS, SUMS, HEADS, *given), given[:3])
+
+    @jax.custom_vjp
+    def attend(*arrays) -> jax.Array:
+        return forward(*arrays)[0]
+
+    def kept(*arrays) -> tuple:
+        y, lse = (checkpoint_name(x, "context") for x in forward(*arrays))
+        return y, (y, lse, arrays)
+
+    def gradient(kept, dy) -> tuple:
+        y, lse, arrays = kept
+        return (*backward(y, lse, dy, *arrays), *[None] * len(ids))
+
+    attend.defvjp(kept, gradient)
+    return attend(q_BTHK, k_BSGK, v_BSGK, *ids)
+
+
+class _Side(NamedTuple):
+    """Of a product, queries or keys: arrays [B, T, …], the numbers of their positions and of their documents [B, T]."""
+
+    arrays: tuple
+    numbers_BT: jax.Array
+    ids_BT: jax.Array | None
+
+    def halves(self, pick: Callable) -> "_Side":
+        """[2B, P, …]: what `pick` takes of each array's two halves."""
+        two = lambda x: jnp.concatenate(pick(*jnp.split(x, 2, axis=1)))
+        return jax.tree.map(two, self)
+
+
+class _Device:
+    """One device's part, inside `manual`. Sums are float32 at least; what is sent of keys and values is as it came."""
+
+    def __init__(self, way: type, constrain: Constrain, window: int | None, q, k, v, ids=None):
+        self.constrain, self.window, self.q, self.ids = constrain, window, q, ids
+        self.count, self.me = constrain.size("positions"), constrain.index("positions")
+        self.dtype = jnp.promote_types(jnp.float32, q.dtype)
+        self.way = way(self, (k, v))
+
+    def forward(self) -> tuple[jax.Array, jax.Array]:
+        """(y [B, T, H, K], log-sum-exp [B, T, H])."""
+        own = self._side(self.me, (self.q,))
+        y, lse = self._product(own, self._side(self.me, self.way.first))
+
+        def hop(carry: tuple, i: Any, last: bool) -> tuple:
+            (y, lse), held = carry
+            earlier, keys, held = self._met(held, i, last)
+            y2, lse2 = self._product(own.halves(_queries(earlier)), keys)
+            (y_high, y_it), (lse_high, lse_it) = jnp.split(y2, 2), jnp.split(lse2, 2)
+            low, high = zip(jnp.split(y, 2, axis=1), jnp.split(lse, 2, axis=1), strict=True)
+            low = _merged(*low, y_it, jnp.where(earlier, lse_it, HIDDEN))
+            high = _merged(*_merged(*high, y_high, lse_high), y_it, jnp.where(earlier, HIDDEN, lse_it))
+            return tuple(jnp.concatenate(x, 1) for x in zip(low, high, strict=True)), held
+
+        y, lse = self._hops(hop, ((y, lse), self.way.held))[0]
+        return y.astype(self.q.dtype), lse
+
+    def backward(self, y: jax.Array, lse: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        """Gradients of q, k and v. y, lse: of all keys."""
+        delta = jnp.sum(y.astype(self.dtype) * dy.astype(self.dtype), axis=-1)
+        own = self._side(self.me, (self.q, lse, delta, dy))
+        dq, *dkv = self._gradient(own, self._side(self.me, self.way.first))
+
+        def hop(carry: tuple, i: Any, last: bool) -> tuple:
+            dq, dkv, held = carry
+            earlier, keys, held = self._met(held, i, last)
+            dkv = self.way.follow(dkv)
+            dq2, *dkv2 = self._gradient(own.halves(_queries(earlier)), keys)
+            one, other = jnp.split(dq2, 2)
+            dq = dq + jnp.concatenate([jnp.where(earlier, other, 0), one + jnp.where(earlier, 0, other)], 1)
+            pairs = (jnp.split(x, 2) for x in dkv2)
+            mine = [jnp.concatenate([a + jnp.where(earlier, b, 0), jnp.where(earlier, 0, b)], 1) for a, b in pairs]
+            return dq, self.way.add(dkv, mine, self._source(i)), held
+
+        dq, dkv, _ = self._hops(hop, (dq, self.way.begin(dkv), self.way.held))
+        return tuple(x.astype(self.q.dtype) for x in (dq, *self.way.home(dkv)))
+
+    def _hops(self, hop: Callable, carry: Any) -> Any:
+        """The last one sends no keys on."""
+        if self.count > 2:
+            several = jnp.arange(1, self.count - 1)
+            carry = lax.scan(lambda carry, i: (hop(carry, i, False), None), carry, several)[0]
+        return hop(carry, self.count - 1, True)
+
+    def _met(self, held: tuple, i: Any, last: bool) -> tuple[jax.Array, _Side, tuple]:
+        """(whether the keys of hop i are of a device that comes before, they, what is held for the next)."""
+        kv, held = self.way.at(held, i, last)
+        earlier = self.me >= i
+        keys = self._side(self._source(i), kv).halves(lambda low, high: [low, jnp.where(earlier, low, high)])
+        return earlier, keys, held
+
+    def _source(self, i: Any) -> jax.Array:
+        return (self.me - i) % self.count
+
+    def _side(self, device: Any, arrays: tuple) -> _Side:
+        """Of what a device holds."""
+        B, T = self.q.shape[:2]
+        pieces = jnp.stack([jnp.asarray(device), 2 * self.count - 1 - device])
+        numbers_T = (pieces[:, None] * (T // 2) + jnp.arange(T // 2)).reshape(-1)
+        ids = None if self.ids is None else lax.dynamic_slice_in_dim(self.ids, device * T, T, 1)
+        return _Side(arrays, jnp.broadcast_to(numbers_T, (B, T)), ids)
+
+    # ── one product: plain, with its scores ──────────────────────────────────────────────────────────────────────────
+
+    def _product(self, queries: _Side, keys: _Side) -> tuple[jax.Array, jax.Array]:
+        (q,), (k, v) = queries.arrays, keys.arrays
+        scores_BGMTS = self._scores(q, k, queries, keys)
+        lse_BGMT = jax.nn.logsumexp(scores_BGMTS, axis=-1)
+        weights = jnp.exp(scores_BGMTS - lse_BGMT[..., None]).astype(v.dtype)
+        y = jnp.einsum("bgmts,bsgk->btgmk", weights, v, preferred_element_type=self.dtype)
+        return y.reshape(q.shape), jnp.moveaxis(lse_BGMT, 3, 1).reshape(q.shape[:3])
+
+    def _gradient(self, queries: _Side, keys: _Side) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of q, k and v, from this product's keys."""
+        (q, lse, delta, dy), (k, v) = queries.arrays, keys.arrays
+        by_group = lambda x_BTH: jnp.moveaxis(_grouped(x_BTH, k), 1, 3)[..., None]
+        weights = jnp.exp(self._scores(q, k, queries, keys) - by_group(lse))
+        dy_BTGMK, product = _grouped(dy, k), functools.partial(jnp.einsum, preferred_element_type=self.dtype)
+        dv = product("bgmts,btgmk->bsgk", weights.astype(dy.dtype), dy_BTGMK)
+        dweights = product("btgmk,bsgk->bgmts", dy_BTGMK, v)
+        dscores = (weights * (dweights - by_group(delta)) / math.sqrt(q.shape[-1])).astype(q.dtype)
+        dq = product("bgmts,bsgk->btgmk", dscores, k).reshape(q.shape)
+        return dq, product("bgmts,btgmk->bsgk", dscores, _grouped(q, k)), dv
+
+    def _scores(self, q: jax.Array, k: jax.Array, queries: _Side, keys: _Side) -> jax.Array:
+        scores = jnp.einsum("btgmk,bsgk->bgmts", _grouped(q, k), k, preferred_element_type=self.dtype)
+        distance_BTS = queries.numbers_BT[:, :, None] - keys.numbers_BT[:, None, :]
+        visible_BTS = distance_BTS >= 0
+        if self.window is not None:
+            visible_BTS &= distance_BTS < self.window
+        if queries.ids_BT is not None and keys.ids_BT is not None:
+            visible_BTS &= queries.ids_BT[:, :, None] == keys.ids_BT[:, None, :]
+        return jnp.where(visible_BTS[:, None, None], scores / math.sqrt(q.shape[-1]), HIDDEN)
+
+
+def _grouped(x: jax.Array, k_BSGK: jax.Array) -> jax.Array:
+    """[B, T, H, …] -> [B, T, G, M, …]."""
+    groups = k_BSGK.shape[2]
+    return x.reshape(*x.shape[:2], groups, x.shape[2] // groups, *x.shape[3:])
+
+
+def _queries(earlier: jax.Array) -> Callable:
+    """Of a hop's two products: the later half with the earlier half of the keys; and, where they are of a device that
+    comes before, the earlier half with the same keys, else the later halves of both."""
+    return lambda low, high: [high, jnp.where(earlier, low, high)]
+
+
+def _merged(y1: jax.Array, lse1: jax.Array, y2: jax.Array, lse2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention to the keys of both, from attention to either."""
+    lse = jnp.logaddexp(lse1, lse2)
+    return y1 * jnp.exp(lse1 - lse)[..., None] + y2 * jnp.exp(lse2 - lse)[..., None], lse
+
+
+# ── how keys and values come, and their gradients go home ────────────────────────────────────────────────────────────
+
+
+class _Ring:
+    """held: those of the next hop, which are under way while this one is computed. Gradients follow their keys."""
+
+    def __init__(self, device: _Device, kv: tuple):
+        to_next = [(i, (i + 1) % device.count) for i in range(device.count)]
+        self._next = lambda tree: jax.tree.map(lambda x: lax.ppermute(x, OVER, to_next), tree)
+        self.first, self.held = kv, self._next(kv)
+
+    def at(self, held: tuple, i: Any, last: bool) -> tuple[tuple, tuple]:
+        """(keys and values of hop i, what is held for the next)."""
+        return held, held if last else self._next(held)
+
+    def begin(self, dkv: list) -> list:
+        return dkv
+
+    def follow(self, dkv: list) -> list:
+        return self._next(dkv)
+
+    def add(self, dkv: list, mine: list, source: Any) -> list:
+        return jax.tree.map(jnp.add, dkv, mine)
+
+    def home(self, dkv: list) -> list:
+        return self._next(dkv)
+
+
+class _Gather:
+    """held: nothing, for all are here. Gradients are added up where they belong, and scattered at last."""
+
+    def __init__(self, device: _Device, kv: tuple):
+        self._device, self.first, self.held = device, kv, ()
+        self._all = tuple(device.constrain.gather(x, "positions", 1) for x in kv)
+
+    def at(self, held: tuple, i: Any, last: bool) -> tuple[tuple, tuple]:
+        size = self.first[0].shape[1]
+        first = self._device._source(i) * size
+        return tuple(lax.dynamic_slice_in_dim(x, first, size, 1) for x in self._all), ()
+
+    def begin(self, dkv: list) -> list:
+        empty = [jnp.zeros(x.shape, x.dtype) for x in self._all]
+        return self.add(empty, dkv, self._device.me)
+
+    def follow(self, dkv: list) -> list:
+        return dkv
+
+    def add(self, dkv: list, mine: list, source: Any) -> list:
+        put = lambda all_, x: lax.dynamic_update_slice_in_dim(all_, x.astype(all_.dtype), source * x.shape[1], 1)
+        return [put(all_, x) for all_, x in zip(dkv, mine, strict=True)]
+
+    def home(self, dkv: list) -> list:
+        return [self._device.constrain.scatter(x, "positions", 1) for x in dkv]
+
+
+WAYS = {"ring": functools.partial(by_hops, way=_Ring), "gather": functools.partial(by_hops, way=_Gather)}

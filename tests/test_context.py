@@ -1,0 +1,132 @@
+"""Sequences that are cut over devices train as whole ones do: the same attention, losses and gradients."""
+
+from typing import Any
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_parity import check
+
+from model.attention import reference
+from parallel.cost import wire
+from parallel.layout import mesh as meshes
+from parallel.layout import ring
+from parallel.layout.rules import Constrain
+from recipes import context, describe
+from recipes.programs import compile_steps
+
+SLOW = pytest.mark.slow
+WAYS = "ring", "gather", "heads"
+B, T, H, G, K = 2, 32, 4, 2, 8
+INT4 = {"sync__codec": "int4"}
+
+
+def arrays(heads: int = H, kv_heads: int = G) -> list[np.ndarray]:
+    """q, k, v and a cotangent."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((B, T, n, K)).astype(np.float32) for n in (heads, kv_heads, kv_heads, heads)]
+
+
+def documents() -> np.ndarray:
+    """Of other lengths in each row, over the borders of devices."""
+    return np.stack([np.searchsorted([5, 6, 21], np.arange(T), "right"), np.arange(T) // 13]).astype(np.int32)
+
+
+def plain(q, k, v, segments, window, cotangent) -> tuple:
+    y, back = jax.vjp(lambda q, k, v: reference(q, k, v, segments, window, Constrain(None)), q, k, v)
+    return (y, *back(cotangent))
+
+
+def cut(way: str, mesh: Any, q, k, v, segments, window, cotangent) -> tuple:
+    """As `plain`, on the mesh."""
+    constrain = Constrain(mesh)
+    sequences = constrain.sequences(way)
+    attend = sequences.attention(reference)
+
+    def run(q, k, v, segments, cotangent):
+        y, back = jax.vjp(lambda q, k, v: attend(q, k, v, segments, window, constrain), q, k, v)
+        return (y, *back(cotangent))
+
+    q, k, v, cotangent = (sequences.spread(jnp.asarray(x)) for x in (q, k, v, cotangent))
+    segments = sequences.known(None if segments is None else jnp.asarray(segments))
+    return tuple(sequences.back(x) for x in jax.jit(run)(q, k, v, segments, cotangent))
+
+
+CASES = {
+    "causal": (H, G, False, None),
+    "documents": (H, G, True, None),
+    "window": (H, G, False, 7),
+    "window and documents": (H, H, True, 11),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"context": 4}, *(pytest.param(x, marks=SLOW) for x in ({"context": 2}, {"context": 2, "tensor": 2, "fsdp": 2}))],
+    ids=str,
+)
+def test_attention_and_its_gradients_are_those_of_whole_sequences(way, case, sizes):
+    heads, kv_heads, masked, window = CASES[case]
+    if way == "heads":
+        kv_heads = heads = sizes["context"] * sizes.get("tensor", 1) * 2
+    mesh = meshes.build(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    q, k, v, cotangent = arrays(heads, kv_heads)
+    segments = documents() if masked else None
+    wanted = plain(q, k, v, segments, window, cotangent)
+    found = cut(way, mesh, q, k, v, segments, window, cotangent)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert np.max(np.abs(ours - theirs)) <= 2e-6 * max(1, np.max(np.abs(theirs)))
+
+
+MESHES = [(1, 1, 2, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2), (1, 1, 4, 2), (2, 1, 4, 1), (1, 1, 8, 1)]
+QUICK = [(2, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("way", ["ring", pytest.param("gather", marks=SLOW), pytest.param("heads", marks=SLOW)])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=[] if mesh in QUICK else [SLOW]) for mesh in MESHES], ids=helpers.name
+)
+def test_every_mesh_trains_like_one_device(mesh, way):
+    check(mesh, True, attention__context=way)
+
+
+BYTES = [("none", 1), ("matmuls", 2), ("full", 1)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("remat", "accumulate"), [pytest.param(*case, marks=[] if case[0] == "matmuls" else [SLOW]) for case in BYTES]
+)
+def test_what_attention_sends_over_context_is_the_closed_form(way, remat, accumulate):
+    masked = {"data__document_mask": True} if remat == "matmuls" else {}
+    config = helpers.tiny(attention__context=way, compute__remat=remat, optimizer__accumulate=accumulate, **masked)
+    parts = helpers.build(config, (1, 1, 4, 2))
+    (program,) = compile_steps(parts, helpers.QUICKLY).values()
+    found = [c for c in wire.collectives(program.as_text(), parts.mesh) if ring.SCOPE in c.scope]
+    assert {c.axis for c in found} == {"context"}
+    wanted = context.described(config, parts.mesh.shape, 4).sent(way) * config.model.num_layers * accumulate
+    assert sum(c.sent for c in found) == wanted
+
+
+EXCHANGES = {
+    "sync int4": INT4,
+    "sync powersgd": {"sync__codec": "powersgd"},
+    "stale topk": {"sync__codec": "topk", "sync__strategy": "stale"},
+    "diloco int4": INT4 | {"sync__strategy": "diloco", "sync__interval": 2},
+    "streaming int4": INT4 | {"sync__strategy": "streaming", "sync__interval": 4, "sync__overlap": 1},
+    "backward int8": {"sync__codec": "int8", "sync__exchange": "backward"},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "diloco int4" else [SLOW]) for n in EXCHANGES])
+def test_over_replica_goes_the_exchange_alone_and_the_loss_falls(name):
+    config = helpers.tiny(attention__context="ring", **EXCHANGES[name])
+    parts = helpers.build(config, (2, 1, 2, 2))
+    found = describe.traffic(parts, compile_steps(parts, helpers.QUICKLY))
+    assert all(x.stray == 0 and not x.not_counted for x in found.values()), found
+    losses = helpers.losses(config, parts, 12, uneven=True)
+    assert losses[-1] < losses[0] - 0.1
