@@ -29,7 +29,7 @@ from islands.store import Away, Store, run
 from runtime.config import RunError
 
 IDLE = 1.0, 4.0  # seconds between two requests for the next record: at first, and at last while there is none
-WAITED_FOR = 0.05, 0.5  # of these, when the island waits for it
+WAITED_FOR = 0.05, 0.5  # of these, when the island waits: it waits up to twice as long as it must
 PATIENCE = 3.0  # seconds after which a store that does not answer is said to be away
 MOST_WAITING = 8  # rounds that wait in memory for a store that is away
 TOLD = 20  # of what was refused, in a heartbeat
@@ -57,6 +57,7 @@ class Member:
         self._asked: deque[Future[tuple[int, Params]]] = deque()
         self._changed = threading.Condition()
         self._hurry, self._ended, self._leaving = False, False, False
+        self._waits = 0  # of the island's, begun and over
         self._failed: BaseException | None = None
         self._away_since = 0.0  # 0: the store answers
         self._lookout, self._told = presence.Lookout(self.log, say), 0
@@ -134,27 +135,28 @@ class Member:
 
     def _wait_until(self, true: Callable[[], bool], what: str) -> None:
         """With the condition held."""
-        said, began, self._hurry = False, time.monotonic(), True
+        said, began, self._hurry, self._waits = False, time.monotonic(), True, self._waits + 1
+        self._changed.notify_all()  # once: the thread answers each turn with a notification of its own
         while not true():
             self.check()
-            self._changed.notify_all()
             self._changed.wait(1.0)
             if not said and time.monotonic() - began > 10:
                 said = True
                 self._say(f"waiting for {what}")
-        self._hurry = False
+        self._hurry, self._waits = False, self._waits + 1
         self.check()
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _work(self) -> None:
         try:
-            pause, pauses = 0.0, IDLE
+            pause, waits = IDLE[0], self._waits
             while not self._ended or self._pushes:
-                before = self.follower.view.next, pauses
+                before, same_wait = self.follower.view.next, waits == self._waits
                 self._turn()
-                pauses = WAITED_FOR if self._hurry else IDLE
-                pause = min(2 * pause, pauses[1]) if before == (self.follower.view.next, pauses) else pauses[0]
+                waits, (first, last) = self._waits, WAITED_FOR if self._hurry else IDLE
+                longer = same_wait and (self._hurry or self.follower.view.next == before)
+                pause = min(2 * pause, last) if longer else first
                 with self._changed:
                     self._changed.notify_all()
                     if not self._asked and not self._ended and (not self._pushes or self._away_since):

@@ -2051,7 +2051,7 @@ CASES = [
         "islands/presence.py",
         "theirs is not None and own - theirs > EXPIRY:\n",
         "theirs is not None:\n",
-        "tests/test_islands_member.py -k staleness_0",
+        "tests/test_islands_member.py -k a_look_asks",
     ),
     TakenOut(
         "islands: a push beyond its norm bound counts as zeros",
