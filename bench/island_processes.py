@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from bench import common  # noqa: E402
 from runtime import usage  # noqa: E402
 
-ROUNDS, H = 8, 10
+ROUNDS, H = 8, 100
 PAUSE = 10  # seconds of a toy's round
 SMALL = "model.num_layers=2 model.model_dim=64 model.num_heads=2 model.num_kv_heads=2 model.mlp_dim=128"
 RUN = f"sync.interval={H} sync.codec=int4 island.staleness=4 {SMALL}"

@@ -13,38 +13,45 @@ from islands.store import Away, Routine, Store, StoreError, call, run
 WORKERS = 16  # requests under way
 RECORDS = 64  # that are fetched at a time, at most
 BYTES = 1 << 28  # of payloads that wait for their fold
-IN_A_ROW = 8  # records, after which somebody is taken to be catching up: as many as were there are fetched at a time
+IN_A_ROW = 8  # records, after which somebody is taken to be catching up: half as many are fetched at a time
 
 Wanted = Sequence[tuple[str, int]]  # (key, its most bytes) of each
 
 
 class Ahead:
-    """Around another store. payloads: of the records, too. requests: that it has made."""
+    """Around another store. requests: that it has made. keeps: records, for who reads the log once more. payloads:
+    fetches what records name, too."""
 
-    def __init__(self, store: Store, payloads: bool = False):
-        self.store, self.requests, self._payloads = store, 0, payloads
+    def __init__(self, store: Store, keeps: bool = False, payloads: bool = False):
+        self.store, self.requests, self.keeps, self.payloads = store, 0, keeps, payloads
+        self._kept: dict[str, bytes] = {}
         self._there: dict[str, bytes] = {}
         self._next, self._in_a_row = "", 0
         self._end = 0  # the first number in this row that was not asked for yet
 
     def get(self, key: str, most: int) -> Routine[bytes | None]:
-        """From what was fetched, once: nothing is kept."""
+        """From what was fetched, once."""
         if key.startswith("records/"):
             number = int(key.rpartition("/")[2])
             self._in_a_row, self._end = (self._in_a_row + 1, self._end) if key == self._next else (0, 0)
             self._next = record_key(number + 1)
             if self._in_a_row >= IN_A_ROW and number >= self._end:
-                yield call("get", key, self._fetch_from, number, min(self._in_a_row, RECORDS))
-        if len(self._there.get(key, b"")) <= most and key in self._there:
-            return self._there.pop(key)
-        return (yield from self._counted(self.store.get, key, most))
+                yield call("get", key, self._fetch_from, number, min(self._in_a_row // 2, RECORDS))
+        fetched = self._kept if key in self._kept else self._there
+        if key in fetched and len(fetched[key]) <= most:
+            data = fetched.pop(key)
+        else:
+            data = yield from self._counted(self.store.get, key, most)
+        if self.keeps and key.startswith("records/") and data is not None and len(data) < most:  # and so all of it
+            self._kept[key] = data
+        return data
 
     def _fetch_from(self, number: int, count: int) -> None:
         keys, self._end = [record_key(number + i) for i in range(count)], number + count
         self._there.clear()
-        self._fetch([(key, LIMIT + 1) for key in keys])
-        if self._payloads:
-            self._fetch(_named(self._there.get(key, b"") for key in keys))
+        self._fetch([(key, LIMIT + 1) for key in keys if key not in self._kept])
+        if self.payloads:
+            self._fetch(_named(self._kept.get(key) or self._there.get(key, b"") for key in keys))
 
     def _fetch(self, wanted: Wanted) -> None:
         """What fails is asked for again when it is needed."""

@@ -19,7 +19,7 @@ from islands import keyring, payload, presence, snapshot
 from islands import record as records
 from islands.ahead import Ahead
 from islands.follow import Follower, Fork, Refused
-from islands.log import Dropped, Log
+from islands.log import BEAT, Dropped, Log
 from islands.payload import Blob, Draw, Part, Piece
 from islands.reader import Reader
 from islands.record import PUSH
@@ -28,8 +28,8 @@ from islands.state import Params
 from islands.store import Away, Store, run
 from runtime.config import RunError
 
-IDLE = 1.0, 4.0  # seconds between two requests for the next record: at first, and at last while there is none
-WAITED_FOR = 0.05, 0.5  # of these, when the island waits: it waits up to twice as long as it must
+IDLE = BEAT / 2  # seconds between two requests for the next record, while the island trains
+WAITED_FOR = 0.05, 0.5  # while it waits, at first and at last: so it waits up to twice as long as it must
 PATIENCE = 3.0  # seconds after which a store that does not answer is said to be away
 MOST_WAITING = 8  # rounds that wait in memory for a store that is away
 TOLD = 20  # of what was refused, in a heartbeat
@@ -69,8 +69,8 @@ class Member:
 
         Raises UsageError where the name may not take part, or another process does by it.
         """
-        store = Ahead(store, payloads=True)
-        reader = run(snapshot.begin(Ahead(store.store), Reader))  # which needs no payloads
+        store = Ahead(store, keeps=True)
+        reader = run(snapshot.begin(store, Reader))
         begun = reader.view.version
         run(reader.read())
         run(reader.look_ahead())
@@ -78,6 +78,7 @@ class Member:
         presence.check_alone(reader, name, say)
         run(reader.store.put(f"heartbeats/{name}", records.canonical({"version": begun, **presence.process()})))
         follower = run(Follower.open(store, island=name, key=key, patience=PATIENCE))
+        store.keeps, store.payloads = False, True
         _catch_up(follower, say)
         member = cls(follower, store, say)
         run(follower.log.beat(**presence.process()))
@@ -150,13 +151,11 @@ class Member:
 
     def _work(self) -> None:
         try:
-            pause, waits = IDLE[0], self._waits
+            pause, waits = IDLE, 0
             while not self._ended or self._pushes:
-                before, same_wait = self.follower.view.next, waits == self._waits
                 self._turn()
-                waits, (first, last) = self._waits, WAITED_FOR if self._hurry else IDLE
-                longer = same_wait and (self._hurry or self.follower.view.next == before)
-                pause = min(2 * pause, last) if longer else first
+                first, last = WAITED_FOR if self._hurry else (IDLE, IDLE)
+                pause, waits = min(2 * pause, last) if waits == self._waits else first, self._waits
                 with self._changed:
                     self._changed.notify_all()
                     if not self._asked and not self._ended and (not self._pushes or self._away_since):

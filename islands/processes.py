@@ -45,7 +45,7 @@ class Processes:
     @classmethod
     def start(cls, store: Store, name: str, clock: int, say: Callable[[str], None], share: Ranges) -> "Processes":
         """share: elements that this process folds. Raises as Member.start does, in all processes."""
-        store = Ahead(store)
+        store = Ahead(store, keeps=True)
         reader = run(Reader.open(store))
         log: list[Log] = []
 
@@ -64,6 +64,7 @@ class Processes:
         said = agree.decided("where the island begins", lead)
         place = Place(said["version"], said["manifest"], tuple(Payload(*each) for each in said["payloads"]))
         follower = run(Follower.at(place, reader, store, share=share))
+        store.keeps = False
         own = cls(follower, log[0] if log else None, store, name, say)
         own._follow(lambda: True)
         agree.decided("joining", lambda: run(log[0].join(clock)).sequence)

@@ -27,7 +27,7 @@ def made(name: str, clock: int, sizes: dict[str, int]) -> dict[str, np.ndarray]:
 
 def main(log: str, name: str, rounds: str, seconds: str = "0") -> None:
     if float(seconds) < 1:
-        members.IDLE, islands.log.BEAT = (0.02, 0.02), 0.2
+        members.IDLE, islands.log.BEAT = 0.02, 0.2
     member = Member.start(open_store(log), name, 0, lambda line: print(line, flush=True))
     form = member.follower.form
     pushed = False

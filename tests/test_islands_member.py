@@ -33,7 +33,7 @@ from runtime.config import RunError, UsageError
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     monkeypatch.setenv(keyring.FOLDER, str(tmp_path / "keys"))
-    monkeypatch.setattr(members, "IDLE", (0.02, 0.02))
+    monkeypatch.setattr(members, "IDLE", 0.02)
     monkeypatch.setattr(logs, "BEAT", 0.1)
     monkeypatch.setattr(members, "PATIENCE", 0.3)
 
