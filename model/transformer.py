@@ -22,6 +22,7 @@ from model.attention import KERNELS, Attention, rope_tables
 from model.config import Compute, ModelConfig
 from model.layers import GELU, LayerNorm, RMSNorm, SwiGLU, Weights
 from model.loss import cross_entropy
+from model.products import PLAIN
 
 Params = dict[str, Any]
 
@@ -116,7 +117,7 @@ class Transformer:
         ends = nnx.merge(self._ends, cast(ends, self.compute.dtype))
         rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
         kernel = KERNELS[self.compute.attention]
-        attention = cut.attention(kernel) if cut else lambda *arrays: checkpoint_name(kernel(*arrays), "context")
+        attention = cut.attention(kernel, PLAIN) if cut else lambda *arrays: checkpoint_name(kernel(*arrays), "context")
         ctx = Context(constrain, attention, rope, segments_BT)
         x_BTD = self._run_blocks(params["blocks"], x_BTD, ctx)
         x_BTD = constrain(ends.final_norm(x_BTD), GATHERED)

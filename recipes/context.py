@@ -32,7 +32,8 @@ def choose(c: Any, sizes: Mapping[str, int], itemsize: int) -> tuple[str, str]:
             "so far: set attention.context=heads, or compute.attention=auto"
         )
     sent = ", ".join(f"{name} {human_bytes(size)}" for name, size in fit.items())
-    return way, f"over mesh.context {way}{', by auto' if asked == 'auto' else ''} (a layer sends, in a micro-step: {sent})"
+    auto = ", by auto" if asked == "auto" else ""
+    return way, f"over mesh.context {way}{auto} (a layer sends, in a micro-step: {sent})"
 
 
 def unfit(way: str, c: Any, sizes: Mapping[str, int]) -> str:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from test_parity import check
 
+from model import products
 from model.attention import reference
+from model.products import PLAIN
 from parallel.cost import wire
 from parallel.layout import mesh as meshes
 from parallel.layout import ring
@@ -43,7 +45,7 @@ def cut(way: str, mesh: Any, q, k, v, segments, window, cotangent) -> tuple:
     """As `plain`, on the mesh."""
     constrain = Constrain(mesh)
     sequences = constrain.sequences(way)
-    attend = sequences.attention(reference)
+    attend = sequences.attention(reference, PLAIN)
 
     def run(q, k, v, segments, cotangent):
         y, back = jax.vjp(lambda q, k, v: attend(q, k, v, segments, window, constrain), q, k, v)
@@ -62,6 +64,7 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=SLOW)])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
@@ -69,7 +72,8 @@ CASES = {
     [{"context": 4}, *(pytest.param(x, marks=SLOW) for x in ({"context": 2}, {"context": 2, "tensor": 2, "fsdp": 2}))],
     ids=str,
 )
-def test_attention_and_its_gradients_are_those_of_whole_sequences(way, case, sizes):
+def test_attention_and_its_gradients_are_those_of_whole_sequences(way, case, sizes, parts, monkeypatch):
+    monkeypatch.setattr(products, "SCORES", 2**28 if parts == 1 else 2**10)
     heads, kv_heads, masked, window = CASES[case]
     if way == "heads":
         kv_heads = heads = sizes["context"] * sizes.get("tensor", 1) * 2

@@ -14,7 +14,6 @@ size, C devices.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ KV_HEADS = ("batch", "positions", "kv_heads", "head_dim")
 SUMS, IDS = HEADS[:3], ("batch", None)
 OVER = RULES["positions"]
 SCOPE = "over_context"  # in the compiled program, of what is sent here
-HIDDEN = -1e30  # a score of what is not seen; of the sum of nothing else the logarithm is as good as −∞
+NOTHING = -1e30  # the log-sum-exp of no keys
 
 
 class Sequences:
@@ -52,9 +51,11 @@ class Sequences:
         """The inverse of `spread`."""
         return self._cut(self._ordered(x, np.argsort(zig_zag(x.shape[1], self.count))))
 
-    def attention(self, kernel: Callable) -> Callable:
-        """What stands for a kernel of model/attention.py's. The ring and the gathered keys make plain products."""
-        return WAYS[self.way] if self.way in WAYS else functools.partial(heads, kernel=kernel)
+    def attention(self, kernel: Callable, products: Any) -> Callable:
+        """What stands for a kernel of model/attention.py's. products: of a hop, as in model/products.py."""
+        if self.way == "heads":
+            return functools.partial(heads, kernel=kernel)
+        return functools.partial(by_hops, way=WAYS[self.way], products=products)
 
     def _ordered(self, x: jax.Array, order: np.ndarray) -> jax.Array:
         return jnp.take(x, order, axis=1) if self.way in WAYS else x
@@ -81,10 +82,10 @@ def heads(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain, *, kernel: Cal
     return checkpoint_name(run(q_BTHK, k_BSGK, v_BSGK, *ids), "context")
 
 
-def by_hops(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain, *, way: type) -> jax.Array:
+def by_hops(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain, *, way: type, products: Any) -> jax.Array:
     ids = () if segments_BT is None else (segments_BT,)
     given = (HEADS, KV_HEADS, KV_HEADS, *[IDS] * len(ids))
-    on_device = lambda *arrays: _Device(way, constrain, window, *arrays)
+    on_device = lambda *arrays: _Device(way, products, constrain, window, *arrays)
     forward = jax.named_scope(SCOPE)(lambda *arrays: on_device(*arrays).forward())
     backward = jax.named_scope(SCOPE)(lambda y, lse, dy, *arrays: on_device(*arrays).backward(y, lse, dy))
     forward = constrain.manual(forward, given, (HEADS, SUMS))
@@ -122,8 +123,8 @@ class _Side(NamedTuple):
 class _Device:
     """One device's part, inside `manual`. Sums are float32 at least; what is sent of keys and values is as it came."""
 
-    def __init__(self, way: type, constrain: Constrain, window: int | None, q, k, v, ids=None):
-        self.constrain, self.window, self.q, self.ids = constrain, window, q, ids
+    def __init__(self, way: type, products: Any, constrain: Constrain, window: int | None, q, k, v, ids=None):
+        self.products, self.constrain, self.window, self.q, self.ids = products, constrain, window, q, ids
         self.count, self.me = constrain.size("positions"), constrain.index("positions")
         self.dtype = jnp.promote_types(jnp.float32, q.dtype)
         self.way = way(self, (k, v))
@@ -131,16 +132,16 @@ class _Device:
     def forward(self) -> tuple[jax.Array, jax.Array]:
         """(y [B, T, H, K], log-sum-exp [B, T, H])."""
         own = self._side(self.me, (self.q,))
-        y, lse = self._product(own, self._side(self.me, self.way.first))
+        y, lse = self.products.forward(own, self._side(self.me, self.way.first), self.window)
 
         def hop(carry: tuple, i: Any, last: bool) -> tuple:
             (y, lse), held = carry
             earlier, keys, held = self._met(held, i, last)
-            y2, lse2 = self._product(own.halves(_queries(earlier)), keys)
+            y2, lse2 = self.products.forward(own.halves(_queries(earlier)), keys, self.window)
             (y_high, y_it), (lse_high, lse_it) = jnp.split(y2, 2), jnp.split(lse2, 2)
             low, high = zip(jnp.split(y, 2, axis=1), jnp.split(lse, 2, axis=1), strict=True)
-            low = _merged(*low, y_it, jnp.where(earlier, lse_it, HIDDEN))
-            high = _merged(*_merged(*high, y_high, lse_high), y_it, jnp.where(earlier, HIDDEN, lse_it))
+            low = _merged(*low, y_it, jnp.where(earlier, lse_it, NOTHING))
+            high = _merged(*_merged(*high, y_high, lse_high), y_it, jnp.where(earlier, NOTHING, lse_it))
             return tuple(jnp.concatenate(x, 1) for x in zip(low, high, strict=True)), held
 
         y, lse = self._hops(hop, ((y, lse), self.way.held))[0]
@@ -150,13 +151,13 @@ class _Device:
         """Gradients of q, k and v. y, lse: of all keys."""
         delta = jnp.sum(y.astype(self.dtype) * dy.astype(self.dtype), axis=-1)
         own = self._side(self.me, (self.q, lse, delta, dy))
-        dq, *dkv = self._gradient(own, self._side(self.me, self.way.first))
+        dq, *dkv = self.products.gradient(own, self._side(self.me, self.way.first), self.window)
 
         def hop(carry: tuple, i: Any, last: bool) -> tuple:
             dq, dkv, held = carry
             earlier, keys, held = self._met(held, i, last)
             dkv = self.way.follow(dkv)
-            dq2, *dkv2 = self._gradient(own.halves(_queries(earlier)), keys)
+            dq2, *dkv2 = self.products.gradient(own.halves(_queries(earlier)), keys, self.window)
             one, other = jnp.split(dq2, 2)
             dq = dq + jnp.concatenate([jnp.where(earlier, other, 0), one + jnp.where(earlier, 0, other)], 1)
             pairs = (jnp.split(x, 2) for x in dkv2)
@@ -190,44 +191,6 @@ class _Device:
         numbers_T = (pieces[:, None] * (T // 2) + jnp.arange(T // 2)).reshape(-1)
         ids = None if self.ids is None else lax.dynamic_slice_in_dim(self.ids, device * T, T, 1)
         return _Side(arrays, jnp.broadcast_to(numbers_T, (B, T)), ids)
-
-    # ── one product: plain, with its scores ──────────────────────────────────────────────────────────────────────────
-
-    def _product(self, queries: _Side, keys: _Side) -> tuple[jax.Array, jax.Array]:
-        (q,), (k, v) = queries.arrays, keys.arrays
-        scores_BGMTS = self._scores(q, k, queries, keys)
-        lse_BGMT = jax.nn.logsumexp(scores_BGMTS, axis=-1)
-        weights = jnp.exp(scores_BGMTS - lse_BGMT[..., None]).astype(v.dtype)
-        y = jnp.einsum("bgmts,bsgk->btgmk", weights, v, preferred_element_type=self.dtype)
-        return y.reshape(q.shape), jnp.moveaxis(lse_BGMT, 3, 1).reshape(q.shape[:3])
-
-    def _gradient(self, queries: _Side, keys: _Side) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of q, k and v, from this product's keys."""
-        (q, lse, delta, dy), (k, v) = queries.arrays, keys.arrays
-        by_group = lambda x_BTH: jnp.moveaxis(_grouped(x_BTH, k), 1, 3)[..., None]
-        weights = jnp.exp(self._scores(q, k, queries, keys) - by_group(lse))
-        dy_BTGMK, product = _grouped(dy, k), functools.partial(jnp.einsum, preferred_element_type=self.dtype)
-        dv = product("bgmts,btgmk->bsgk", weights.astype(dy.dtype), dy_BTGMK)
-        dweights = product("btgmk,bsgk->bgmts", dy_BTGMK, v)
-        dscores = (weights * (dweights - by_group(delta)) / math.sqrt(q.shape[-1])).astype(q.dtype)
-        dq = product("bgmts,bsgk->btgmk", dscores, k).reshape(q.shape)
-        return dq, product("bgmts,btgmk->bsgk", dscores, _grouped(q, k)), dv
-
-    def _scores(self, q: jax.Array, k: jax.Array, queries: _Side, keys: _Side) -> jax.Array:
-        scores = jnp.einsum("btgmk,bsgk->bgmts", _grouped(q, k), k, preferred_element_type=self.dtype)
-        distance_BTS = queries.numbers_BT[:, :, None] - keys.numbers_BT[:, None, :]
-        visible_BTS = distance_BTS >= 0
-        if self.window is not None:
-            visible_BTS &= distance_BTS < self.window
-        if queries.ids_BT is not None and keys.ids_BT is not None:
-            visible_BTS &= queries.ids_BT[:, :, None] == keys.ids_BT[:, None, :]
-        return jnp.where(visible_BTS[:, None, None], scores / math.sqrt(q.shape[-1]), HIDDEN)
-
-
-def _grouped(x: jax.Array, k_BSGK: jax.Array) -> jax.Array:
-    """[B, T, H, …] -> [B, T, G, M, …]."""
-    groups = k_BSGK.shape[2]
-    return x.reshape(*x.shape[:2], groups, x.shape[2] // groups, *x.shape[3:])
 
 
 def _queries(earlier: jax.Array) -> Callable:
@@ -297,4 +260,4 @@ class _Gather:
         return [self._device.constrain.scatter(x, "positions", 1) for x in dkv]
 
 
-WAYS = {"ring": functools.partial(by_hops, way=_Ring), "gather": functools.partial(by_hops, way=_Gather)}
+WAYS = {"ring": _Ring, "gather": _Gather}
