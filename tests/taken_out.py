@@ -2044,7 +2044,7 @@ CASES = [
         "runtime/format2.py",
         "    match = BY_DEVICE.match(name)\n",
         "    match = None\n",
-        "tests/test_format2.py",
+        "tests/test_format2.py::test_what_lies_by_device_gets_a_dimension_for_each_axis",
     ),
     TakenOut(
         "islands: an expiry is proved by the store's clock",
