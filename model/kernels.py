@@ -91,7 +91,7 @@ def splash_fits(shape: tuple[int, ...], dtype: jnp.dtype, device_kind: str, mask
     if not device_kind.startswith("TPU"):
         return f"splash runs on TPUs, not on {device_kind}"
     if shape[1] % SPLASH_BLOCK:
-        return f"splash wants a multiple of {SPLASH_BLOCK} positions, not data.seq_len={shape[1]}"
+        return f"splash wants a multiple of {SPLASH_BLOCK} positions (data.seq_len, or a part of it), not {shape[1]}"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"splash wants bfloat16 or float32, not compute.dtype={dtype}"
     return None

@@ -21,15 +21,16 @@ SCORES = 2**28  # bytes of scores at a time
 
 
 class Products(NamedTuple):
-    """forward((q), (k, v), window) -> (y [B, T, H, K], log-sum-exp [B, T, H]).
-    gradient((q, lse, delta, dy), (k, v), window) -> (dq, dk, dv); delta: Σ y · dy, [B, T, H].
-    All of float32 at least."""
+    """forward((q), (k, v), window, own) -> (y [B, T, H, K], log-sum-exp [B, T, H]).
+    gradient((q, y, lse, dy), (k, v), window, own) -> (dq, dk, dv).
+    All of float32 at least. own: queries and keys are of the same positions; else queries are after all keys, but for
+    what the numbers of a window, or of documents, hide."""
 
-    forward: Callable[[Any, Any, int | None], tuple[jax.Array, jax.Array]]
-    gradient: Callable[[Any, Any, int | None], tuple[jax.Array, jax.Array, jax.Array]]
+    forward: Callable[[Any, Any, int | None, bool], tuple[jax.Array, jax.Array]]
+    gradient: Callable[[Any, Any, int | None, bool], tuple[jax.Array, ...]]
 
 
-def forward(queries: Any, keys: Any, window: int | None) -> tuple[jax.Array, jax.Array]:
+def forward(queries: Any, keys: Any, window: int | None, own: bool) -> tuple[jax.Array, jax.Array]:
     def part(_: Any, queries: Any) -> tuple[Any, tuple]:
         (q,), (_, v) = queries.arrays, keys.arrays
         scores_BGMTS = _scores(queries, keys, window)
@@ -41,9 +42,10 @@ def forward(queries: Any, keys: Any, window: int | None) -> tuple[jax.Array, jax
     return _in_parts(part, None, queries, keys)[1]
 
 
-def gradient(queries: Any, keys: Any, window: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def gradient(queries: Any, keys: Any, window: int | None, own: bool) -> tuple[jax.Array, ...]:
     def part(sums: tuple, queries: Any) -> tuple[tuple, jax.Array]:
-        (q, lse, delta, dy), (k, v), product = queries.arrays, keys.arrays, _product(queries.arrays[0])
+        (q, y, lse, dy), (k, v), product = queries.arrays, keys.arrays, _product(queries.arrays[0])
+        delta = jnp.sum(y.astype(_dtype(q)) * dy.astype(_dtype(q)), axis=-1)
         by_group = lambda x_BTH: jnp.moveaxis(_grouped(x_BTH, k), 1, 3)[..., None]
         weights = jnp.exp(_scores(queries, keys, window) - by_group(lse))
         dy_BTGMK = _grouped(dy, k)

@@ -20,9 +20,9 @@ from jax.nn.initializers import normal
 
 from model.attention import KERNELS, Attention, rope_tables
 from model.config import Compute, ModelConfig
+from model.fused import PRODUCTS
 from model.layers import GELU, LayerNorm, RMSNorm, SwiGLU, Weights
 from model.loss import cross_entropy
-from model.products import PLAIN
 
 Params = dict[str, Any]
 
@@ -116,9 +116,9 @@ class Transformer:
         ends = {name: w for name, w in params.items() if name != "blocks"}
         ends = nnx.merge(self._ends, cast(ends, self.compute.dtype))
         rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
-        kernel = KERNELS[self.compute.attention]
-        attention = cut.attention(kernel, PLAIN) if cut else lambda *arrays: checkpoint_name(kernel(*arrays), "context")
-        ctx = Context(constrain, attention, rope, segments_BT)
+        name, kernel = self.compute.attention, KERNELS[self.compute.attention]
+        kept = lambda *arrays: checkpoint_name(kernel(*arrays), "context")
+        ctx = Context(constrain, cut.attention(kernel, PRODUCTS[name]) if cut else kept, rope, segments_BT)
         x_BTD = self._run_blocks(params["blocks"], x_BTD, ctx)
         x_BTD = constrain(ends.final_norm(x_BTD), GATHERED)
         head_DV = ends.embed[...].T if c.tie_embeddings else ends.head[...]

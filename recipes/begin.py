@@ -12,7 +12,7 @@ import numpy as np
 
 from data.loader import threads_beside_grain
 from parallel.cost.hardware import peak_flops
-from recipes import describe, imported, memory, methods, parameters, phases, programs
+from recipes import context, describe, imported, memory, methods, parameters, phases, programs
 from recipes.build import Parts, build_schedule
 from recipes.finish import try_prompt
 from recipes.fit import Run, num_units
@@ -64,6 +64,7 @@ def begin(
     """Everything between the parts of a run and its first step: (the run, its state). What takes long goes side by
     side: the step is compiled while the data is read. facts: of code and versions; what the data is joins them. limit:
     bytes of a device, which a step must not exceed; None: not known."""
+    context.check_products(parts)
     given = origin(config, workdir)
     islands = of_islands(config)
     met = islands.meet(config, parts) if islands else None

@@ -5,14 +5,16 @@ the next while it computes."""
 from collections.abc import Mapping
 from typing import Any
 
+from model import fused
 from parallel.cost.context import Cut
+from parallel.layout import ring
 from parallel.layout.mesh import cut
 from parallel.layout.ring import WAYS
 from runtime.config import UsageError, nearest_multiples
 from runtime.console import human_bytes
 
 HEADS = "heads"
-PLAIN = "reference"  # of compute.attention: what the others are made of, so far
+PLAIN = "reference"  # of compute.attention
 
 
 def choose(c: Any, sizes: Mapping[str, int], itemsize: int) -> tuple[str, str]:
@@ -26,14 +28,37 @@ def choose(c: Any, sizes: Mapping[str, int], itemsize: int) -> tuple[str, str]:
     way = next(iter(fit)) if asked == "auto" else asked
     if reasons[way]:
         raise UsageError(f"attention.context={way}: {reasons[way]}")
-    if way != HEADS and c.compute.attention not in ("auto", PLAIN):
-        raise UsageError(
-            f"compute.attention={c.compute.attention} with attention.context={way}, which is made of plain products, "
-            "so far: set attention.context=heads, or compute.attention=auto"
-        )
     sent = ", ".join(f"{name} {human_bytes(size)}" for name, size in fit.items())
     auto = ", by auto" if asked == "auto" else ""
     return way, f"over mesh.context {way}{auto} (a layer sends, in a micro-step: {sent})"
+
+
+def kernel(c: Any, way: str, sizes: Mapping[str, int]) -> tuple[str, int]:
+    """(what is asked for of compute.attention, positions that it sees at a time). Raises UsageError."""
+    if way not in WAYS:
+        return c.compute.attention, c.data.seq_len
+    asked = c.compute.attention
+    if c.data.document_mask or c.model.sliding_window:
+        if asked not in ("auto", PLAIN):
+            raise UsageError(
+                f"compute.attention={asked} with attention.context={way}: documents and windows are hidden by plain "
+                "products there: set compute.attention=auto, or attention.context=heads"
+            )
+        asked = PLAIN
+    return asked, c.data.seq_len // (2 * cut("positions", sizes)[1])
+
+
+def check_products(parts: Any) -> None:
+    """Raises UsageError where the fused kernel of a ring finds something else than plain products do. Before a run."""
+    model, device = getattr(parts.task, "model", None), parts.mesh.devices.flat[0]
+    if model is None or device.platform == "cpu" or model.compute.context not in WAYS:
+        return
+    net, name, dtype = model.config, model.compute.attention, model.compute.dtype
+    if wrong := fused.check(name, net.num_heads, net.num_kv_heads, net.head_dim, dtype, ring.Side):
+        raise UsageError(
+            f"compute.attention={name} with attention.context={model.compute.context}: {wrong} on this device, by this "
+            f"version of JAX. Set compute.attention={PLAIN}, or attention.context={HEADS}"
+        )
 
 
 def unfit(way: str, c: Any, sizes: Mapping[str, int]) -> str:

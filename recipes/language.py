@@ -22,7 +22,6 @@ from model.transformer import Transformer
 from parallel.cost import flops
 from parallel.layout.axes import AXES
 from parallel.layout.mesh import cut
-from parallel.layout.ring import WAYS
 from recipes import context
 from recipes.task import AllTrained
 from runtime import config as configuration
@@ -40,9 +39,9 @@ def build_model(c: Any, device_kind: str, sizes: Mapping[str, int] = WHOLE) -> t
     config = ModelConfig(vocab_size=c.data.vocab_size, max_seq_len=c.data.seq_len, rope_scaling=scaling, **fields)
     auto = "float32" if device_kind == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if c.compute.dtype == "auto" else c.compute.dtype)
-    queries = (c.data.batch_size, c.data.seq_len, config.num_heads, config.head_dim)
     way, why_way = context.choose(c, sizes, dtype.itemsize)
-    asked = context.PLAIN if way in WAYS else c.compute.attention
+    asked, positions = context.kernel(c, way, sizes)
+    queries = (c.data.batch_size, positions, config.num_heads, config.head_dim)
     try:
         kernel, passed = kernels.choose(asked, queries, dtype, device_kind, c.data.document_mask)
     except ValueError as error:
@@ -51,7 +50,7 @@ def build_model(c: Any, device_kind: str, sizes: Mapping[str, int] = WHOLE) -> t
     options["loss_chunk_mib"] = c.compute.loss_chunk_mib or chunk_of(device_kind)
     compute = Compute(dtype=dtype, attention=kernel, context=way, **options)
     why = "; ".join((f"auto: {kernel}", *passed.values())) if asked == "auto" else f"{kernel}, as asked"
-    why = f"{why_way}; plain products" if way in WAYS else "; ".join(filter(None, (why, why_way)))
+    why = "; ".join(filter(None, (why, why_way)))
     return Transformer(config, compute, z_loss=c.optimizer.z_loss), why
 
 

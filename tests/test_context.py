@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_parity import check
 
-from model import products
+from model import fused, products
 from model.attention import reference
-from model.products import PLAIN
+from model.products import PLAIN, Products
 from parallel.cost import wire
 from parallel.layout import mesh as meshes
 from parallel.layout import ring
@@ -134,3 +134,17 @@ def test_over_replica_goes_the_exchange_alone_and_the_loss_falls(name):
     assert all(x.stray == 0 and not x.not_counted for x in found.values()), found
     losses = helpers.losses(config, parts, 12, uneven=True)
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), pytest.param(4, 2, marks=SLOW)])
+def test_splash_attentions_products_are_plain_ones(heads, kv_heads, monkeypatch):
+    """Interpreted: of cuDNN's a run on a GPU asks the same at its start."""
+    monkeypatch.setattr(fused, "INTERPRET", True)
+    monkeypatch.setattr(fused, "ENOUGH", 1e-5)
+    assert not fused.check("splash", heads, kv_heads, 128, jnp.float32, ring.Side)
+
+
+def test_products_that_differ_are_said(monkeypatch):
+    other = lambda *sides: tuple(1.1 * x for x in PLAIN.gradient(*sides))
+    monkeypatch.setitem(fused.PRODUCTS, "splash", Products(PLAIN.forward, other))
+    assert fused.check("splash", 2, 2, 8, jnp.float32, ring.Side) == "dq of the own product is 10% off"

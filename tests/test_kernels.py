@@ -64,7 +64,7 @@ def test_a_kernel_asked_for_by_name_that_does_not_fit_is_refused_with_the_reason
         ValueError, match=r"attention=cudnn: .*model.head_dim=20.*attention=auto \(here that is reference\)"
     ):
         choose("cudnn", K=20)
-    with pytest.raises(ValueError, match=r"attention=splash: .*128 positions, not data.seq_len=192"):
+    with pytest.raises(ValueError, match=r"attention=splash: .*128 positions .*, not 192"):
         choose("splash", T=192, kind=V5E)
     with pytest.raises(UsageError, match="GPUs, not on cpu"):
         helpers.build(helpers.tiny(compute__attention="cudnn"), (1, 1, 1))

@@ -52,7 +52,7 @@ class Sequences:
         return self._cut(self._ordered(x, np.argsort(zig_zag(x.shape[1], self.count))))
 
     def attention(self, kernel: Callable, products: Any) -> Callable:
-        """What stands for a kernel of model/attention.py's. products: of a hop, as in model/products.py."""
+        """What stands for a kernel of model/attention.py's. products: of hops, as model/products.py has them."""
         if self.way == "heads":
             return functools.partial(heads, kernel=kernel)
         return functools.partial(by_hops, way=WAYS[self.way], products=products)
@@ -107,14 +107,14 @@ def by_hops(q_BTHK, k_BSGK, v_BSGK, segments_BT, window, constrain, *, way: type
     return attend(q_BTHK, k_BSGK, v_BSGK, *ids)
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """Of a product, queries or keys: arrays [B, T, …], the numbers of their positions and of their documents [B, T]."""
 
     arrays: tuple
     numbers_BT: jax.Array
     ids_BT: jax.Array | None
 
-    def halves(self, pick: Callable) -> "_Side":
+    def halves(self, pick: Callable) -> "Side":
         """[2B, P, …]: what `pick` takes of each array's two halves."""
         two = lambda x: jnp.concatenate(pick(*jnp.split(x, 2, axis=1)))
         return jax.tree.map(two, self)
@@ -132,12 +132,12 @@ class _Device:
     def forward(self) -> tuple[jax.Array, jax.Array]:
         """(y [B, T, H, K], log-sum-exp [B, T, H])."""
         own = self._side(self.me, (self.q,))
-        y, lse = self.products.forward(own, self._side(self.me, self.way.first), self.window)
+        y, lse = self.products.forward(own, self._side(self.me, self.way.first), self.window, True)
 
         def hop(carry: tuple, i: Any, last: bool) -> tuple:
             (y, lse), held = carry
             earlier, keys, held = self._met(held, i, last)
-            y2, lse2 = self.products.forward(own.halves(_queries(earlier)), keys, self.window)
+            y2, lse2 = self.products.forward(own.halves(_queries(earlier)), keys, self.window, False)
             (y_high, y_it), (lse_high, lse_it) = jnp.split(y2, 2), jnp.split(lse2, 2)
             low, high = zip(jnp.split(y, 2, axis=1), jnp.split(lse, 2, axis=1), strict=True)
             low = _merged(*low, y_it, jnp.where(earlier, lse_it, NOTHING))
@@ -149,15 +149,14 @@ class _Device:
 
     def backward(self, y: jax.Array, lse: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
         """Gradients of q, k and v. y, lse: of all keys."""
-        delta = jnp.sum(y.astype(self.dtype) * dy.astype(self.dtype), axis=-1)
-        own = self._side(self.me, (self.q, lse, delta, dy))
-        dq, *dkv = self.products.gradient(own, self._side(self.me, self.way.first), self.window)
+        own = self._side(self.me, (self.q, y, lse, dy))
+        dq, *dkv = self.products.gradient(own, self._side(self.me, self.way.first), self.window, True)
 
         def hop(carry: tuple, i: Any, last: bool) -> tuple:
             dq, dkv, held = carry
             earlier, keys, held = self._met(held, i, last)
             dkv = self.way.follow(dkv)
-            dq2, *dkv2 = self.products.gradient(own.halves(_queries(earlier)), keys, self.window)
+            dq2, *dkv2 = self.products.gradient(own.halves(_queries(earlier)), keys, self.window, False)
             one, other = jnp.split(dq2, 2)
             dq = dq + jnp.concatenate([jnp.where(earlier, other, 0), one + jnp.where(earlier, 0, other)], 1)
             pairs = (jnp.split(x, 2) for x in dkv2)
@@ -174,7 +173,7 @@ class _Device:
             carry = lax.scan(lambda carry, i: (hop(carry, i, False), None), carry, several)[0]
         return hop(carry, self.count - 1, True)
 
-    def _met(self, held: tuple, i: Any, last: bool) -> tuple[jax.Array, _Side, tuple]:
+    def _met(self, held: tuple, i: Any, last: bool) -> tuple[jax.Array, Side, tuple]:
         """(whether the keys of hop i are of a device that comes before, they, what is held for the next)."""
         kv, held = self.way.at(held, i, last)
         earlier = self.me >= i
@@ -184,13 +183,13 @@ class _Device:
     def _source(self, i: Any) -> jax.Array:
         return (self.me - i) % self.count
 
-    def _side(self, device: Any, arrays: tuple) -> _Side:
+    def _side(self, device: Any, arrays: tuple) -> Side:
         """Of what a device holds."""
         B, T = self.q.shape[:2]
         pieces = jnp.stack([jnp.asarray(device), 2 * self.count - 1 - device])
         numbers_T = (pieces[:, None] * (T // 2) + jnp.arange(T // 2)).reshape(-1)
         ids = None if self.ids is None else lax.dynamic_slice_in_dim(self.ids, device * T, T, 1)
-        return _Side(arrays, jnp.broadcast_to(numbers_T, (B, T)), ids)
+        return Side(arrays, jnp.broadcast_to(numbers_T, (B, T)), ids)
 
 
 def _queries(earlier: jax.Array) -> Callable:
