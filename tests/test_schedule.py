@@ -233,8 +233,14 @@ def line(text: str) -> float:
         (
             "%splash_mha_dkv_no_residuals.1 = (bf16[8,2,512,128]{3,2,1,0}) custom-call(%q), "
             'custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, '
-            "bf16[8,2,512,128]{3,2,1,0}, bf16[8,2,512,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={",
+            "bf16[8,2,512,128]{3,2,1,0}, bf16[8,2,512,128]{3,2,1,0}, s32[512,128]{1,0}}, frontend_attributes={kernel={",
             2 * (8 * 2 * 512 * 128) * 512 * 4 / 2,
+        ),
+        (  # of keys that are all before the queries, as in a ring
+            "%splash_mha_fwd_residuals.1 = (bf16[8,2,512,128]{3,2,1,0}) custom-call(%q), "
+            'custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, '
+            "bf16[8,2,512,128]{3,2,1,0}, bf16[8,2,256,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={",
+            2 * (8 * 2 * 512 * 128) * 256 * 2,
         ),
         ("%c = bf16[8,512,256]{2,1,0} add(%q, %q)", 0),
     ],

@@ -269,8 +269,10 @@ def _of_kernel(x: Instruction, left: Array | None) -> float:
     if target[1] != "tpu_custom_call" or not part:
         return 0.0
     layouts = re.search(r"operand_layout_constraints=\{(.*?)\}, frontend|operand_layout_constraints=\{(.*)\}", x.rest)
-    large = [a for a in arrays(layouts[0]) if len(a.shape) >= 3 and a.dtype != "s8"] if layouts else []
+    given = arrays(layouts[0]) if layouts else []
+    large = [a for a in given if len(a.shape) >= 3 and a.dtype != "s8"]
     if len(large) < 2:
         return 0.0
     queries, keys = large[0], large[1]
-    return 2.0 * queries.size * keys.shape[-2] * ATTENTION[part[1]] / 2
+    causal = 0.5 if any(a.dtype == "s32" for a in given) else 1.0  # of numbers of positions a kernel makes its mask
+    return 2.0 * queries.size * keys.shape[-2] * ATTENTION[part[1]] * causal
