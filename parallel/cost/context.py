@@ -27,13 +27,13 @@ class Cut:
         return self.tokens * heads * self.head_dim * itemsize
 
     def _ring(self) -> int:
-        """Forward each hop's keys and values; backward they, and C times their gradients, float32. Worked out again,
-        the first hop is the backward pass's own."""
+        """Forward each hop's keys and values; backward they, and C times their gradients, all but the last in float32.
+        Worked out again, the first hop is the backward pass's own."""
         keys, gradients = (
             2 * self._bytes(self.kv_heads, size) for size in (self.itemsize, max(FLOAT32, self.itemsize))
         )
         again = self.count - 2 if self.remat in ("full", "dots") else 0
-        return (2 * (self.count - 1) + again) * keys + self.count * gradients
+        return (2 * (self.count - 1) + again + 1) * keys + (self.count - 1) * gradients
 
     def _gather(self) -> int:
         """All keys and values in both passes, and the sums of their gradients."""

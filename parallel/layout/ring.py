@@ -164,7 +164,8 @@ class _Device:
             return dq, self.way.add(dkv, mine, self._source(i)), held
 
         dq, dkv, _ = self._hops(hop, (dq, self.way.begin(dkv), self.way.held))
-        return tuple(x.astype(self.q.dtype) for x in (dq, *self.way.home(dkv)))
+        dq, *dkv = (x.astype(self.q.dtype) for x in (dq, *dkv))
+        return dq, *self.way.home(dkv)
 
     def _hops(self, hop: Callable, carry: Any) -> Any:
         """The last one sends no keys on."""
