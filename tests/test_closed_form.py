@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import recipes.build
-from parallel.cost import compilers, hardware, targets
+from parallel.cost import compilers, hardware, targets, wire
 from parallel.cost.bytes import exchange_bytes
 from parallel.exchange import exchange as exchanges
 from parallel.exchange import residuals, units
@@ -19,7 +19,7 @@ from parallel.exchange.codecs import CODECS, rounds
 from parallel.exchange.codecs.base import is_round
 from parallel.exchange.exchange import Feedback
 from parallel.layout import mesh as meshes
-from recipes import aot, methods, programs
+from recipes import aot, context, methods, programs
 
 EVERY = [pytest.mark.slow, pytest.mark.prove]
 SIZES = {"replica": 2, "fsdp": 2, "tensor": 2}
@@ -102,3 +102,23 @@ def test_every_program_of_a_strategy_sends_the_bytes_of_its_closed_form(chips, s
         program = lower().compile(compiler_options=parts.xla_options)
         expected = aot.predicted(name, parts).get("replica", {})
         assert helpers.exchanged(program.as_text(), parts.mesh) == expected, name
+
+
+@pytest.mark.slow
+@pytest.mark.prove
+@pytest.mark.parametrize("way", ["ring", "heads"])
+def test_sequences_that_are_cut_attend_by_fused_kernels_and_send_the_closed_form(chips, way):
+    config = helpers.tiny(
+        model__model_dim=256, model__head_dim=128, model__num_heads=8, model__num_kv_heads=4, model__mlp_dim=512,
+        data__seq_len=1024, data__batch_size=4, attention__context=way, compute__remat="full", sync__codec="int4",
+    )  # fmt: skip
+    parts = recipes.build.build(config, meshes.build({"replica": 2, "context": 4}, chips))
+    assert parts.task.model.compute.attention in ("cudnn", "splash")
+    ((name, lower),) = programs.steps(parts).items()
+    text = lower().compile(compiler_options=parts.xla_options).as_text()
+    assert ("fmhaSoftmaxBackward" if chips[0].platform != "tpu" else "splash_mha_dq") in text
+    assert helpers.exchanged(text, parts.mesh) == aot.predicted(name, parts)["replica"]
+    kind = {"ring": "collective-permute", "heads": "all-to-all"}[way]  # of these the embedding sends a hundredth
+    sent = sum(c.sent for c in wire.collectives(text, parts.mesh) if (c.axis, c.kind) == ("context", kind))
+    wanted = context.described(config, parts.mesh.shape, 2).sent(way) * config.model.num_layers
+    assert abs(sent / wanted - 1) <= 0.05
