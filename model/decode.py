@@ -18,8 +18,11 @@ def generator(model: Transformer, constrain, num_tokens: int, temperature: float
     rows = constrain.size("batch")
 
     def next_token(params: Params, window_BT: jax.Array, length_B: jax.Array, key: jax.Array) -> jax.Array:
-        x_BTD, head_DV = model.features(params, window_BT, constrain)
-        x_BD = jnp.take_along_axis(x_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
+        x_BTD, head_DV = model.features(params, window_BT, constrain, in_order=False)
+        last_BT = jnp.arange(window_BT.shape[1])[None] == length_B[:, None] - 1
+        if cut := constrain.sequences(model.compute.context):
+            last_BT = cut.spread(last_BT)
+        x_BD = jnp.sum(jnp.where(last_BT[..., None], x_BTD, 0), axis=1)  # where a sequence is cut, one device has it
         dtype = jnp.promote_types(jnp.float32, x_BD.dtype)
         logits_BV = jnp.einsum("bd,dv->bv", x_BD, head_DV, preferred_element_type=dtype)
         logits_BV = constrain(logits_BV, ("batch", "vocab"))

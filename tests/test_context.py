@@ -17,7 +17,7 @@ from parallel.layout import mesh as meshes
 from parallel.layout import ring
 from parallel.layout.rules import Constrain
 from recipes import context, describe
-from recipes.programs import compile_steps
+from recipes.programs import compile_sample, compile_steps
 
 SLOW = pytest.mark.slow
 WAYS = "ring", "gather", "heads"
@@ -134,6 +134,23 @@ def test_over_replica_goes_the_exchange_alone_and_the_loss_falls(name):
     assert all(x.stray == 0 and not x.not_counted for x in found.values()), found
     losses = helpers.losses(config, parts, 12, uneven=True)
     assert losses[-1] < losses[0] - 0.1
+
+
+def sampled(mesh: tuple[int, ...], **overrides) -> list[int]:
+    """Greedy tokens; past the window's end, too. Nothing crosses `replica`."""
+    config = helpers.tiny(**overrides)
+    parts = helpers.build(config, mesh)
+    program = compile_sample(parts, 30, 0.0)
+    (found,) = describe.traffic_beside(parts, {"sample": program}).values()
+    assert found.stray == 0
+    window_T = np.arange(config.data.seq_len, dtype=np.int32)
+    ids = program(helpers.init_state(config, parts).params, window_T, np.int32(10), np.uint32(0))
+    return np.asarray(ids.addressable_shards[0].data)[0, 0].tolist()
+
+
+@pytest.mark.parametrize("way", ["ring", pytest.param("heads", marks=SLOW)])
+def test_a_sample_is_what_one_device_writes(way):
+    assert sampled((2, 1, 4, 1), attention__context=way) == sampled((1, 1, 1))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), pytest.param(4, 2, marks=SLOW)])
