@@ -46,6 +46,11 @@ class Ahead:
             self._kept[key] = data
         return data
 
+    def forget(self) -> None:
+        """What was kept has been read again, or lies before what is."""
+        self.keeps = False
+        self._kept.clear()
+
     def _fetch_from(self, number: int, count: int) -> None:
         keys, self._end = [record_key(number + i) for i in range(count)], number + count
         self._there.clear()

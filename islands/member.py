@@ -80,6 +80,7 @@ class Member:
         follower = run(Follower.open(store, island=name, key=key, patience=PATIENCE))
         store.keeps, store.payloads = False, True
         _catch_up(follower, say)
+        store.forget()
         member = cls(follower, store, say)
         run(follower.log.beat(**presence.process()))
         run(follower.log.join(clock))

@@ -67,6 +67,7 @@ class Processes:
         store.keeps = False
         own = cls(follower, log[0] if log else None, store, name, say)
         own._follow(lambda: True)
+        store.forget()
         agree.decided("joining", lambda: run(log[0].join(clock)).sequence)
         own._follow(lambda: True)
         own.clock = follower.view.islands[name].clock

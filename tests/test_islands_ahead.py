@@ -54,3 +54,17 @@ def test_who_follows_asks_once_for_each_and_seldom_for_what_is_not_there(togethe
     assert log.ahead.requests <= 50 * (2 * together + 1)
     if together < 8:
         assert log.ahead.requests == 50 * (together + 1)
+
+
+def test_who_reads_a_log_again_asks_once_and_keeps_nothing_afterwards():
+    log = Log()
+    log.ahead.keeps = True
+    log.grow(100)
+    log.read()
+    asked, log.next = log.ahead.requests, 0
+    log.read()
+    assert log.ahead.requests <= asked + 64 + 1, "what is not there yet is asked for again"
+    log.ahead.forget()
+    log.next = 0
+    log.read()
+    assert log.ahead.requests >= asked + 100 and not log.ahead._kept
