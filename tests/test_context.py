@@ -161,6 +161,24 @@ def test_splash_attentions_products_are_plain_ones(heads, kv_heads, monkeypatch)
     assert not fused.check("splash", heads, kv_heads, 128, jnp.float32, ring.Side)
 
 
+def test_heads_need_no_pieces():
+    """Positions that devices divide, and twice as many pieces do not."""
+    config = helpers.tiny(attention__context="auto", data__seq_len=12)
+    parts = helpers.build(config, (1, 1, 4, 1))
+    assert parts.task.model.compute.context == "heads"
+    assert np.all(np.isfinite(helpers.losses(config, parts, 2, uneven=True)))
+
+
+def test_a_backward_pass_that_has_moved_is_said(monkeypatch):
+    def moved(*sides):
+        raise AttributeError("no such thing\nby name")
+
+    monkeypatch.setitem(fused.PRODUCTS, "splash", Products(PLAIN.forward, moved))
+    assert fused.check("splash", 2, 2, 8, jnp.float32, ring.Side) == (
+        "its passes cannot be taken by themselves (AttributeError: no such thing)"
+    )
+
+
 def test_products_that_differ_are_said(monkeypatch):
     other = lambda *sides: tuple(1.1 * x for x in PLAIN.gradient(*sides))
     monkeypatch.setitem(fused.PRODUCTS, "splash", Products(PLAIN.forward, other))

@@ -41,15 +41,15 @@ class Sequences:
 
     def spread(self, x: jax.Array) -> jax.Array:
         """[B, T, …] with its positions in the order in which devices have them, each its own."""
-        return self._cut(self._ordered(x, zig_zag(x.shape[1], self.count)))
+        return self._cut(self._ordered(x))
 
     def known(self, x: jax.Array | None) -> jax.Array | None:
         """In that order, and whole on each device: of documents, whose numbers need not be sent then."""
-        return None if x is None else self._ordered(x, zig_zag(x.shape[1], self.count))
+        return None if x is None else self._ordered(x)
 
     def back(self, x: jax.Array) -> jax.Array:
         """The inverse of `spread`."""
-        return self._cut(self._ordered(x, np.argsort(zig_zag(x.shape[1], self.count))))
+        return self._cut(self._ordered(x, np.argsort))
 
     def attention(self, kernel: Callable, products: Any) -> Callable:
         """What stands for a kernel of model/attention.py's. products: of hops, as model/products.py has them."""
@@ -57,8 +57,8 @@ class Sequences:
             return functools.partial(heads, kernel=kernel)
         return functools.partial(by_hops, way=WAYS[self.way], products=products)
 
-    def _ordered(self, x: jax.Array, order: np.ndarray) -> jax.Array:
-        return jnp.take(x, order, axis=1) if self.way in WAYS else x
+    def _ordered(self, x: jax.Array, of: Callable = np.asarray) -> jax.Array:
+        return jnp.take(x, of(zig_zag(x.shape[1], self.count)), axis=1) if self.way in WAYS else x
 
     def _cut(self, x: jax.Array) -> jax.Array:
         return self.constrain(x, ("batch", "positions", *[None] * (x.ndim - 2)))
