@@ -28,6 +28,7 @@ def get_config() -> Any:
 
     c.mesh = ConfigDict()
     c.mesh.replica = 1  # machines joined by the slow link
+    c.mesh.stage = 1  # shards of the layers: a pipeline, whose micro-batches are those of optimizer.accumulate
     c.mesh.fsdp = -1  # shards of the weights and of each replica's batch; -1: all devices that are left
     c.mesh.context = 1  # shards of sequences, and of the weights beside fsdp: for windows that one device cannot hold
     c.mesh.tensor = 1  # shards of heads, features, vocabulary, and of the sequence between blocks
@@ -54,6 +55,9 @@ def get_config() -> Any:
     c.model.tie_embeddings = True  # the head is the transposed embedding
     c.model.sliding_window = 0  # positions that a query sees, itself included; 0: all before it
     c.model.init_std = 0.02
+
+    c.pipeline = ConfigDict()  # over mesh.stage
+    c.pipeline.remat = "layer"  # worked out again in the backward pass: layer (as compute.remat says); stage: all of it
 
     c.attention = ConfigDict()
     c.attention.context = "auto"  # over mesh.context: heads, ring, gather; auto: the first of these that fits

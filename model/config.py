@@ -48,5 +48,6 @@ class Compute:
     attention: str
     context: str  # attention.context: in which way sequences that are cut over devices attend
     remat: str
+    stage_remat: str  # pipeline.remat: what of a stage's layers is kept for the backward pass
     unroll: bool
     loss_chunk_mib: int

@@ -22,7 +22,10 @@ def generator(model: Transformer, constrain, num_tokens: int, temperature: float
         last_BT = jnp.arange(window_BT.shape[1])[None] == length_B[:, None] - 1
         if cut := constrain.sequences(model.compute.context):
             last_BT = cut.spread(last_BT)
+        if stages := constrain.stages(window_BT, model.compute):
+            last_BT = stages.end(last_BT, ("positions",))
         x_BD = jnp.sum(jnp.where(last_BT[..., None], x_BTD, 0), axis=1)  # where a sequence is cut, one device has it
+        x_BD = stages.back(x_BD, (None,)) if stages else x_BD
         dtype = jnp.promote_types(jnp.float32, x_BD.dtype)
         logits_BV = jnp.einsum("bd,dv->bv", x_BD, head_DV, preferred_element_type=dtype)
         logits_BV = constrain(logits_BV, ("batch", "vocab"))

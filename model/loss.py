@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-FEATURES = ("batch", "positions", None)
-RESIDUAL = ("batch", "sequence", None)
-TOKENS = ("batch", "positions")
+FEATURES = ("rows", "positions", None)
+RESIDUAL = ("rows", "sequence", None)
+TOKENS = ("rows", "positions")
 HEAD = (None, "vocab")
 
 

@@ -8,6 +8,7 @@ as a scan or unrolled. No mesh axis is named here; logical axes are, and `constr
 B batch, T sequence, D model, H query heads, G key/value heads, K head size, F feed-forward, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,13 +22,15 @@ from jax.nn.initializers import normal
 from model.attention import KERNELS, Attention, rope_tables
 from model.config import Compute, ModelConfig
 from model.fused import PRODUCTS
-from model.layers import GELU, LayerNorm, RMSNorm, SwiGLU, Weights
+from model.gpt2 import GELU, LayerNorm
+from model.layers import RMSNorm, SwiGLU, Weights
 from model.loss import cross_entropy
 
 Params = dict[str, Any]
 
 RESIDUAL = ("batch", "sequence", None)  # between blocks: sharded over the sequence too (sequence-parallel)
 GATHERED = ("batch", "positions", None)  # inside a block: longer parts of it, or all; sharded heads or features
+OUTSIDE = ("rows", "positions")  # of the blocks
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLPS = {"swiglu": SwiGLU, "gelu": GELU}
 
@@ -88,6 +91,7 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, compute: Compute, z_loss: float = 0.0):
         self.config, self.compute, self.z_loss = config, compute, z_loss
+        self.cast = partial(cast, dtype=compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
         key = jax.eval_shape(lambda: jax.random.key(0))
         ends = nnx.eval_shape(partial(Ends, config), key)
         block = nnx.eval_shape(partial(Block, config), key)
@@ -112,41 +116,46 @@ class Transformer:
         c, positions_BT = self.config, _positions(tokens_BT, segments_BT)
         if cut := constrain.sequences(self.compute.context):
             tokens_BT, positions_BT, segments_BT = *map(cut.spread, (tokens_BT, positions_BT)), cut.known(segments_BT)
+        known = positions_BT, segments_BT
+        if stages := constrain.stages(tokens_BT, self.compute):
+            tokens_BT, positions_BT = (stages.start(x, OUTSIDE[1:]) for x in (tokens_BT, positions_BT))
         x_BTD = self._embedded(params, tokens_BT, positions_BT, constrain)
         ends = {name: w for name, w in params.items() if name != "blocks"}
-        ends = nnx.merge(self._ends, cast(ends, self.compute.dtype))
-        rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
-        name, kernel = self.compute.attention, KERNELS[self.compute.attention]
-        kept = lambda *arrays: checkpoint_name(kernel(*arrays), "context")
-        ctx = Context(constrain, cut.attention(kernel, PRODUCTS[name]) if cut else kept, rope, segments_BT)
-        x_BTD = self._run_blocks(params["blocks"], x_BTD, ctx)
-        x_BTD = constrain(ends.final_norm(x_BTD), GATHERED)
+        ends, layer = nnx.merge(self._ends, self.cast(ends)), partial(self._layer, cut)
+        run = partial(stages.run, layer, known) if stages else partial(self._run, constrain, layer(constrain, known))
+        x_BTD = run(x_BTD, params["blocks"], self.cast)
+        x_BTD = constrain(ends.final_norm(x_BTD), (*OUTSIDE, None))
         head_DV = ends.embed[...].T if c.tie_embeddings else ends.head[...]
+        x_BTD = stages.back(x_BTD, GATHERED[1:]) if stages and in_order else x_BTD
         return cut.back(x_BTD) if cut and in_order else x_BTD, head_DV
 
     def _embedded(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, constrain) -> jax.Array:
         """Embeddings of the tokens (and of learned positions), sharded as RESIDUAL."""
         names = ("embed", "position") if self.config.position == "learned" else ("embed",)
         look_up = partial(_look_up, constrain=constrain, dtype=self.compute.dtype)
-        in_axes = (*[("batch", "positions")] * 2, *(self.axes[name] for name in names))
-        tables = (params[name] for name in names)
-        return constrain.manual(look_up, in_axes, RESIDUAL)(tokens_BT, positions_BT, *tables)
+        axes = (*[OUTSIDE] * 2, *(self.axes[name] for name in names)), ("rows", *RESIDUAL[1:])
+        return constrain.manual(look_up, *axes)(tokens_BT, positions_BT, *(params[name] for name in names))
 
-    def _run_blocks(self, blocks: Params, x_BTD: jax.Array, ctx: Context) -> jax.Array:
-        to_dtype = partial(cast, dtype=self.compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
+    def _layer(self, cut: Any, constrain, known: tuple) -> Callable:
+        """A block, (x_BTD, weights) -> (x_BTD, None). known: positions and segments of these rows, [B, T]."""
+        c, name, (positions_BT, segments_BT) = self.config, self.compute.attention, known
+        rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
+        kept = lambda *arrays: checkpoint_name(KERNELS[name](*arrays), "context")
+        ctx = Context(constrain, cut.attention(KERNELS[name], PRODUCTS[name]) if cut else kept, rope, segments_BT)
         axes = jax.tree.map(lambda axes: axes[1:], self.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple))
         # Weights are gathered before they are used: XLA:TPU would make products of their parts, even of small ones.
-        whole = lambda w, axes: ctx.constrain.both_ways(w, [None if axis == "embed" else axis for axis in axes], axes)
+        whole = lambda w, axes: constrain.both_ways(w, [None if axis == "embed" else axis for axis in axes], axes)
 
         def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-            weights = jax.tree.map(whole, self.used(to_dtype(weights)), axes)
+            weights = jax.tree.map(whole, self.used(self.cast(weights)), axes)
             return nnx.merge(self._block, weights)(x_BTD, ctx), None
 
         policy = REMAT[self.compute.remat]
-        if policy is not None:
-            layer = jax.checkpoint(layer, policy=policy(), prevent_cse=self.compute.unroll)
+        return jax.checkpoint(layer, policy=policy(), prevent_cse=self.compute.unroll) if policy else layer
+
+    def _run(self, constrain, layer: Callable, x_BTD: jax.Array, blocks: Params, cast: Callable) -> jax.Array:
         if not self.compute.unroll:
-            return ctx.constrain.scan(layer, x_BTD, blocks, to_dtype)
+            return constrain.scan(layer, x_BTD, blocks, cast)
         for index in range(self.config.num_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w: w[index], blocks))  # noqa: B023
         return x_BTD
@@ -161,6 +170,8 @@ class Transformer:
         targets_BT, mask_BT = batch["targets"], batch["mask"]
         if cut := constrain.sequences(self.compute.context):
             targets_BT, mask_BT = cut.spread(targets_BT), cut.spread(mask_BT)
+        if stages := constrain.stages(targets_BT, self.compute):
+            targets_BT, mask_BT = (stages.end(x, OUTSIDE[1:]) for x in (targets_BT, mask_BT))
         arrays, chunk_bytes = (x_BTD, head_DV, targets_BT, mask_BT), self.compute.loss_chunk_mib << 20
         total = cross_entropy(*arrays, constrain, z_loss=self.z_loss, chunk_bytes=chunk_bytes)
         return total, jnp.sum(batch["mask"])
@@ -171,7 +182,7 @@ def _look_up(tokens_BT, positions_BT, embed_VD, position_TD=None, *, constrain, 
     vocabulary for the tokens of all batch shards, and hands on what belongs to others. Neither the table nor its
     gradient, which adds up in float32, ever leaves its shards; left to XLA, it may cross any axis, `replica` too.
     """
-    C, all_BT = constrain.size("positions"), lambda x: constrain.gather(constrain.gather(x, "positions", 1), "batch", 0)
+    C, all_BT = constrain.size("positions"), lambda x: constrain.gather(constrain.gather(x, "positions", 1), "rows", 0)
     ids_BT = all_BT(tokens_BT) - constrain.index("vocab") * embed_VD.shape[0]
     own_BT = (ids_BT >= 0) & (ids_BT < embed_VD.shape[0])
     x_BTD = jnp.take(embed_VD, jnp.where(own_BT, ids_BT, 0), axis=0).astype(dtype)
@@ -180,7 +191,7 @@ def _look_up(tokens_BT, positions_BT, embed_VD, position_TD=None, *, constrain, 
     B, T, D = x_BTD.shape
     x_BCTD = jnp.where(own_BT[..., None], x_BTD, 0).reshape(B, C, T // C, D)
     x_BCTD = constrain.transpose(constrain.scatter(x_BCTD, "vocab", 2), "positions", 1, 3)
-    return constrain.transpose(x_BCTD, "batch", 0, 3)[:, 0]
+    return constrain.transpose(x_BCTD, "rows", 0, 3)[:, 0]
 
 
 def _axes(state: nnx.State, leading: tuple[str, ...]) -> Params:

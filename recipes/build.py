@@ -27,7 +27,7 @@ from parallel.strategies.base import Strategy
 from parallel.strategies.island import Island
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
-from recipes import methods, tuned, xla
+from recipes import methods, pipeline, tuned, xla
 from recipes.task import Trainable
 from runtime.config import UsageError, check_batch
 
@@ -96,6 +96,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
             "sync.exchange=backward is a part of our models' loop over layers, and a task of your own has none that it "
             "knows: set sync.exchange=after"
         )
+    pipeline.check(c, mesh.shape, own.task is not None)
     if own.task and cut("positions", mesh.shape)[1] > 1:
         raise UsageError(
             f"mesh.context={mesh.shape['context']}: sequences are cut over it, and a task of your own has none that it "

@@ -31,12 +31,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def name(mesh: tuple[int, ...]) -> str:
-    return ("r{}f{}t{}" if len(mesh) == 3 else "r{}f{}c{}t{}").format(*mesh)
+    return {3: "r{}f{}t{}", 4: "r{}f{}c{}t{}", 5: "r{}s{}f{}c{}t{}"}[len(mesh)].format(*mesh)
 
 
 def sizes(mesh: tuple[int, ...]) -> dict[str, int]:
-    """replica × fsdp × tensor, or with context before the last."""
-    return dict(zip(meshes.COMMON if len(mesh) == 3 else meshes.USED, mesh, strict=True))
+    """replica × fsdp × tensor; with context before the last; or with stage after the first, too."""
+    every = meshes.USED
+    axes = {3: meshes.COMMON, 4: tuple(axis for axis in every if axis != "stage"), 5: every}[len(mesh)]
+    return dict(zip(axes, mesh, strict=True))
 
 
 def tiny(**overrides: Any):
@@ -84,8 +86,9 @@ def text() -> np.ndarray:
 
 def batch(config, parts: Parts, step: int, uneven: bool = False) -> dict[str, jax.Array]:
     """The batch of one step. uneven: row b keeps only b mod 5 fifths of its targets, so that replicas and
-    micro-steps have different numbers of tokens."""
-    loader = Loader(text(), seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.seed)
+    micro-steps have different numbers of tokens. Masked documents are lines."""
+    lines = {"document_mask": True, "eos": ord("\n")} if config.data.document_mask else {}
+    loader = Loader(text(), seq_len=config.data.seq_len, batch_size=config.data.batch_size, seed=config.seed, **lines)
 
     def rows(ids: np.ndarray) -> dict[str, np.ndarray]:
         found = loader.rows(step, ids.tolist())

@@ -81,7 +81,9 @@ CODEC = {
 }  # fmt: skip
 STRATEGIES = "stale local streaming eager warmed overlap backward beside".split()
 STRATEGY = {name: f"parallel/strategies/{name}.py" for name in STRATEGIES}
-FEATURES = CODEC | STRATEGY | {"muon": "optim/muon.py", "messages": "optim/messages.py", "lora": "model/lora.py"}
+AXES = {"pipeline": "parallel/layout/pipeline.py", "ring": "parallel/layout/ring.py", "products": "model/products.py"}
+OTHERS = {"muon": "optim/muon.py", "messages": "optim/messages.py", "lora": "model/lora.py"}
+FEATURES = CODEC | STRATEGY | OTHERS | AXES
 # {recipe: (mesh, its config, its codec, further features)}
 INT4 = {"sync__codec": "int4"}
 RECIPES = {
@@ -110,6 +112,8 @@ RECIPES = {
         "sign",
         "int exact messages warmed",
     ),
+    "stages": ((1, 2, 2, 1, 1), {"optimizer__accumulate": 2}, "", "pipeline"),
+    "long sequences": ((1, 1, 2, 2), {"attention__context": "ring"}, "", "ring products"),
     "LoRA": ((4, 2, 1), INT4 | {"lora__rank": 2, "init__workdir": "runs/base"}, "int", "lora beside"),
 }
 

@@ -191,7 +191,12 @@ CHOICES = methods.known().choices()
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_lists_its_values(key, fails):
     text = CHOICES[key][0] + "x"
-    reads = {"sync.outer": "sync.strategy=diloco", "island.mer": "sync.strategy=island", "attention.": "mesh.context=2"}
+    reads = {
+        "sync.outer": "sync.strategy=diloco",
+        "island.mer": "sync.strategy=island",
+        "attention.": "mesh.context=2",
+        "pipeline.r": "mesh.stage=2",
+    }
     read = [f"--config.{reads[key[:10]]}"] if key[:10] in reads else []
     message = fails(TINY, f"--config.{key}={text}", *read)
     assert f"{key}={text!r} is none of {', '.join(CHOICES[key])}: did you mean " in message

@@ -16,7 +16,8 @@ from parallel.layout import roles, rules
 from parallel.strategies import resume
 from runtime.digest import named_arrays
 
-MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 2, 1), (1, 2, 2)]  # fsdp × tensor, or with context between
+# fsdp × tensor; with context between; or with stage before
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 2, 1), (1, 2, 2), (2, 1, 1, 2), (2, 2, 1, 1)]
 REPLICAS = (2, 3, 4)
 # (before, after, optimizer). The outer optimizer is by turns nesterov and adam, the codec by turns one of CODECS.
 PAIRS = [
@@ -71,6 +72,9 @@ def owed(arrays, kinds, leaves) -> dict[str, np.ndarray]:
 
 def check(pair, codec, outer, mesh_before, mesh_after, R_before, R_after, seed: int) -> None:
     before, after, optimizer = pair
+    staged = {strategy for strategy, sizes in ((before, mesh_before), (after, mesh_after)) if len(sizes) == 4}
+    if "streaming" in staged:  # whose fragments need a layer of each stage: the config refuses these
+        return
     where = (*pair, codec, outer, mesh_before, mesh_after, R_before, R_after)
     _, _, old_state, old_kinds, leaves = built(before, codec, optimizer, mesh_before, R_before, outer)
     made, params, state, kinds, _ = built(after, codec, optimizer, mesh_after, R_after, outer)

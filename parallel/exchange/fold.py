@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from parallel.exchange.residuals import of_weights
 from parallel.exchange.units import SMALL_UNIT, Leaf
-from parallel.layout.axes import first
+from parallel.layout.axes import STAGE, first
 
 FRAGMENTS = "codec/fragments/server/"
 SERVERS = (FRAGMENTS, "codec/rest/server/", "codec/server/")
@@ -31,8 +31,8 @@ def _members(unit: str, units: set[str], leaves: list[Leaf]) -> list[Leaf]:
     """The leaves of a unit, by its name: one array, or all that are cut alike and are no unit by themselves."""
     if unit.split(" ")[0] != SMALL_UNIT:
         return [leaf for leaf in leaves if leaf.name == unit]
-    cut = tuple(unit.split(" ")[1:])
-    return [leaf for leaf in leaves if leaf.name not in units and first(leaf.spec) == cut]
+    cut, staged = tuple(unit.split(" ")[1:]), any(STAGE in other.split(" ")[1:] for other in units)
+    return [leaf for leaf in leaves if leaf.name not in units and first(leaf.spec, staged) == cut]
 
 
 def _belongs(leaf: Leaf, prefix: str) -> bool:

@@ -14,7 +14,7 @@ from jax.tree_util import keystr
 from parallel.exchange.codecs import rounds
 from parallel.exchange.codecs.base import is_round
 from parallel.exchange.codecs.plain import Identity
-from parallel.layout.axes import first
+from parallel.layout.axes import STAGE, first
 from parallel.layout.rules import of, shards, spec
 
 SMALL = 2**14  # shards of fewer elements share one unit: a collective has a price of its own
@@ -88,17 +88,17 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
     """Large arrays, and matrices that a codec wants whole, each by itself: memory is bounded by the largest. The small
     ones together, by the mesh axes they are sharded over: a block that mixed sharded and replicated values would
     decode to different copies of the replicated ones."""
-    units, buckets = [], {}
+    units, buckets, staged = [], {}, mesh.shape[STAGE] > 1
     for i, leaf in enumerate(jax.tree.leaves(leaves_tree)):
         local = leaf.shard(mesh.shape)
-        axes = tuple(axis for axis in mesh.axis_names if axis in of(leaf.spec))
+        axes = tuple(axis for axis in mesh.axis_names if axis in of(leaf.spec) and (staged or axis != STAGE))
         own: Any = codec if not is_round(codec) or codec.takes(local) else Identity()
         if local.size >= SMALL or (is_round(own) and own.per_matrix and local.matrix is not None):
             pieces = 1 if is_round(own) else rounds.pieces(local.shape)
             cut = pieces, _piece(local.shape, pieces)
             units.append(Unit(leaf.name, (i,), (local.shape,), axes, local.size, local, own, _salt(leaf.name), *cut))
         else:
-            buckets.setdefault((axes, first(leaf.spec), own), []).append((i, local))
+            buckets.setdefault((axes, first(leaf.spec, staged), own), []).append((i, local))
     for (axes, cut, own), found in buckets.items():
         name = " ".join([SMALL_UNIT, *cut] if own == codec else [SMALL_UNIT, "exact", *cut])
         numbers, locals_ = zip(*found, strict=True)

@@ -10,17 +10,19 @@ from typing import Any
 # Every mesh has all of them, of 1 device or more.
 AXES: tuple[str, ...] = ("replica", "stage", "fsdp", "expert", "context", "tensor")
 SLOW = "replica"
+STAGE = "stage"  # by layers
 FAST = tuple(axis for axis in AXES if axis != SLOW)
 # Those that a config sets, so far.
-USED: tuple[str, ...] = ("replica", "fsdp", "context", "tensor")
+USED: tuple[str, ...] = ("replica", "stage", "fsdp", "context", "tensor")
 # Among these the planner chooses, so far; the others are spoken of where they are not 1.
 COMMON: tuple[str, ...] = ("replica", "fsdp", "tensor")
 
 
-def first(spec: Iterable[Any]) -> tuple[str, ...]:
+def first(spec: Iterable[Any], staged: bool) -> tuple[str, ...]:
     """By which axis each dimension is cut, in alphabetical order; of several the first. What is named by these keeps
-    its name when a rule is given a further axis."""
-    return tuple(sorted(entry if isinstance(entry, str) else entry[0] for entry in spec if entry))
+    its name when a rule is given a further axis. staged: there are several stages; else none of them is a cut."""
+    found = sorted(entry if isinstance(entry, str) else entry[0] for entry in spec if entry)
+    return tuple(axis for axis in found if staged or axis != STAGE)
 
 
 def shown(sizes: Mapping[str, int]) -> dict[str, int]:

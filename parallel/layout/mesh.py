@@ -94,12 +94,12 @@ def _factorings(n: int, others: Mapping[str, int], limit: int = 12) -> str:
     return f"{'×'.join(COMMON)} = {text}{', …' if len(rows) > limit else ''}{beside}"
 
 
-def cut(axis: str, sizes: Mapping[str, int]) -> tuple[str, int]:
-    """(the config's keys of the mesh axes over which a logical axis is cut, into how many parts on such a mesh). Of
-    several axes those that are not 1, or else the first that every mesh has."""
-    over = rules.RULES[axis]
+def cut(axis: str, sizes: Mapping[str, int], beside: Sequence[str | None] = ()) -> tuple[str, int]:
+    """(the config's keys of the mesh axes over which a logical axis is cut, into how many parts on such a mesh), of an
+    array that has these. Of several axes those that are not 1, or else the first that every mesh has."""
+    over = rules.over(axis, beside)
     named = [a for a in over if sizes.get(a, 1) != 1] or [a for a in over if a in COMMON][:1] or over
-    return " × ".join(f"mesh.{name}" for name in named), rules.shards(rules.entry(axis), sizes)
+    return " × ".join(f"mesh.{name}" for name in named), rules.shards(over, sizes)
 
 
 def check_divisible(
@@ -110,7 +110,7 @@ def check_divisible(
     axes_leaves = dict(jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=lambda x: isinstance(x, tuple)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_tree):
         for size, axis in zip(leaf.shape, axes_leaves[path], strict=True):
-            over, count = cut(axis, sizes) if axis else ("", 1)
+            over, count = cut(axis, sizes, axes_leaves[path]) if axis else ("", 1)
             if size % count:
                 below, above = size // count * count, -(-size // count) * count
                 legal = f"{below} or {above}" if below >= max(1, (least or {}).get(axis, 1)) else f"{above}"

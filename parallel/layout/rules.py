@@ -13,36 +13,44 @@ from jax.sharding import PartitionSpec as P
 
 Axes = Sequence[str | None]
 
-# Weights are sharded over `fsdp` and `context` by their model dimension, and over `tensor` by heads, features or
-# vocabulary. Activations: the batch over `fsdp`, sequences over `context`, and between blocks over `tensor` too.
+# Weights are cut over `fsdp` and `context` by their model dimension, over `tensor` by heads, features or vocabulary,
+# over `stage` by layers, or else by the model dimension. Activations: the batch over `fsdp`, sequences over `context`,
+# and between blocks over `tensor` too.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("fsdp",),
+    "rows": ("fsdp", "stage"),  # of the batch, outside of the layers
     "positions": ("context",),
     "sequence": ("context", "tensor"),
-    "token": ("fsdp", "context"),  # batch and positions at once
+    "token": ("fsdp", "stage", "context"),  # rows and positions at once
     "vocab": ("tensor",),
-    "embed": ("fsdp", "context"),
+    "embed": ("fsdp", "stage", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "norm": (),
     "mlp": ("tensor",),
-    "layers": (),
+    "layers": ("stage",),
 }
+
+
+def over(axis: str, beside: Axes = ()) -> tuple[str, ...]:
+    """The mesh axes over which a logical axis is cut, of an array that has these; by layers come first."""
+    layers = RULES["layers"] if axis != "layers" and "layers" in beside else ()
+    return tuple(name for name in RULES[axis] if name not in layers)
 
 
 def spec(axes: Axes) -> P:
     """The PartitionSpec of an array with these logical axes (None: not sharded)."""
-    found = P(*(entry(axis) for axis in axes))
+    found = P(*(entry(axis, axes) for axis in axes))
     used = of(found)
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(axes)} put two dimensions on one mesh axis: {list(used)}")
     return found
 
 
-def entry(axis: str | None) -> Any:
+def entry(axis: str | None, beside: Axes = ()) -> Any:
     """A logical axis's entry in a PartitionSpec: None, a mesh axis, or several."""
-    mesh_axes = RULES[axis] if axis else ()
+    mesh_axes = over(axis, beside) if axis else ()
     return mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None
 
 
@@ -71,14 +79,18 @@ def shardings(mesh: Mesh, specs_tree: Any) -> Any:
 
 
 class Constrain:
-    """What the model may ask of the mesh, in logical axes only. `mesh=None`: one device, everything is a no-op."""
+    """What the model may ask of the mesh, in logical axes only. `mesh=None`: one device, everything is a no-op.
+    micro: how many micro-batches a batch is for stages; 0: as suits them. layered: for what is inside of the layers."""
 
-    def __init__(self, mesh: Mesh | None):
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh | None, micro: int = 0, layered: bool = False):
+        self.mesh, self.micro, self._beside = mesh, micro, ("layers",) * layered
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Fixes how an activation (or a gathered weight) is sharded."""
-        return x if self.mesh is None else lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axes)))
+        return x if self.mesh is None else lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(axes)))
+
+    def _spec(self, axes: Axes) -> P:
+        return P(*spec((*self._beside, *axes))[len(self._beside) :])
 
     def both_ways(self, x: jax.Array, axes: Axes, *cotangent: Axes) -> jax.Array:
         """Fixes also how the cotangent is sharded, one way after another: what is gathered for two products is gathered
@@ -96,7 +108,7 @@ class Constrain:
         if self.mesh is None:
             return f
         several = bool(sums) or isinstance(out_axes[0], tuple)
-        out_specs = tuple(map(spec, out_axes)) if several else spec(out_axes)
+        out_specs = tuple(map(self._spec, out_axes)) if several else self._spec(out_axes)
 
         def body(*args):
             results = f(*args)
@@ -106,12 +118,18 @@ class Constrain:
 
         # check_vma=False: with it on, differentiation would add reductions of its own (and over `replica`, bytes).
         return jax.shard_map(
-            body, mesh=self.mesh, in_specs=tuple(map(spec, in_axes)), out_specs=out_specs, check_vma=False
+            body, mesh=self.mesh, in_specs=tuple(map(self._spec, in_axes)), out_specs=out_specs, check_vma=False
         )
 
     def scan(self, layer: Callable, x: Any, weights_L: Any, cast: Callable) -> Any:
         """x through all layers: layer(x, weights) -> (x, None). Their weights are cast together, before the first."""
         return lax.scan(layer, x, cast(weights_L))[0]
+
+    def stages(self, x_BT: jax.Array, compute: Any) -> Any:
+        """How such a batch goes through layers that are cut over devices (pipeline.py); None: each has them all."""
+        from parallel.layout import pipeline
+
+        return pipeline.Stages(self, x_BT.shape[0], compute.stage_remat) if self.size("layers") > 1 else None
 
     def size(self, axis: str) -> int:
         """Into how many shards a logical axis is cut."""

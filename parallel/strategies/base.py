@@ -71,6 +71,8 @@ class Strategy:
         """R."""
         return self.exchange.net.replicas
 
+    pipelined = property(lambda self: Constrain(self.mesh).size("layers") > 1)
+
     @classmethod
     def divide(cls, leaves: Any, **own: Any) -> dict[str, Any]:
         """{the field of an exchange: what of the tree of units.Leaf it exchanges}. own: the fields of this class."""
@@ -103,7 +105,7 @@ class Strategy:
 
     def loss(self, params: Any, batch_BT: Batch, constrain: Constrain | None = None) -> tuple[jax.Array, tuple]:
         """(summed loss, what else `loss_fn` gives)."""
-        loss, *beside = self.loss_fn(params, batch_BT, constrain or Constrain(self.mesh))
+        loss, *beside = self.loss_fn(params, batch_BT, constrain or Constrain(self.mesh, self.accumulate))
         return loss, tuple(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), beside))
 
     def loss_and_gradient(self, params: Any, batch_BT: Batch) -> tuple[tuple, Any]:
@@ -124,9 +126,12 @@ class Strategy:
     def add_micro_steps(self, params: Any, batch_ABT: Batch, total: Any) -> tuple[tuple, Any]:
         """total (None: zeros) plus the sums and the gradient of these micro-steps, each whole before it is added:
         libtpu 0.0.52 fails on a head's gradient that a loop adds up where it is summed over devices."""
+        constrain = Constrain(self.mesh, length(batch_ABT))
+        if self.pipelined:  # they go through the stages together
+            batch_ABT = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(1, -1, *x.shape[2:]), batch_ABT)
 
         def micro_step(batch_BT: Batch) -> tuple[tuple, Any]:
-            (loss, beside), grads = jax.value_and_grad(self.loss, has_aux=True)(params, batch_BT)
+            (loss, beside), grads = jax.value_and_grad(self.loss, has_aux=True)(params, batch_BT, constrain)
             return (loss, *beside), self.constrain_to_specs(grads)
 
         add = lambda sums, x_BT: (jax.tree.map(jnp.add, sums, lax.optimization_barrier(micro_step(x_BT))), None)

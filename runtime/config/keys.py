@@ -25,6 +25,7 @@ CHOICES = {
     "model.position": ("rope", "learned"),
     "compute.dtype": ("auto", "float32", "bfloat16"),
     "compute.attention": ("auto", "reference", "cudnn", "splash"),
+    "pipeline.remat": ("layer", "stage"),
     "attention.context": ("auto", "ring", "gather", "heads"),
     "compute.remat": ("none", "matmuls", "dots", "full"),
     "data.corpus": ("stdlib", "asv"),
@@ -114,7 +115,7 @@ RANGES: dict[Range, str] = {
     Range(-1, math.inf, "[)"): "island.staleness",
 }
 CHECKED_ELSEWHERE = (  # -1 means something of its own there
-    "mesh.replica mesh.fsdp mesh.context mesh.tensor sync.block sync.density sync.bits sync.rank"
+    "mesh.replica mesh.stage mesh.fsdp mesh.context mesh.tensor sync.block sync.density sync.bits sync.rank"
 ).split()
 SMALLEST_VOCABULARY = {"bytes": 256, "bpe": 257}  # by data.tokenizer; of a file it is not known before it is read
 PATHS = ("data.path", "data.tokenizer", "init.workdir")  # in these ~ is the home
@@ -135,6 +136,7 @@ UNREAD: dict[str, dict[Any, str]] = {
         "signum": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.clip_norm optimizer.freeze_steps",
         "onebit_adam": "optimizer.momentum optimizer.clip_norm",
     },
+    "mesh.stage": {1: "pipeline.remat"},
     "mesh.context": {1: "attention.context"},
     "lora.rank": {0: "lora.alpha lora.pattern lora.rs lora.freeze_a"},
     "optimizer.schedule": {"constant": "optimizer.final_lr_fraction"},

@@ -31,7 +31,7 @@ CHANGES = (
     Change("data.", "refused where other text or another split follows from it, but for data.changed=accept"),
     Change("island.", "refused where the log is of another run; another name joins as another island"),
     Change("mesh. sync.", "the state is carried over to the new layout; each array that changes is named"),
-    Change("attention. compute.", "the same mathematics, rounded in another order"),
+    Change("attention. compute. pipeline.", "the same mathematics, rounded in another order"),
     Change(
         "log_every eval_every eval_batches checkpoint. sample. metrics. profile.",
         "training stays the same to the bit",

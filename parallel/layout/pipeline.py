@@ -1,0 +1,133 @@
+"""A batch through layers that are cut over devices (the logical axis `layers`): a pipeline.
+
+Every stage has the layers that follow those of the stage before it, and works on another micro-batch (Huang et al.
+2019). All stages run one program, `vmap`ped over them: in a tick each computes its layers and hands the result to the
+next. Micro-batches lie cut over the stages, too, in slots: in tick t stage 0 takes one from slot t mod n, and all hand
+what they have in that slot to the stage before, so that the next is there when its turn comes; into the last one's goes
+what is through. So nothing is held, computed or sent twice, and a device sends two activations a tick and pass. Outputs
+end at other places than inputs begin: `start` and `end` say where.
+
+S stages, M micro-batches, n = ceil(M / S) slots of a stage, B rows of all micro-batches, N = S · n · B / M rows of all
+slots, F shards of the batch, T sequence, D model, L layers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from parallel.layout.axes import STAGE
+from parallel.layout.rules import Constrain
+
+BUFFER = ("layers", "batch", "sequence", None)  # one micro-batch of each stage
+SLOTS = ("layers", None, "batch", "sequence", None)
+SCOPE = "over_stage"  # in the compiled program, of what is handed on
+NONE = -1  # instead of a micro-batch's number
+
+
+class Stages:
+    """On the mesh of `constrain`, for a batch of so many rows. remat: pipeline.remat."""
+
+    def __init__(self, constrain: Constrain, rows: int, remat: str):
+        self.constrain, self.remat, self.count = constrain, remat, constrain.size("layers")
+        self.micro = constrain.micro or math.gcd(rows // constrain.size("batch"), self.count)
+        self.slots, self.ticks = -(-self.micro // self.count), ticks(self.micro, self.count)
+        numbers, size = np.arange(self.micro), self.count * self.slots
+        ends = (self.count - 1 - (self.micro - 1 - numbers) // self.slots) * self.slots
+        ends += (numbers + self.count - 1) % self.slots
+        self._starts, self._ends, self._order = numbers, ends, np.full(size, NONE)
+        self._order[ends] = numbers
+
+    # ── rows of a batch ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self, x_BT: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+        """[B, …] -> [N, …], where stages take them from; zeros where there is no micro-batch. axes: of the others."""
+        order = np.full(self.count * self.slots, NONE)
+        order[self._starts] = self._starts
+        return self._laid(x_BT, order, axes)
+
+    def end(self, x_BT: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+        """The same for what is compared with what has gone through."""
+        return self._laid(x_BT, self._order, axes)
+
+    def back(self, x_N: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+        """[N, …] of what has gone through -> [B, …]."""
+        x_SnB = self._slots(x_N)
+        x_MB = x_SnB.reshape(-1, *x_SnB.shape[2:])[self._ends]
+        return self.constrain(x_MB.swapaxes(0, 1).reshape(-1, *x_N.shape[1:]), ("batch", *axes))
+
+    def _laid(self, x_BT: jax.Array, order: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
+        x_MBT = self._micro(x_BT)
+        x_MBT = jnp.where((order >= 0).reshape(-1, *[1] * (x_MBT.ndim - 1)), x_MBT[np.maximum(order, 0)], 0)
+        x_SnBT = x_MBT.reshape(self.count, self.slots, *x_MBT.shape[1:])
+        x_SnBT = self.constrain(x_SnBT, ("layers", None, "batch", *axes))
+        return self._rows(x_SnBT, axes)
+
+    def _micro(self, x_BT: jax.Array) -> jax.Array:
+        """[B, …] -> [M, B/M, …]. Row b goes to micro-batch b mod M, as without stages."""
+        return x_BT.reshape(-1, self.micro, *x_BT.shape[1:]).swapaxes(0, 1)
+
+    def _rows(self, x_SnBT: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+        """[S, n, F·b, …] -> [F·S·n·b, …]: every device's own rows are the same before and after."""
+        (S, n, B), F = x_SnBT.shape[:3], self.constrain.size("batch")
+        x = x_SnBT.reshape(S, n, F, B // F, *x_SnBT.shape[3:])
+        return self.constrain(jnp.moveaxis(x, 2, 0).reshape(S * n * B, *x_SnBT.shape[3:]), ("rows", *axes))
+
+    def _slots(self, x_N: jax.Array) -> jax.Array:
+        """The inverse of `_rows`."""
+        F = self.constrain.size("batch")
+        x = x_N.reshape(F, self.count, self.slots, -1, *x_N.shape[1:])
+        return jnp.moveaxis(x, 0, 2).reshape(self.count, self.slots, -1, *x_N.shape[1:])
+
+    # ── the layers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, layer_of: Callable, known: Any, x_NTD: jax.Array, weights_L: Any, cast: Callable) -> jax.Array:
+        """What has started, through all layers -> what has ended. layer_of(constrain, known): a layer, (x, weights) ->
+        (x, None), for rows of which that is known. known: of the whole batch, [B, …] each. Weights are cast in every
+        tick, so that their gradients add up in their own dtype."""
+        weights_SL = jax.tree.map(lambda w: w.reshape(self.count, -1, *w.shape[1:]), weights_L)
+        known_MB = jax.tree.map(self._micro, known)
+        inside, S = Constrain(self.constrain.mesh, layered=True), jnp.arange(self.count)
+
+        def stage(weights: Any, x_BTD: jax.Array, number: jax.Array) -> jax.Array:
+            own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), known_MB)
+            return lax.scan(layer_of(inside, own), x_BTD, cast(weights))[0]
+
+        if self.remat == "stage":
+            stage = jax.checkpoint(stage, policy=jax.checkpoint_policies.nothing_saveable)
+        stages = jax.vmap(stage, spmd_axis_name=STAGE)
+        is_first, is_last = (jnp.equal(S, i)[:, None, None, None] for i in (0, self.count - 1))
+
+        def tick(carry: tuple, t: jax.Array) -> tuple[tuple, None]:
+            x_SBTD, io = carry
+            slot = t % self.slots
+            own = lax.dynamic_index_in_dim(io, slot, 1, keepdims=False)
+            x_SBTD = self.constrain(jnp.where(is_first, own, x_SBTD), BUFFER)
+            x_SBTD = self.constrain(stages(weights_SL, x_SBTD, jnp.clip(t - S, 0, self.micro - 1)), BUFFER)
+            new = self.constrain(jnp.where(is_last, x_SBTD, self._handed_on(own, -1)), BUFFER)
+            io = self.constrain(lax.dynamic_update_index_in_dim(io, new, slot, 1), SLOTS)
+            return (self._handed_on(x_SBTD, 1), io), None
+
+        io = self.constrain(self._slots(x_NTD), SLOTS)
+        empty = self.constrain(jnp.zeros_like(io[:, 0]), BUFFER)
+        (_, io), _ = lax.scan(tick, (empty, io), jnp.arange(self.ticks))
+        return self._rows(io, SLOTS[3:])
+
+    def _handed_on(self, x_SBTD: jax.Array, by: int) -> jax.Array:
+        """To the stage after, or before: a permute of its own, whose backward pass is one, too."""
+        pairs = [(i, i + by) for i in range(self.count) if 0 <= i + by < self.count]
+
+        @jax.named_scope(SCOPE)
+        def permute(x: jax.Array) -> jax.Array:
+            return lax.ppermute(x, STAGE, pairs)
+
+        return self.constrain.manual(permute, (BUFFER,), BUFFER)(x_SBTD)
+
+
+def ticks(micro: int, stages: int) -> int:
+    """Until the last micro-batch has gone through all stages."""
+    return micro + stages - 1

@@ -1,0 +1,157 @@
+"""Models whose layers are cut over stages train as whole ones do: the same losses and gradients."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_parity import check
+
+from parallel.cost import wire
+from parallel.layout import mesh as meshes
+from parallel.layout import pipeline
+from parallel.layout.rules import Constrain
+from recipes import describe
+from recipes.programs import compile_sample, compile_steps
+from runtime.config import UsageError
+
+SLOW = pytest.mark.slow
+INT4 = {"sync__codec": "int4"}
+# replica × stage × fsdp × context × tensor; micro-batches; more
+CASES = [
+    ((2, 2, 1, 1, 2), 4, {"pipeline__remat": "stage"}),
+    ((1, 2, 2, 2, 1), 2, {"attention__context": "ring"}),
+    ((1, 2, 1, 1, 1), 1, {}),
+    ((1, 2, 4, 1, 1), 1, {"compute__remat": "full"}),
+    ((1, 2, 2, 1, 2), 2, {"compute__remat": "none"}),
+    ((4, 2, 1, 1, 1), 2, {"compute__remat": "dots"}),
+    ((1, 2, 1, 4, 1), 4, {"attention__context": "gather"}),
+    ((1, 2, 1, 2, 2), 8, {"attention__context": "heads", "pipeline__remat": "stage"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro", "more"),
+    [pytest.param(*case, marks=[] if i == 0 else [SLOW]) for i, case in enumerate(CASES)],
+    ids=lambda x: helpers.name(x) if isinstance(x, tuple) else None,
+)
+def test_every_mesh_with_stages_trains_like_one_device(mesh, micro, more):
+    check(mesh, True, optimizer__accumulate=micro, **more)
+
+
+def test_documents_go_with_their_micro_batch():
+    """One device's loss, not of tests/test_parity.py's config."""
+    masked = {"data__document_mask": True, "optimizer__accumulate": 4}
+    config = helpers.tiny(**masked)
+    found = [helpers.losses(config, helpers.build(config, mesh), 4, True) for mesh in [(1, 1, 1), (1, 2, 2, 1, 2)]]
+    assert helpers.relative(*found) <= 5e-6
+
+
+@pytest.mark.parametrize(
+    ("count", "micro"), [(2, 3), *(pytest.param(*case, marks=SLOW) for case in [(4, 1), (4, 6), (4, 8)])]
+)
+def test_what_ends_belongs_to_what_has_started(count, micro):
+    """Through layers that add and scale, each in its turn; and it is taken back in order."""
+    mesh = meshes.build({"stage": count, "fsdp": 2}, jax.devices()[: 2 * count])
+    rows, layers = 4 * micro, 2 * count
+    constrain = Constrain(mesh, micro)
+    stages = pipeline.Stages(constrain, rows, "layer")
+    x_BTD = np.random.default_rng(0).standard_normal((rows, 4, 3)).astype(np.float32)
+    w_L = np.linspace(0.5, 1.5, layers, dtype=np.float32)[:, None]
+    known_BT = np.arange(rows * 4, dtype=np.float32).reshape(rows, 4) / 50
+
+    def layer_of(_, known):
+        return lambda x, w: (x * w + w * known[..., None], None)
+
+    def plain(w_L):
+        layer = layer_of(None, known_BT)
+        y_BTD = x_BTD
+        for w in w_L:
+            y_BTD = layer(y_BTD, w)[0]
+        return y_BTD
+
+    def staged(w_L):
+        x_NTD = stages.start(jnp.asarray(x_BTD), ("positions", None))
+        return stages.run(layer_of, jnp.asarray(known_BT), x_NTD, w_L, lambda w: w)
+
+    y_BTD = jax.jit(lambda w_L: stages.back(staged(w_L), ("positions", None)))(w_L)
+    np.testing.assert_allclose(y_BTD, plain(w_L), rtol=1e-5)
+    weight_BT = known_BT + 1
+    ours = jax.grad(lambda w: jnp.sum(staged(w) * stages.end(jnp.asarray(weight_BT), ("positions",))[..., None]))
+    theirs = jax.grad(lambda w: jnp.sum(plain(w) * weight_BT[..., None]))
+    np.testing.assert_allclose(jax.jit(ours)(w_L), theirs(jnp.asarray(w_L)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("remat", "micro"), [("stage", 2), pytest.param("layer", 4, marks=SLOW), pytest.param("layer", 1, marks=SLOW)]
+)
+def test_in_the_loop_two_activations_a_tick_and_pass_cross_stages_and_nothing_else(remat, micro):
+    config = helpers.tiny(optimizer__accumulate=micro, pipeline__remat=remat)
+    parts = helpers.build(config, (1, 2, 2, 1, 2))
+    (program,) = compile_steps(parts, helpers.QUICKLY).values()
+    text, ticks = program.as_text(), micro + 1
+    found = [c for c in wire.collectives(text, parts.mesh) if c.axis == "stage" and "while/body" in c.scope]
+    assert all(pipeline.SCOPE in c.scope for c in found)
+    assert f'"known_trip_count":{{"n":"{ticks}"}}' in text
+    rows = config.data.batch_size // (2 * micro)
+    assert sum(c.sent for c in found) == 4 * ticks * rows * config.data.seq_len // 2 * config.model.model_dim * 4
+    shown = dict(describe.read(config, parts, {"step": program}, {}, {})[0])
+    assert shown["bubble"].startswith(f"{1 / ticks:.0%} of the time: 2 stages of 1 layer, {micro} micro-batches")
+
+
+EXCHANGES = {
+    "sync int4": INT4,
+    "sync powersgd": {"sync__codec": "powersgd"},
+    "stale topk": {"sync__codec": "topk", "sync__strategy": "stale"},
+    "diloco int4": INT4 | {"sync__strategy": "diloco", "sync__interval": 2},
+    "streaming int4": INT4
+    | {"sync__strategy": "streaming", "sync__interval": 4, "sync__overlap": 1, "model__num_layers": 4},
+    "eager int4": INT4 | {"sync__strategy": "eager", "sync__interval": 4},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "stale topk" else [SLOW]) for n in EXCHANGES])
+def test_over_replica_goes_the_exchange_alone_and_the_loss_falls(name):
+    config = helpers.tiny(optimizer__accumulate=2, **EXCHANGES[name])
+    parts = helpers.build(config, (2, 2, 2, 1, 1))
+    found = describe.traffic(parts, compile_steps(parts, helpers.QUICKLY))
+    assert all(x.stray == 0 and not x.not_counted for x in found.values()), found
+    losses = helpers.losses(config, parts, 12, uneven=True)
+    assert losses[-1] < losses[0] - 0.1
+
+
+def sampled(mesh: tuple[int, ...], **overrides) -> list[int]:
+    """Greedy tokens; past the window's end, too. Nothing crosses `replica`."""
+    config = helpers.tiny(**overrides)
+    parts = helpers.build(config, mesh)
+    program = compile_sample(parts, 30, 0.0)
+    (found,) = describe.traffic_beside(parts, {"sample": program}).values()
+    assert found.stray == 0
+    window_T = np.arange(config.data.seq_len, dtype=np.int32)
+    ids = program(helpers.init_state(config, parts).params, window_T, np.int32(10), np.uint32(0))
+    return np.asarray(ids.addressable_shards[0].data)[0, 0].tolist()
+
+
+@SLOW
+def test_a_sample_is_what_one_device_writes():
+    assert sampled((2, 2, 2, 1, 1)) == sampled((1, 2, 1, 2, 2), attention__context="ring") == sampled((1, 1, 1))
+
+
+STREAMING = {"sync__strategy": "streaming", "sync__interval": 4}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "more", "said"),
+    [
+        ((1, 3, 1, 1, 1), {}, ["model.num_layers=2", "mesh.stage=3", "3"]),
+        ((2, 2, 1, 1, 1), {"sync__exchange": "backward"}, ["sync.exchange=backward", "mesh.stage=2", "after"]),
+        ((1, 2, 1, 1, 1), {"compute__unroll": True}, ["compute.unroll", "mesh.stage=2"]),
+        ((2, 2, 1, 1, 1), STREAMING, ["sync.fragments=2", "mesh.stage=2", "1 layers"]),
+        ((1, 2, 1, 1, 2), {"model__model_dim": 63}, ["embed", "'embed' of size 63", "mesh.stage=2"]),
+    ],
+    ids=["layers", "backward", "unroll", "streaming", "embedding"],
+)
+def test_what_stages_cannot_take_is_said_before_anything_is_compiled(mesh, more, said):
+    with pytest.raises(UsageError) as error:
+        helpers.build(helpers.tiny(**more), mesh)
+    assert all(part in str(error.value) for part in said), str(error.value)
