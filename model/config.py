@@ -48,6 +48,6 @@ class Compute:
     attention: str
     context: str  # attention.context: in which way sequences that are cut over devices attend
     remat: str
-    stage_remat: str  # pipeline.remat: what of a stage's layers is kept for the backward pass
+    pipeline: tuple[str, str]  # pipeline.remat and gather
     unroll: bool
     loss_chunk_mib: int

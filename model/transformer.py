@@ -122,8 +122,10 @@ class Transformer:
         x_BTD = self._embedded(params, tokens_BT, positions_BT, constrain)
         ends = {name: w for name, w in params.items() if name != "blocks"}
         ends, layer = nnx.merge(self._ends, self.cast(ends)), partial(self._layer, cut)
-        run = partial(stages.run, layer, known) if stages else partial(self._run, constrain, layer(constrain, known))
-        x_BTD = run(x_BTD, params["blocks"], self.cast)
+        if stages:
+            x_BTD = stages.run(layer, known, x_BTD, params["blocks"], self.axes["blocks"], self.cast)
+        else:
+            x_BTD = self._run(constrain, layer(constrain, known), x_BTD, params["blocks"])
         x_BTD = constrain(ends.final_norm(x_BTD), (*OUTSIDE, None))
         head_DV = ends.embed[...].T if c.tie_embeddings else ends.head[...]
         x_BTD = stages.back(x_BTD, GATHERED[1:]) if stages and in_order else x_BTD
@@ -153,9 +155,9 @@ class Transformer:
         policy = REMAT[self.compute.remat]
         return jax.checkpoint(layer, policy=policy(), prevent_cse=self.compute.unroll) if policy else layer
 
-    def _run(self, constrain, layer: Callable, x_BTD: jax.Array, blocks: Params, cast: Callable) -> jax.Array:
+    def _run(self, constrain, layer: Callable, x_BTD: jax.Array, blocks: Params) -> jax.Array:
         if not self.compute.unroll:
-            return constrain.scan(layer, x_BTD, blocks, cast)
+            return constrain.scan(layer, x_BTD, blocks, self.cast)
         for index in range(self.config.num_layers):
             x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w: w[index], blocks))  # noqa: B023
         return x_BTD

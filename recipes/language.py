@@ -48,7 +48,9 @@ def build_model(c: Any, device_kind: str, sizes: Mapping[str, int] = WHOLE) -> t
         raise UsageError(str(error)) from error
     options = {k: v for k, v in c.compute.items() if k not in ("dtype", "attention", "xla_options")}
     options["loss_chunk_mib"] = c.compute.loss_chunk_mib or chunk_of(device_kind)
-    compute = Compute(dtype=dtype, attention=kernel, context=way, stage_remat=c.pipeline.remat, **options)
+    compute = Compute(
+        dtype=dtype, attention=kernel, context=way, pipeline=(c.pipeline.remat, c.pipeline.gather), **options
+    )
     why = "; ".join((f"auto: {kernel}", *passed.values())) if asked == "auto" else f"{kernel}, as asked"
     why = "; ".join(filter(None, (why, why_way)))
     return Transformer(config, compute, z_loss=c.optimizer.z_loss), why

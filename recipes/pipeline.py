@@ -27,6 +27,8 @@ def check(c: Any, sizes: Mapping[str, int], is_own_task: bool) -> None:
         )
     if c.compute.unroll:
         raise UsageError(f"compute.unroll with {said}: the layers of a stage are one loop: leave it out")
+    if c.lora.rank and c.pipeline.gather == "step":
+        raise UsageError("pipeline.gather=step with lora.rank: adapters are gathered in every tick: leave it out")
     if c.sync.strategy == "streaming" and layers // count % c.sync.fragments:
         raise UsageError(
             f"sync.fragments={c.sync.fragments} with {said}: every fragment has as many of each stage's "

@@ -196,6 +196,7 @@ def test_every_choice_lists_its_values(key, fails):
         "island.mer": "sync.strategy=island",
         "attention.": "mesh.context=2",
         "pipeline.r": "mesh.stage=2",
+        "pipeline.g": "mesh.stage=2",
     }
     read = [f"--config.{reads[key[:10]]}"] if key[:10] in reads else []
     message = fails(TINY, f"--config.{key}={text}", *read)

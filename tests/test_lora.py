@@ -33,10 +33,11 @@ from runtime.steps import committed, read_record
 LORA = {"lora__rank": 4, "lora__alpha": 8.0, "init__workdir": "runs/base"}
 SCALE = 8.0 / 4
 
-EMBED = entry("embed")
+EMBED = entry("embed", ("layers",))
+STAGED = pytest.param((1, 2, 2, 1, 2), marks=pytest.mark.slow)
 
 
-def tuned(mesh: tuple[int, int, int] = (1, 1, 1), **overrides: Any) -> tuple[Any, Parts]:
+def tuned(mesh: tuple[int, ...] = (1, 1, 1), **overrides: Any) -> tuple[Any, Parts]:
     config = helpers.tiny(**LORA | overrides)
     return config, helpers.build(config, mesh)
 
@@ -60,9 +61,9 @@ def test_a_state_holds_the_adapter_alone_and_the_base_lies_beside_it_once():
 
 
 @pytest.mark.parametrize("path, a, b", [
-    ("attention/q", ((2, 64, 4), P(None, EMBED, None)), ((2, 4, 8, 8), P(None, None, "tensor", None))),
-    ("attention/out", ((2, 8, 8, 4), P(None, "tensor", None, None)), ((2, 4, 64), P(None, None, EMBED))),
-    ("mlp/down", ((2, 128, 4), P(None, "tensor", None)), ((2, 4, 64), P(None, None, EMBED))),
+    ("attention/q", ((2, 64, 4), P("stage", EMBED, None)), ((2, 4, 8, 8), P("stage", None, "tensor", None))),
+    ("attention/out", ((2, 8, 8, 4), P("stage", "tensor", None, None)), ((2, 4, 64), P("stage", None, EMBED))),
+    ("mlp/down", ((2, 128, 4), P("stage", "tensor", None)), ((2, 4, 64), P("stage", None, EMBED))),
 ])  # fmt: skip
 def test_an_adapter_lies_as_its_weight_does_and_its_rank_is_whole(path, a, b):
     _, parts = tuned((2, 2, 2))
@@ -129,7 +130,7 @@ def expected() -> tuple[Any, Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)], ids=helpers.name)
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2), STAGED], ids=helpers.name)
 def test_logits_are_those_of_merged_weights_and_gradients_follow_from_theirs(mesh):
     weights, adapter, tokens_BT, logits, gradients = expected()
     _, parts = tuned(mesh)

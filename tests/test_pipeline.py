@@ -19,7 +19,10 @@ SLOW = pytest.mark.slow
 INT4 = {"sync__codec": "int4"}
 # replica × stage × fsdp × context × tensor; micro-batches; more
 CASES = [
+    ((1, 2, 2, 1, 2), 2, {"pipeline__remat": "stage", "pipeline__gather": "step"}),
     ((2, 2, 1, 1, 2), 4, {"pipeline__remat": "stage"}),
+    ((2, 2, 2, 1, 1), 4, {"pipeline__gather": "step"}),
+    ((1, 2, 2, 2, 1), 1, {"pipeline__gather": "step", "attention__context": "ring", "pipeline__remat": "stage"}),
     ((1, 2, 2, 2, 1), 2, {"attention__context": "ring"}),
     ((1, 2, 1, 1, 1), 1, {}),
     ((1, 2, 4, 1, 1), 1, {"compute__remat": "full"}),
@@ -138,6 +141,7 @@ def test_a_sample_is_what_one_device_writes():
 
 
 STREAMING = {"sync__strategy": "streaming", "sync__interval": 4}
+ADAPTER = {"lora__rank": 2, "init__workdir": "runs/base"}
 
 
 @pytest.mark.parametrize(
@@ -147,9 +151,10 @@ STREAMING = {"sync__strategy": "streaming", "sync__interval": 4}
         ((2, 2, 1, 1, 1), {"sync__exchange": "backward"}, ["sync.exchange=backward", "mesh.stage=2", "after"]),
         ((1, 2, 1, 1, 1), {"compute__unroll": True}, ["compute.unroll", "mesh.stage=2"]),
         ((2, 2, 1, 1, 1), STREAMING, ["sync.fragments=2", "mesh.stage=2", "1 layers"]),
+        ((1, 2, 2, 1, 1), ADAPTER | {"pipeline__gather": "step"}, ["pipeline.gather=step", "lora.rank"]),
         ((1, 2, 1, 1, 2), {"model__model_dim": 63}, ["embed", "'embed' of size 63", "mesh.stage=2"]),
     ],
-    ids=["layers", "backward", "unroll", "streaming", "embedding"],
+    ids=["layers", "backward", "unroll", "streaming", "adapter", "embedding"],
 )
 def test_what_stages_cannot_take_is_said_before_anything_is_compiled(mesh, more, said):
     with pytest.raises(UsageError) as error:

@@ -19,22 +19,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from parallel.layout.axes import STAGE
-from parallel.layout.rules import Constrain
+from parallel.layout.rules import RULES, Constrain, spec, without
 
 BUFFER = ("layers", "batch", "sequence", None)  # one micro-batch of each stage
 SLOTS = ("layers", None, "batch", "sequence", None)
 SCOPE = "over_stage"  # in the compiled program, of what is handed on
 NONE = -1  # instead of a micro-batch's number
+(SHARD,) = RULES["batch"]
 
 
 class Stages:
-    """On the mesh of `constrain`, for a batch of so many rows. remat: pipeline.remat."""
+    """On the mesh of `constrain`, for a batch of so many rows. remat, gather: pipeline.remat, pipeline.gather."""
 
-    def __init__(self, constrain: Constrain, rows: int, remat: str):
+    def __init__(self, constrain: Constrain, rows: int, remat: str, gather: str):
         self.constrain, self.remat, self.count = constrain, remat, constrain.size("layers")
-        self.micro = constrain.micro or math.gcd(rows // constrain.size("batch"), self.count)
+        self.shards = constrain.size("batch")
+        self.once = gather == "step" and self.shards > 1
+        self.micro = constrain.micro or math.gcd(rows // self.shards, self.count)
         self.slots, self.ticks = -(-self.micro // self.count), ticks(self.micro, self.count)
         numbers, size = np.arange(self.micro), self.count * self.slots
         ends = (self.count - 1 - (self.micro - 1 - numbers) // self.slots) * self.slots
@@ -73,33 +78,38 @@ class Stages:
 
     def _rows(self, x_SnBT: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         """[S, n, F·b, …] -> [F·S·n·b, …]: every device's own rows are the same before and after."""
-        (S, n, B), F = x_SnBT.shape[:3], self.constrain.size("batch")
+        (S, n, B), F = x_SnBT.shape[:3], self.shards
         x = x_SnBT.reshape(S, n, F, B // F, *x_SnBT.shape[3:])
         return self.constrain(jnp.moveaxis(x, 2, 0).reshape(S * n * B, *x_SnBT.shape[3:]), ("rows", *axes))
 
     def _slots(self, x_N: jax.Array) -> jax.Array:
         """The inverse of `_rows`."""
-        F = self.constrain.size("batch")
-        x = x_N.reshape(F, self.count, self.slots, -1, *x_N.shape[1:])
+        x = x_N.reshape(self.shards, self.count, self.slots, -1, *x_N.shape[1:])
         return jnp.moveaxis(x, 0, 2).reshape(self.count, self.slots, -1, *x_N.shape[1:])
 
     # ── the layers ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def run(self, layer_of: Callable, known: Any, x_NTD: jax.Array, weights_L: Any, cast: Callable) -> jax.Array:
+    def run(
+        self, layer_of: Callable, known: Any, x_NTD: jax.Array, weights_L: Any, axes: Any, cast: Callable
+    ) -> jax.Array:
         """What has started, through all layers -> what has ended. layer_of(constrain, known): a layer, (x, weights) ->
-        (x, None), for rows of which that is known. known: of the whole batch, [B, …] each. Weights are cast in every
-        tick, so that their gradients add up in their own dtype."""
+        (x, None), for rows of which that is known. known: of the whole batch, [B, …] each. axes: of weights_L. In every
+        tick weights are cast (or are there, cast and gathered); their gradients add up in float32 in either case."""
         weights_SL = jax.tree.map(lambda w: w.reshape(self.count, -1, *w.shape[1:]), weights_L)
-        known_MB = jax.tree.map(self._micro, known)
-        inside, S = Constrain(self.constrain.mesh, layered=True), jnp.arange(self.count)
+        known_MB, S = jax.tree.map(self._micro, known), jnp.arange(self.count)
+        inside = Constrain(self.constrain.mesh, apart=(STAGE, SHARD) if self.once else (STAGE,))
 
-        def stage(weights: Any, x_BTD: jax.Array, number: jax.Array) -> jax.Array:
+        def stage(weights: Any, x_BTD: jax.Array, known_MB: Any, number: jax.Array) -> jax.Array:
             own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), known_MB)
-            return lax.scan(layer_of(inside, own), x_BTD, cast(weights))[0]
+            weights = jax.tree.map(_used, *weights) if self.once else cast(weights)
+            return lax.scan(layer_of(inside, own), x_BTD, weights)[0]
 
         if self.remat == "stage":
             stage = jax.checkpoint(stage, policy=jax.checkpoint_policies.nothing_saveable)
-        stages = jax.vmap(stage, spmd_axis_name=STAGE)
+        if self.once:
+            weights_SL, known_MB = self._gathered(weights_SL, cast(weights_SL), axes), self._by_shard(known_MB, 1)
+            stage = jax.vmap(stage, in_axes=(0, 0, 1, None), spmd_axis_name=SHARD)
+        stages = jax.vmap(stage, in_axes=(0, 0, None, 0), spmd_axis_name=STAGE)
         is_first, is_last = (jnp.equal(S, i)[:, None, None, None] for i in (0, self.count - 1))
 
         def tick(carry: tuple, t: jax.Array) -> tuple[tuple, None]:
@@ -107,7 +117,9 @@ class Stages:
             slot = t % self.slots
             own = lax.dynamic_index_in_dim(io, slot, 1, keepdims=False)
             x_SBTD = self.constrain(jnp.where(is_first, own, x_SBTD), BUFFER)
-            x_SBTD = self.constrain(stages(weights_SL, x_SBTD, jnp.clip(t - S, 0, self.micro - 1)), BUFFER)
+            given = self._by_shard(x_SBTD, 1) if self.once else x_SBTD
+            made = stages(weights_SL, given, known_MB, jnp.clip(t - S, 0, self.micro - 1))
+            x_SBTD = self.constrain(made.reshape(x_SBTD.shape), BUFFER)
             new = self.constrain(jnp.where(is_last, x_SBTD, self._handed_on(own, -1)), BUFFER)
             io = self.constrain(lax.dynamic_update_index_in_dim(io, new, slot, 1), SLOTS)
             return (self._handed_on(x_SBTD, 1), io), None
@@ -116,6 +128,34 @@ class Stages:
         empty = self.constrain(jnp.zeros_like(io[:, 0]), BUFFER)
         (_, io), _ = lax.scan(tick, (empty, io), jnp.arange(self.ticks))
         return self._rows(io, SLOTS[3:])
+
+    def _by_shard(self, tree: Any, dim: int) -> Any:
+        """[…, F·b, …] -> […, F, b, …]."""
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:dim], self.shards, -1, *x.shape[dim + 1 :]), tree)
+
+    def _gathered(self, weights_SL: Any, cast_SL: Any, axes: Any) -> tuple[Any, Any]:
+        """Weights [S, F, L/S, …] for each shard of the batch, cut over other axes only: gathered once. Products with
+        them are a shard's own, so that their gradients add up there, in the second of the two trees, and cross the
+        mesh once."""
+        specs = jax.tree.map(lambda x, a: spec(a), weights_SL, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+        def put(x: jax.Array, at: Any, *leading: Any) -> jax.Array:
+            return lax.with_sharding_constraint(x, NamedSharding(self.constrain.mesh, P(*leading, *at)))
+
+        def own(w: jax.Array, at: Any) -> jax.Array:
+            w = jnp.broadcast_to(w[:, None], (self.count, self.shards, *w.shape[1:]))
+            return put(w, without(at, (STAGE, SHARD)), STAGE, SHARD)
+
+        @jax.custom_vjp
+        def taps(weights_SL: Any) -> Any:
+            return jax.tree.map(lambda w, at: own(jnp.zeros_like(w), at), weights_SL, specs)
+
+        def back(_: None, grads: Any) -> tuple[Any]:
+            one = lambda g, w, at: put(jnp.sum(g.astype(w.dtype), 1), without(at, (STAGE,)), STAGE).astype(g.dtype)
+            return (jax.tree.map(one, grads, cast_SL, specs),)
+
+        taps.defvjp(lambda weights_SL: (taps(weights_SL), None), back)
+        return lax.stop_gradient(jax.tree.map(own, cast_SL, specs)), taps(weights_SL)
 
     def _handed_on(self, x_SBTD: jax.Array, by: int) -> jax.Array:
         """To the stage after, or before: a permute of its own, whose backward pass is one, too."""
@@ -126,6 +166,15 @@ class Stages:
             return lax.ppermute(x, STAGE, pairs)
 
         return self.constrain.manual(permute, (BUFFER,), BUFFER)(x_SBTD)
+
+
+@jax.custom_vjp
+def _used(w: jax.Array, tap: jax.Array) -> jax.Array:
+    """w, whose gradient is that of the tap."""
+    return w
+
+
+_used.defvjp(lambda w, tap: (w, jnp.zeros((), tap.dtype)), lambda like, g: (None, g.astype(like.dtype)))
 
 
 def ticks(micro: int, stages: int) -> int:

@@ -64,6 +64,11 @@ def of(spec: Any) -> tuple[str, ...]:
     return tuple(axis for entry in spec for axis in names(entry))
 
 
+def without(spec: P, axes: Sequence[str]) -> P:
+    """Cut over all its mesh axes but these."""
+    return P(*(tuple(axis for axis in names(entry) if axis not in axes) or None for entry in spec))
+
+
 def shards(entry: Any, sizes: Mapping[str, int]) -> int:
     """Into how many parts a dimension with this entry is cut, on a mesh of these sizes, 1 where none is given."""
     return math.prod(sizes.get(axis, 1) for axis in names(entry))
@@ -80,17 +85,17 @@ def shardings(mesh: Mesh, specs_tree: Any) -> Any:
 
 class Constrain:
     """What the model may ask of the mesh, in logical axes only. `mesh=None`: one device, everything is a no-op.
-    micro: how many micro-batches a batch is for stages; 0: as suits them. layered: for what is inside of the layers."""
+    micro: how many micro-batches a batch is for stages; 0: as suits them. apart: mesh axes that it knows nothing of."""
 
-    def __init__(self, mesh: Mesh | None, micro: int = 0, layered: bool = False):
-        self.mesh, self.micro, self._beside = mesh, micro, ("layers",) * layered
+    def __init__(self, mesh: Mesh | None, micro: int = 0, apart: tuple[str, ...] = ()):
+        self.mesh, self.micro, self._apart = mesh, micro, apart
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Fixes how an activation (or a gathered weight) is sharded."""
         return x if self.mesh is None else lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(axes)))
 
     def _spec(self, axes: Axes) -> P:
-        return P(*spec((*self._beside, *axes))[len(self._beside) :])
+        return without(spec(axes), self._apart)
 
     def both_ways(self, x: jax.Array, axes: Axes, *cotangent: Axes) -> jax.Array:
         """Fixes also how the cotangent is sharded, one way after another: what is gathered for two products is gathered
@@ -129,7 +134,7 @@ class Constrain:
         """How such a batch goes through layers that are cut over devices (pipeline.py); None: each has them all."""
         from parallel.layout import pipeline
 
-        return pipeline.Stages(self, x_BT.shape[0], compute.stage_remat) if self.size("layers") > 1 else None
+        return pipeline.Stages(self, x_BT.shape[0], *compute.pipeline) if self.size("layers") > 1 else None
 
     def size(self, axis: str) -> int:
         """Into how many shards a logical axis is cut."""
