@@ -2047,6 +2047,27 @@ CASES = [
         "tests/test_context.py -k splash_attentions",
     ),
     TakenOut(
+        "stages: targets go where outputs end",
+        "model/transformer.py",
+        "(stages.end(x, OUTSIDE[1:]) for x in (targets_BT, mask_BT))",
+        "(stages.start(x, OUTSIDE[1:]) for x in (targets_BT, mask_BT))",
+        "tests/test_pipeline.py -k trains_like_one_device",
+    ),
+    TakenOut(
+        "stages: a stage knows which micro-batch it works on",
+        "parallel/layout/pipeline.py",
+        "jnp.clip(t - S, 0, self.micro - 1)",
+        "jnp.clip(t - 0 * S, 0, self.micro - 1)",
+        "tests/test_pipeline.py -k documents",
+    ),
+    TakenOut(
+        "stages: gradients of weights that are gathered once",
+        "parallel/layout/pipeline.py",
+        "_used.defvjp(lambda w, tap: (w, jnp.zeros((), tap.dtype)), lambda like, g: (None, g.astype(like.dtype)))",
+        "_used.defvjp(lambda w, tap: (w, jnp.zeros((), tap.dtype)), lambda like, g: (None, 0 * g.astype(like.dtype)))",
+        "tests/test_pipeline.py -k trains_like_one_device",
+    ),
+    TakenOut(
         "checkpoints of format 2 get today's dimensions",
         "runtime/format2.py",
         "    match = BY_DEVICE.match(name)\n",

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallel.layout.axes import STAGE
-from parallel.layout.rules import RULES, Constrain, spec, without
+from parallel.layout.rules import RULES, Constrain, names, spec, without
 
 BUFFER = ("layers", "batch", "sequence", None)  # one micro-batch of each stage
 SLOTS = ("layers", None, "batch", "sequence", None)
@@ -137,10 +137,11 @@ class Stages:
         """Weights [S, F, L/S, …] for each shard of the batch, cut over other axes only: gathered once. Products with
         them are a shard's own, so that their gradients add up there, in the second of the two trees, and cross the
         mesh once."""
+        mesh: Any = self.constrain.mesh
         specs = jax.tree.map(lambda x, a: spec(a), weights_SL, axes, is_leaf=lambda x: isinstance(x, tuple))
 
         def put(x: jax.Array, at: Any, *leading: Any) -> jax.Array:
-            return lax.with_sharding_constraint(x, NamedSharding(self.constrain.mesh, P(*leading, *at)))
+            return lax.with_sharding_constraint(x, NamedSharding(mesh, P(*leading, *at)))
 
         def own(w: jax.Array, at: Any) -> jax.Array:
             w = jnp.broadcast_to(w[:, None], (self.count, self.shards, *w.shape[1:]))
@@ -150,9 +151,22 @@ class Stages:
         def taps(weights_SL: Any) -> Any:
             return jax.tree.map(lambda w, at: own(jnp.zeros_like(w), at), weights_SL, specs)
 
+        def home(g: jax.Array, w: jax.Array, at: Any) -> jax.Array:
+            place = next((i + 1 for i, entry in enumerate(at) if SHARD in names(entry)), None)
+            ends, g = P(STAGE, *without(at, (STAGE,))), g.astype(w.dtype)
+            if place and self.constrain.size("positions") > 1:  # over which it is cut, too
+                return lax.with_sharding_constraint(jnp.sum(g, 1), NamedSharding(mesh, ends))
+
+            def add_up(g: jax.Array) -> jax.Array:  # left to XLA:GPU, it would be sent in float32
+                if place is None:
+                    return lax.psum(g[:, 0], SHARD)
+                return lax.psum_scatter(g[:, 0], SHARD, scatter_dimension=place, tiled=True)
+
+            at = P(STAGE, SHARD, *without(at, (STAGE, SHARD)))
+            return jax.shard_map(add_up, mesh=mesh, in_specs=at, out_specs=ends, check_vma=False)(g)
+
         def back(_: None, grads: Any) -> tuple[Any]:
-            one = lambda g, w, at: put(jnp.sum(g.astype(w.dtype), 1), without(at, (STAGE,)), STAGE).astype(g.dtype)
-            return (jax.tree.map(one, grads, cast_SL, specs),)
+            return (jax.tree.map(lambda g, *more: home(g, *more).astype(g.dtype), grads, cast_SL, specs),)
 
         taps.defvjp(lambda weights_SL: (taps(weights_SL), None), back)
         return lax.stop_gradient(jax.tree.map(own, cast_SL, specs)), taps(weights_SL)
