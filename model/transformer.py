@@ -93,10 +93,8 @@ class Transformer:
         self.config, self.compute, self.z_loss = config, compute, z_loss
         self.cast = partial(cast, dtype=compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
         key = jax.eval_shape(lambda: jax.random.key(0))
-        ends = nnx.eval_shape(partial(Ends, config), key)
-        block = nnx.eval_shape(partial(Block, config), key)
-        self._ends, ends_state = nnx.split(ends)
-        self._block, block_state = nnx.split(block)
+        self._ends, ends_state = nnx.split(nnx.eval_shape(partial(Ends, config), key))
+        self._block, block_state = nnx.split(nnx.eval_shape(partial(Block, config), key))
         self.axes: Params = _axes(ends_state, ())  # same tree as params, a tuple of logical axes for each weight
         self.axes["blocks"] = _axes(block_state, ("layers",))
 
@@ -110,7 +108,7 @@ class Transformer:
 
     def features(
         self, params: Params, tokens_BT: jax.Array, constrain, segments_BT=None, in_order: bool = True
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple:
         """Final features x_BTD and the head's weight [D, V], both in the compute dtype; logits are x_BTD @ head.
         in_order: as the tokens are; else as positions lie on devices."""
         c, positions_BT = self.config, _positions(tokens_BT, segments_BT)
@@ -208,10 +206,7 @@ def _axes(state: nnx.State, leading: tuple[str, ...]) -> Params:
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
     """Weights in the compute dtype; norm scales stay float32, where bf16 would round 1 + 0.003 to 1."""
-
-    def one(path, w):
-        return w if getattr(path[-1], "key", "") == "scale" else w.astype(dtype)
-
+    one = lambda path, w: w if getattr(path[-1], "key", "") == "scale" else w.astype(dtype)
     return jax.tree_util.tree_map_with_path(one, params)
 
 
@@ -220,7 +215,5 @@ def _positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array
     index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     if segments_BT is None:
         return index_BT
-    starts_BT = jnp.concatenate(
-        [jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
-    )
+    starts_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)

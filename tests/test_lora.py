@@ -57,7 +57,7 @@ def test_a_state_holds_the_adapter_alone_and_the_base_lies_beside_it_once():
     }
     small = 3 * max(x.size for x in trained.values())  # also for two replicas
     assert all(x.size < small for x in jax.tree.leaves(parts.state))
-    assert base["blocks"]["attention"]["q"].sharding.spec == P(None, EMBED, "tensor", None)
+    assert base["blocks"]["attention"]["q"].sharding.spec == P("stage", EMBED, "tensor", None)
 
 
 @pytest.mark.parametrize("path, a, b", [

@@ -55,8 +55,9 @@ LLAMA = dataclasses.replace(
 # Four periods of 64 positions: wavelengths under 16 are kept, above 64 divided by 8; K = 16 has some of each.
 STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=64)
 F32 = Compute(
-    dtype=jnp.dtype("float32"), attention="reference", context="", remat="none", unroll=False, loss_chunk_mib=1
-)
+    dtype=jnp.dtype("float32"), attention="reference", context="", remat="none", pipeline=("layer", "tick"),
+    unroll=False, loss_chunk_mib=1,
+)  # fmt: skip
 
 # name: (base, what differs from it in the config, z-loss, what differs in the batch)
 VARIANTS = {

@@ -58,7 +58,7 @@ def test_what_ends_belongs_to_what_has_started(count, micro):
     mesh = meshes.build({"stage": count, "fsdp": 2}, jax.devices()[: 2 * count])
     rows, layers = 4 * micro, 2 * count
     constrain = Constrain(mesh, micro)
-    stages = pipeline.Stages(constrain, rows, "layer")
+    stages = pipeline.Stages(constrain, rows, "layer", "tick")
     x_BTD = np.random.default_rng(0).standard_normal((rows, 4, 3)).astype(np.float32)
     w_L = np.linspace(0.5, 1.5, layers, dtype=np.float32)[:, None]
     known_BT = np.arange(rows * 4, dtype=np.float32).reshape(rows, 4) / 50
@@ -75,7 +75,7 @@ def test_what_ends_belongs_to_what_has_started(count, micro):
 
     def staged(w_L):
         x_NTD = stages.start(jnp.asarray(x_BTD), ("positions", None))
-        return stages.run(layer_of, jnp.asarray(known_BT), x_NTD, w_L, lambda w: w)
+        return stages.run(layer_of, jnp.asarray(known_BT), x_NTD, w_L, ("layers", None), lambda w: w)
 
     y_BTD = jax.jit(lambda w_L: stages.back(staged(w_L), ("positions", None)))(w_L)
     np.testing.assert_allclose(y_BTD, plain(w_L), rtol=1e-5)

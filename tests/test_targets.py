@@ -6,6 +6,7 @@ import functools
 import gzip
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import re
@@ -295,6 +296,18 @@ def test_a_gpu_lends_the_share_that_the_run_takes(monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "80%")
     with pytest.raises(ValueError, match="XLA_CLIENT_MEM_FRACTION=80%: expected a share"):
         target("h100:8").said()
+
+
+def test_a_plugin_for_gpus_elsewhere_is_no_error_here(monkeypatch, caplog, tmp_path):
+    """As where requirements-targets.txt is installed without cuDNN: JAX printed a traceback at every start."""
+    meshes.take_gpu_memory()
+    complain = lambda: logging.getLogger("jax._src.xla_bridge").error("Jax plugin configuration error: of %s", "cuda")
+    monkeypatch.setattr(meshes, "DRIVER", (str(tmp_path / "none"),))
+    complain()
+    assert not caplog.records
+    monkeypatch.setattr(meshes, "DRIVER", (str(tmp_path),))
+    complain()
+    assert len(caplog.records) == 1
 
 
 def test_the_whole_state_lies_beside_what_reads_the_parameters_alone():

@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,10 +34,19 @@ GPU_SHARE = 0.90  # of a GPU's memory that a run takes for its arrays: JAX by it
 SHARE_KEYS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the newer name first
 
 
+DRIVER = "/dev/nvidiactl", "/dev/dxg"  # on Linux; on Windows' Linux
+
+
 def take_gpu_memory() -> None:
-    """Has JAX take that share, unless the user has said which. Before any device query; nothing to other devices."""
+    """Has JAX take that share, unless the user has said which. Before any device query; nothing to other devices. Where
+    there is no driver, a CUDA plugin is there to compile for GPUs elsewhere: what JAX says of it then is left out."""
+    logging.getLogger("jax._src.xla_bridge").addFilter(_is_about_this_machine)
     if not any(os.environ.get(key) for key in SHARE_KEYS):
         os.environ[SHARE_KEYS[0]] = str(GPU_SHARE)
+
+
+def _is_about_this_machine(record: logging.LogRecord) -> bool:
+    return "plugin configuration error" not in str(record.msg) or any(Path(file).exists() for file in DRIVER)
 
 
 def gpu_share() -> float:
