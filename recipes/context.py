@@ -9,6 +9,7 @@ from model import fused
 from parallel.cost.context import Cut
 from parallel.layout import ring
 from parallel.layout.mesh import cut
+from parallel.layout.pipeline import ticks
 from parallel.layout.ring import WAYS
 from runtime.config import UsageError, nearest_multiples
 from runtime.console import human_bytes
@@ -73,6 +74,23 @@ def unfit(way: str, c: Any, sizes: Mapping[str, int]) -> str:
         if c.model[key] % parts:
             return f"model.{key}={c.model[key]} cannot be cut over {over} × mesh.tensor = {parts}"
     return ""
+
+
+def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
+    """Of the start-up table."""
+    sizes = parts.mesh.shape
+    if cut("positions", sizes)[1] == 1:
+        return []
+    way, size = parts.task.model.compute.context, human_bytes(sent(c, parts))
+    return [("ring", f"{way}: {size} sent by attention over mesh.context in a step, predicted")]
+
+
+def sent(c: Any, parts: Any) -> int:
+    """Bytes of a step. A pipeline's stages attend in every tick, and once more where they are worked out again."""
+    sizes, compute = parts.mesh.shape, parts.task.model.compute
+    cut, layers = described(c, sizes, compute.dtype.itemsize), c.model.num_layers // sizes["stage"]
+    again = cut.forward(compute.context) * (sizes["stage"] > 1 and c.pipeline.remat == "stage")
+    return (cut.sent(compute.context) + again) * layers * ticks(c.optimizer.accumulate, sizes["stage"])
 
 
 def described(c: Any, sizes: Mapping[str, int], itemsize: int) -> Cut:

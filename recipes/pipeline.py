@@ -1,11 +1,13 @@
 """Layers that are cut over mesh.stage: what cannot be, and what the pipeline costs (parallel/layout/pipeline.py)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from parallel.cost.pipeline import Pipeline
 from parallel.layout.axes import STAGE
-from parallel.layout.pipeline import ticks
 from runtime.config import UsageError, nearest_multiples
+from runtime.console import human_bytes
 
 KEY = f"mesh.{STAGE}"
 
@@ -36,14 +38,23 @@ def check(c: Any, sizes: Mapping[str, int], is_own_task: bool) -> None:
         )
 
 
-def rows(c: Any, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+def described(c: Any, sizes: Mapping[str, int], itemsize: int) -> Pipeline:
+    """itemsize: of the compute dtype."""
+    parts = (c.sync.replicas or sizes["replica"]) * sizes["fsdp"] * c.optimizer.accumulate
+    parts *= sizes["context"] * sizes["tensor"]
+    activation = c.data.batch_size * c.data.seq_len // parts * c.model.model_dim * itemsize
+    return Pipeline(sizes[STAGE], c.optimizer.accumulate, activation)
+
+
+def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
     """Of the start-up table."""
-    count, micro = sizes[STAGE], c.optimizer.accumulate
-    if count == 1:
+    sizes = parts.mesh.shape
+    if sizes[STAGE] == 1:
         return []
-    number = ticks(micro, count)
-    idle = f"{(count - 1) / number:.0%} of the time"
-    layers = "1 layer" if c.model.num_layers == count else f"{c.model.num_layers // count} layers"
-    why = f"{count} stages of {layers}, {micro} micro-batches (optimizer.accumulate)"
-    few = f"; with {count} of them {(count - 1) / ticks(count, count):.0%}" if micro < count else ""
-    return [("bubble", f"{idle}: {why} in {number} ticks{few}")]
+    own = described(c, sizes, parts.task.model.compute.dtype.itemsize)
+    layers = "1 layer" if c.model.num_layers == own.stages else f"{c.model.num_layers // own.stages} layers"
+    why = f"{own.stages} stages of {layers}, {own.micro} micro-batches (optimizer.accumulate) in {own.ticks} ticks"
+    more = replace(own, micro=own.stages)
+    few = f"; with {more.micro} of them {more.idle:.0%}" if own.micro < own.stages else ""
+    sent = f"{human_bytes(own.sent)} handed on by each device in a step"
+    return [("bubble", f"{own.idle:.0%} of the time: {why}{few}"), ("", sent)]

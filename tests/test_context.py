@@ -113,7 +113,26 @@ def test_what_attention_sends_over_context_is_the_closed_form(way, remat, accumu
     found = [c for c in wire.collectives(program.as_text(), parts.mesh) if ring.SCOPE in c.scope]
     assert {c.axis for c in found} == {"context"}
     wanted = context.described(config, parts.mesh.shape, 4).sent(way) * config.model.num_layers * accumulate
-    assert sum(c.sent for c in found) == wanted
+    assert sum(c.sent for c in found) == wanted == context.sent(config, parts)
+
+
+PASSES = [("none", "layer"), ("none", "stage"), ("matmuls", "layer"), ("full", "stage")]
+
+
+@SLOW
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("remat", "pipeline"), PASSES)
+def test_what_attention_sends_over_context_inside_of_a_pipeline(way, remat, pipeline):
+    """A stage's layers are a loop: XLA would not work a single one out again."""
+    config = helpers.tiny(
+        attention__context=way, compute__remat=remat, optimizer__accumulate=3, pipeline__remat=pipeline,
+        data__batch_size=24, model__num_layers=4,
+    )  # fmt: skip
+    parts = helpers.build(config, (1, 2, 1, 2, 1))
+    (program,) = compile_steps(parts, helpers.QUICKLY).values()
+    found = [c for c in wire.collectives(program.as_text(), parts.mesh) if ring.SCOPE in c.scope]
+    assert {c.axis for c in found} == {"context"}
+    assert sum(c.sent for c in found) == context.sent(config, parts)
 
 
 EXCHANGES = {

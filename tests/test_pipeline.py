@@ -12,6 +12,7 @@ from parallel.layout import mesh as meshes
 from parallel.layout import pipeline
 from parallel.layout.rules import Constrain
 from recipes import describe
+from recipes.pipeline import described
 from recipes.programs import compile_sample, compile_steps
 from runtime.config import UsageError
 
@@ -96,8 +97,10 @@ def test_in_the_loop_two_activations_a_tick_and_pass_cross_stages_and_nothing_el
     found = [c for c in wire.collectives(text, parts.mesh) if c.axis == "stage" and "while/body" in c.scope]
     assert all(pipeline.SCOPE in c.scope for c in found)
     assert f'"known_trip_count":{{"n":"{ticks}"}}' in text
+    own = described(config, parts.mesh.shape, itemsize=4)
     rows = config.data.batch_size // (2 * micro)
-    assert sum(c.sent for c in found) == 4 * ticks * rows * config.data.seq_len // 2 * config.model.model_dim * 4
+    assert own.activation == rows * config.data.seq_len // 2 * config.model.model_dim * 4
+    assert sum(c.sent for c in found) == own.sent == 4 * ticks * own.activation
     shown = dict(describe.read(config, parts, {"step": program}, {}, {})[0])
     assert shown["bubble"].startswith(f"{1 / ticks:.0%} of the time: 2 stages of 1 layer, {micro} micro-batches")
 

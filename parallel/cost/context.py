@@ -23,6 +23,12 @@ class Cut:
         """Bytes in a micro-step."""
         return {"ring": self._ring, "gather": self._gather, "heads": self._by_heads}[way]()
 
+    def forward(self, way: str) -> int:
+        """Of them, those of the forward pass alone."""
+        keys = (self.count - 1) * 2 * self._bytes(self.kv_heads, self.itemsize)
+        whole = self._bytes(2 * self.heads + 2 * self.kv_heads, self.itemsize)
+        return whole * (self.count - 1) // self.count if way == "heads" else keys
+
     def _bytes(self, heads: int, itemsize: int) -> int:
         return self.tokens * heads * self.head_dim * itemsize
 
