@@ -21,7 +21,9 @@ def check(c: Any, sizes: Mapping[str, int], is_own_task: bool) -> None:
         raise UsageError(f"{said}: layers are cut over it, and it knows none of a task of your own: leave it at 1")
     if layers % count:
         nearest = nearest_multiples(layers, count)
-        raise UsageError(f"model.num_layers={layers} cannot be cut over {said}. Nearest legal sizes: {nearest}")
+        fits = ", ".join(str(n) for n in range(1, count + 1) if layers % n == 0)
+        legal = f"Nearest legal sizes: {nearest}; or {KEY} in {{{fits}}}"
+        raise UsageError(f"model.num_layers={layers} cannot be cut over {said}. {legal}")
     if c.sync.exchange == "backward":
         raise UsageError(
             f"sync.exchange=backward with {said}: no layer's gradient is whole before the last micro-batch has gone "
