@@ -58,9 +58,7 @@ def get_config() -> Any:
 
     c.pipeline = ConfigDict()  # over mesh.stage
     c.pipeline.remat = "layer"  # worked out again in the backward pass: layer (as compute.remat says); stage: all of it
-    c.pipeline.gather = (
-        "tick"  # weights over mesh.fsdp: tick (of each layer in every tick), step (once, and kept whole)
-    )
+    c.pipeline.gather = "tick"  # weights over mesh.fsdp: tick (each layer's in every tick), step (once, and kept)
 
     c.attention = ConfigDict()
     c.attention.context = "auto"  # over mesh.context: heads, ring, gather; auto: the first of these that fits

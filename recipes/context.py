@@ -86,11 +86,13 @@ def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
 
 
 def sent(c: Any, parts: Any) -> int:
-    """Bytes of a step. A pipeline's stages attend in every tick, and once more where they are worked out again."""
+    """Bytes of a step. A pipeline's stages attend in every tick, and once more where they are worked out again: XLA
+    leaves that out where a stage has one layer."""
     sizes, compute = parts.mesh.shape, parts.task.model.compute
     cut, layers = described(c, sizes, compute.dtype.itemsize), c.model.num_layers // sizes["stage"]
-    again = cut.forward(compute.context) * (sizes["stage"] > 1 and c.pipeline.remat == "stage")
-    return (cut.sent(compute.context) + again) * layers * ticks(c.optimizer.accumulate, sizes["stage"])
+    again = cut.forward(compute.context) * (sizes["stage"] > 1 and layers > 1 and c.pipeline.remat == "stage")
+    here = parts.replicas // sizes["replica"]
+    return (cut.sent(compute.context) + again) * here * layers * ticks(c.optimizer.accumulate, sizes["stage"])
 
 
 def described(c: Any, sizes: Mapping[str, int], itemsize: int) -> Cut:

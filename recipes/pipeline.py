@@ -31,19 +31,20 @@ def check(c: Any, sizes: Mapping[str, int], is_own_task: bool) -> None:
         )
     if c.compute.unroll:
         raise UsageError(f"compute.unroll with {said}: the layers of a stage are one loop: leave it out")
+    if c.pipeline.gather == "step" and sizes["fsdp"] == 1:
+        raise UsageError("pipeline.gather=step with mesh.fsdp=1: there is nothing to gather over it: leave it out")
     if c.lora.rank and c.pipeline.gather == "step":
         raise UsageError("pipeline.gather=step with lora.rank: adapters are gathered in every tick: leave it out")
     if c.sync.strategy == "streaming" and layers // count % c.sync.fragments:
         raise UsageError(
-            f"sync.fragments={c.sync.fragments} with {said}: every fragment has as many of each stage's "
-            f"{layers // count} layers: set sync.fragments to a number that divides them"
+            f"sync.fragments={c.sync.fragments} with {said}: every fragment has as many layers of each stage, and a "
+            f"stage has {layers // count}: set sync.fragments to a number that divides them"
         )
 
 
 def described(c: Any, sizes: Mapping[str, int], itemsize: int) -> Pipeline:
-    """itemsize: of the compute dtype."""
-    parts = (c.sync.replicas or sizes["replica"]) * sizes["fsdp"] * c.optimizer.accumulate
-    parts *= sizes["context"] * sizes["tensor"]
+    """Of all replicas that a device has. itemsize: of the compute dtype."""
+    parts = sizes["replica"] * sizes["fsdp"] * sizes["context"] * sizes["tensor"] * c.optimizer.accumulate
     activation = c.data.batch_size * c.data.seq_len // parts * c.model.model_dim * itemsize
     return Pipeline(sizes[STAGE], c.optimizer.accumulate, activation)
 
@@ -54,9 +55,13 @@ def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
     if sizes[STAGE] == 1:
         return []
     own = described(c, sizes, parts.task.model.compute.dtype.itemsize)
-    layers = "1 layer" if c.model.num_layers == own.stages else f"{c.model.num_layers // own.stages} layers"
-    why = f"{own.stages} stages of {layers}, {own.micro} micro-batches (optimizer.accumulate) in {own.ticks} ticks"
+    layers, batches = counted(c.model.num_layers // own.stages, "layer"), counted(own.micro, "micro-batch", "es")
+    why = f"{own.stages} stages of {layers}, {batches} (optimizer.accumulate) in {own.ticks} ticks"
     more = replace(own, micro=own.stages)
     few = f"; with {more.micro} of them {more.idle:.0%}" if own.micro < own.stages else ""
     sent = f"{human_bytes(own.sent)} handed on by each device in a step"
     return [("bubble", f"{own.idle:.0%} of the time: {why}{few}"), ("", sent)]
+
+
+def counted(number: int, what: str, ending: str = "s") -> str:
+    return f"{number} {what}{ending * (number != 1)}"

@@ -133,7 +133,7 @@ def _maker(make: Callable, spec: P, logical: Any, dtype: Any, mesh: Mesh, stacke
 def _whole(x: jax.Array, axes: tuple) -> jax.Array:
     """Cut over `tensor` only."""
     for dim, axis in enumerate(axes):
-        if "fsdp" in rules.names(rules.entry(axis)):
+        if axis and "fsdp" in rules.RULES[axis]:
             x = lax.all_gather(x, "fsdp", axis=dim, tiled=True)
     return x
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import slackline as sl
 from model import families, huggingface
 from parallel.cost.bytes import exchange_bytes
-from parallel.layout.rules import Constrain, entry
+from parallel.layout.rules import Constrain
 from recipes import describe, memory, programs
 from recipes.build import Parts
 from recipes.programs import shardings_of
@@ -33,7 +33,7 @@ from runtime.steps import committed, read_record
 LORA = {"lora__rank": 4, "lora__alpha": 8.0, "init__workdir": "runs/base"}
 SCALE = 8.0 / 4
 
-EMBED = entry("embed", ("layers",))
+EMBED = ("fsdp", "context")
 STAGED = pytest.param((1, 2, 2, 1, 2), marks=pytest.mark.slow)
 
 

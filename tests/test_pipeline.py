@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from test_parity import check
 
 from parallel.cost import wire
 from parallel.layout import mesh as meshes
 from parallel.layout import pipeline
-from parallel.layout.rules import Constrain
+from parallel.layout.rules import Constrain, spec
 from recipes import describe
 from recipes.pipeline import described
 from recipes.programs import compile_sample, compile_steps
@@ -98,7 +99,21 @@ def test_in_the_loop_two_activations_a_tick_and_pass_cross_stages_and_nothing_el
     assert own.activation == rows * config.data.seq_len // 2 * config.model.model_dim * 4
     assert sum(c.sent for c in found) == own.sent == 4 * ticks * own.activation
     shown = dict(describe.read(config, parts, {"step": program}, {}, {})[0])
-    assert shown["bubble"].startswith(f"{1 / ticks:.0%} of the time: 2 stages of 1 layer, {micro} micro-batches")
+    assert shown["bubble"].startswith(f"{1 / ticks:.0%} of the time: 2 stages of 1 layer, {micro} micro-batch")
+
+
+@SLOW
+def test_what_is_handed_on_is_that_of_all_replicas_of_a_device():
+    config = helpers.tiny(optimizer__accumulate=2, sync__replicas=4)
+    parts = helpers.build(config, (2, 2, 1, 1, 1))
+    (program,) = compile_steps(parts, helpers.QUICKLY).values()
+    found = [c for c in wire.collectives(program.as_text(), parts.mesh) if pipeline.SCOPE in c.scope]
+    assert sum(c.sent for c in found) == described(config, parts.mesh.shape, itemsize=4).sent
+
+
+def test_a_further_dimension_of_layers_is_not_cut():
+    """As of a caller's own model, whose loops lie in each other."""
+    assert spec(("layers", "layers", "embed", "mlp")) == P("stage", None, ("fsdp", "context"), "tensor")
 
 
 EXCHANGES = {
@@ -149,11 +164,12 @@ ADAPTER = {"lora__rank": 2, "init__workdir": "runs/base"}
         ((1, 3, 1, 1, 1), {}, ["model.num_layers=2", "mesh.stage=3", "3"]),
         ((2, 2, 1, 1, 1), {"sync__exchange": "backward"}, ["sync.exchange=backward", "mesh.stage=2", "after"]),
         ((1, 2, 1, 1, 1), {"compute__unroll": True}, ["compute.unroll", "mesh.stage=2"]),
-        ((2, 2, 1, 1, 1), STREAMING, ["sync.fragments=2", "mesh.stage=2", "1 layers"]),
+        ((2, 2, 1, 1, 1), STREAMING, ["sync.fragments=2", "mesh.stage=2", "a stage has 1"]),
         ((1, 2, 2, 1, 1), ADAPTER | {"pipeline__gather": "step"}, ["pipeline.gather=step", "lora.rank"]),
+        ((1, 2, 1, 1, 2), {"pipeline__gather": "step"}, ["pipeline.gather=step", "mesh.fsdp=1"]),
         ((1, 2, 1, 1, 2), {"model__model_dim": 63}, ["embed", "'embed' of size 63", "mesh.stage=2"]),
     ],
-    ids=["layers", "backward", "unroll", "streaming", "adapter", "embedding"],
+    ids=["layers", "backward", "unroll", "streaming", "adapter", "no shards", "embedding"],
 )
 def test_what_stages_cannot_take_is_said_before_anything_is_compiled(mesh, more, said):
     with pytest.raises(UsageError) as error:

@@ -76,13 +76,21 @@ def residual(params, batch, constrain):
     return 0.5 * jnp.sum(error_B**2 * batch["mask"][:, 0]), jnp.sum(batch["mask"])
 
 
-def make(strategy: str, codec: str, optimizer: str, mesh=MESH, replicas: int = R, outer: str = "nesterov"):
+def make(
+    strategy: str,
+    codec: str,
+    optimizer: str,
+    mesh=MESH,
+    replicas: int = R,
+    outer: str = "nesterov",
+    layers: int = LAYERS,
+):
     """(the strategy, the first parameters, their units.Leaf)."""
     made = meshes.build(helpers.sizes(mesh), jax.devices()[: int(np.prod(mesh))])
     key = jax.random.key(0)
     params = {
         "a": jnp.ones(FEATURES),
-        "blocks": {"w": jnp.eye(FEATURES) + 0.1 * jax.random.normal(key, (LAYERS, FEATURES, FEATURES))},
+        "blocks": {"w": jnp.eye(FEATURES) + 0.1 * jax.random.normal(key, (layers, FEATURES, FEATURES))},
         "never": jnp.ones((4, FEATURES)),  # rows that no batch has
     }
     axes = {"a": (None,), "blocks": {"w": ("layers", "embed", "mlp")}, "never": (None, "embed")}
@@ -112,8 +120,9 @@ def make(strategy: str, codec: str, optimizer: str, mesh=MESH, replicas: int = R
         return Warmed(exchange=build(leaves), warm=warm, warm_steps=2 * WINDOW, **shared), params, leaves
     if strategy == "streaming":
         rest = build({name: leaf for name, leaf in leaves.items() if name != "blocks"})
-        layers = build({"blocks": jax.tree.map(lambda leaf: leaf.with_layers(1), leaves["blocks"])})
-        fragments = streaming.Streaming(exchange=layers, rest=rest, **STRATEGIES[strategy], **by, **shared)
+        part = layers // STRATEGIES[strategy]["fragments"]
+        own = build({"blocks": jax.tree.map(lambda leaf: leaf.with_layers(part), leaves["blocks"])})
+        fragments = streaming.Streaming(exchange=own, rest=rest, **STRATEGIES[strategy], **by, **shared)
         return fragments, params, leaves
     kinds = {"sync": Sync, "stale": stale.Stale, "diloco": local.DiLoCo, "eager": eager.Eager}
     by = by if strategy in ("diloco", "eager") else {}

@@ -19,6 +19,8 @@ from runtime.digest import named_arrays
 # fsdp × tensor; with context between; or with stage before
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 2, 1), (1, 2, 2), (2, 1, 1, 2), (2, 2, 1, 1)]
 REPLICAS = (2, 3, 4)
+LAYERS = 4  # two for each stage, as fragments need them
+SMALL = MESHES[-1]
 # (before, after, optimizer). The outer optimizer is by turns nesterov and adam, the codec by turns one of CODECS.
 PAIRS = [
     ("sync", "sync", "adamw"),
@@ -38,7 +40,7 @@ LOCAL = ("diloco", "streaming", "eager")
 def built(strategy, codec, optimizer, sizes, replicas, outer):
     """(strategy, its abstract state, kinds by name, leaves). Two replicas a device where that is possible."""
     devices = 2 if replicas % 2 == 0 and np.prod(sizes) <= 4 else 1
-    made, params, leaves = make(strategy, codec, optimizer, (devices, *sizes), replicas, outer)
+    made, params, leaves = make(strategy, codec, optimizer, (devices, *sizes), replicas, outer, LAYERS)
     state = jax.eval_shape(lambda: made.init(params))
     declared = made.declare(state)
     shardings = rules.shardings(made.mesh, roles.specs_of(declared))
@@ -72,9 +74,8 @@ def owed(arrays, kinds, leaves) -> dict[str, np.ndarray]:
 
 def check(pair, codec, outer, mesh_before, mesh_after, R_before, R_after, seed: int) -> None:
     before, after, optimizer = pair
-    staged = {strategy for strategy, sizes in ((before, mesh_before), (after, mesh_after)) if len(sizes) == 4}
-    if "streaming" in staged:  # whose fragments need a layer of each stage: the config refuses these
-        return
+    if codec == "powersgd" and ("streaming", SMALL) in ((before, mesh_before), (after, mesh_after)):
+        return  # refused: what is no layer is left with 2 columns
     where = (*pair, codec, outer, mesh_before, mesh_after, R_before, R_after)
     _, _, old_state, old_kinds, leaves = built(before, codec, optimizer, mesh_before, R_before, outer)
     made, params, state, kinds, _ = built(after, codec, optimizer, mesh_after, R_after, outer)

@@ -53,6 +53,15 @@ def compiled(parts, name: str) -> str:
     return step.lower(parts.state, parts.batch).compile().as_text()
 
 
+def test_stages_lie_over_slices_where_replicas_do_not(chips):
+    """And nothing else of a replica but its weights does."""
+    of = lambda sizes: meshes.build(sizes, chips).devices.reshape(2, -1)
+    slices = lambda devices: [{chip.slice_index for chip in row} for row in devices]
+    assert slices(of({"stage": 2, "tensor": 4})) == [{0}, {1}] == slices(of({"fsdp": 2, "tensor": 4}))
+    with pytest.raises(ValueError, match="tensor 8 cannot be laid over 2 slices"):
+        meshes.build({"tensor": 8}, chips)
+
+
 OVERLAPPING: dict = {
     "stale": ("step", {"sync__strategy": "stale", "optimizer__accumulate": 4}),
     "stale, one micro-step": ("step", {"sync__strategy": "stale"}),

@@ -119,7 +119,7 @@ class Layout:
 
     def cut(self, axis: str) -> int:
         """Into how many parts a logical axis is cut."""
-        return rules.shards(rules.entry(axis), self.sizes)
+        return rules.shards(rules.RULES[axis], self.sizes)
 
     def chunks(self, tokens: int, vocab: int) -> int:
         """Into how many parts logits are cut, one after another."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.tree_util import keystr
 
 from parallel.layout import rules
-from parallel.layout.axes import AXES, COMMON, SLOW, USED, shown
+from parallel.layout.axes import AXES, COMMON, SLOW, STAGE, USED, shown
 
 
 def simulate(num_devices: int, num_processes: int = 1) -> None:
@@ -46,7 +46,9 @@ def take_gpu_memory() -> None:
 
 
 def _is_about_this_machine(record: logging.LogRecord) -> bool:
-    return "plugin configuration error" not in str(record.msg) or any(Path(file).exists() for file in DRIVER)
+    said = f"{record.msg} {record.args}"
+    is_cuda = "plugin configuration error" in said and "cuda" in said
+    return not is_cuda or any(Path(file).exists() for file in DRIVER)
 
 
 def gpu_share() -> float:
@@ -105,10 +107,10 @@ def _factorings(n: int, others: Mapping[str, int], limit: int = 12) -> str:
     return f"{'×'.join(COMMON)} = {text}{', …' if len(rows) > limit else ''}{beside}"
 
 
-def cut(axis: str, sizes: Mapping[str, int], beside: Sequence[str | None] = ()) -> tuple[str, int]:
-    """(the config's keys of the mesh axes over which a logical axis is cut, into how many parts on such a mesh), of an
-    array that has these. Of several axes those that are not 1, or else the first that every mesh has."""
-    over = rules.over(axis, beside)
+def cut(axis: str, sizes: Mapping[str, int], over: tuple[str, ...] = ()) -> tuple[str, int]:
+    """(the config's keys of the mesh axes over which a logical axis is cut, into how many parts on such a mesh). Of
+    several axes those that are not 1, or else the first that every mesh has. over: where it is cut over fewer."""
+    over = over or rules.RULES[axis]
     named = [a for a in over if sizes.get(a, 1) != 1] or [a for a in over if a in COMMON][:1] or over
     return " × ".join(f"mesh.{name}" for name in named), rules.shards(over, sizes)
 
@@ -120,8 +122,9 @@ def check_divisible(
     smallest size that a logical axis may have for other reasons; none below is offered."""
     axes_leaves = dict(jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=lambda x: isinstance(x, tuple)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_tree):
-        for size, axis in zip(leaf.shape, axes_leaves[path], strict=True):
-            over, count = cut(axis, sizes, axes_leaves[path]) if axis else ("", 1)
+        for i, (size, axis) in enumerate(zip(leaf.shape, axes_leaves[path], strict=True)):
+            own = rules.over(axes_leaves[path], i)
+            over, count = cut(axis, sizes, own) if own else ("", 1)
             if size % count:
                 below, above = size // count * count, -(-size // count) * count
                 legal = f"{below} or {above}" if below >= max(1, (least or {}).get(axis, 1)) else f"{above}"
@@ -162,7 +165,14 @@ def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mes
         slices = len({getattr(d, "slice_index", 0) for d in devices})
         if slices > 1:
             across = math.gcd(slices, sizes.get(SLOW, 1))
-            slow = {SLOW: across, "fsdp": slices // across}  # a replica of several slices is cut by its weights
+            stages = math.gcd(slices // across, sizes.get(STAGE, 1))
+            # A replica of several slices is cut by its layers, else by its weights.
+            slow = {SLOW: across, STAGE: stages, "fsdp": slices // across // stages}
+            if shape[AXES.index("fsdp")] % slow["fsdp"]:
+                raise ValueError(
+                    f"the mesh {_said(sizes)} cannot be laid over {slices} slices: mesh.{SLOW} × mesh.{STAGE} × "
+                    "mesh.fsdp must be a multiple of them, for the other axes stay inside of one"
+                )
             dcn = tuple(slow.get(axis, 1) for axis in AXES)
             inside = tuple(size // d for size, d in zip(shape, dcn, strict=True))
             return Mesh(mesh_utils.create_hybrid_device_mesh(inside, dcn, devices), AXES)

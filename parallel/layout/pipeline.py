@@ -44,16 +44,15 @@ class Stages:
         numbers, size = np.arange(self.micro), self.count * self.slots
         ends = (self.count - 1 - (self.micro - 1 - numbers) // self.slots) * self.slots
         ends += (numbers + self.count - 1) % self.slots
-        self._starts, self._ends, self._order = numbers, ends, np.full(size, NONE)
+        self._ends, self._order = ends, np.full(size, NONE)
         self._order[ends] = numbers
 
     # ── rows of a batch ──────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self, x_BT: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         """[B, …] -> [N, …], where stages take them from; zeros where there is no micro-batch. axes: of the others."""
-        order = np.full(self.count * self.slots, NONE)
-        order[self._starts] = self._starts
-        return self._laid(x_BT, order, axes)
+        numbers = np.arange(self.count * self.slots)
+        return self._laid(x_BT, np.where(numbers < self.micro, numbers, NONE), axes)
 
     def end(self, x_BT: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         """The same for what is compared with what has gone through."""
@@ -162,8 +161,8 @@ class Stages:
                     return lax.psum(g[:, 0], SHARD)
                 return lax.psum_scatter(g[:, 0], SHARD, scatter_dimension=place, tiled=True)
 
-            at = P(STAGE, SHARD, *without(at, (STAGE, SHARD)))
-            return jax.shard_map(add_up, mesh=mesh, in_specs=at, out_specs=ends, check_vma=False)(g)
+            begins = P(STAGE, SHARD, *without(at, (STAGE, SHARD)))
+            return jax.shard_map(add_up, mesh=mesh, in_specs=begins, out_specs=ends, check_vma=False)(g)
 
         def back(_: None, grads: Any) -> tuple[Any]:
             return (jax.tree.map(lambda g, *more: home(g, *more).astype(g.dtype), grads, cast_SL, specs),)

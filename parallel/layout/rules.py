@@ -33,25 +33,20 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def over(axis: str, beside: Axes = ()) -> tuple[str, ...]:
-    """The mesh axes over which a logical axis is cut, of an array that has these; by layers come first."""
-    layers = RULES["layers"] if axis != "layers" and "layers" in beside else ()
-    return tuple(name for name in RULES[axis] if name not in layers)
+def over(axes: Axes, i: int) -> tuple[str, ...]:
+    """The mesh axes over which dimension i of an array with these logical axes is cut: first by layers."""
+    axis, before = axes[i], axes[:i] if axes[i] == "layers" else axes
+    layers = RULES["layers"] if "layers" in before else ()
+    return tuple(name for name in RULES[axis] if name not in layers) if axis else ()
 
 
 def spec(axes: Axes) -> P:
     """The PartitionSpec of an array with these logical axes (None: not sharded)."""
-    found = P(*(entry(axis, axes) for axis in axes))
-    used = of(found)
+    cuts = [over(axes, i) for i in range(len(axes))]
+    used = of(cuts)
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(axes)} put two dimensions on one mesh axis: {list(used)}")
-    return found
-
-
-def entry(axis: str | None, beside: Axes = ()) -> Any:
-    """A logical axis's entry in a PartitionSpec: None, a mesh axis, or several."""
-    mesh_axes = over(axis, beside) if axis else ()
-    return mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None
+    return P(*(cut if len(cut) > 1 else cut[0] if cut else None for cut in cuts))
 
 
 def names(entry: Any) -> tuple[str, ...]:
@@ -138,7 +133,7 @@ class Constrain:
 
     def size(self, axis: str) -> int:
         """Into how many shards a logical axis is cut."""
-        return 1 if self.mesh is None else shards(entry(axis), self.mesh.shape)
+        return 1 if self.mesh is None else shards(RULES[axis], self.mesh.shape)
 
     def sequences(self, way: str) -> Any:
         """How they lie on devices that have parts of them, and attend (ring.py); None: each has them whole."""

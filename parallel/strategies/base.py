@@ -71,7 +71,10 @@ class Strategy:
         """R."""
         return self.exchange.net.replicas
 
-    pipelined = property(lambda self: Constrain(self.mesh).size("layers") > 1)
+    @property
+    def pipelined(self) -> bool:
+        """Whether micro-steps go through stages, all of them together."""
+        return Constrain(self.mesh).size("layers") > 1
 
     @classmethod
     def divide(cls, leaves: Any, **own: Any) -> dict[str, Any]:
