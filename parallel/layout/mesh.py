@@ -170,7 +170,7 @@ def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mes
             slow = {SLOW: across, STAGE: stages, "fsdp": slices // across // stages}
             if shape[AXES.index("fsdp")] % slow["fsdp"]:
                 raise ValueError(
-                    f"the mesh {_said(sizes)} cannot be laid over {slices} slices: mesh.{SLOW} × mesh.{STAGE} × "
+                    f"the mesh {_said(dict(zip(AXES, shape, strict=True)))} cannot be laid over {slices} slices: mesh.{SLOW} × mesh.{STAGE} × "
                     "mesh.fsdp must be a multiple of them, for the other axes stay inside of one"
                 )
             dcn = tuple(slow.get(axis, 1) for axis in AXES)
