@@ -171,8 +171,8 @@ def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mes
             if shape[AXES.index("fsdp")] % slow["fsdp"]:
                 every = _said(dict(zip(AXES, shape, strict=True)))
                 raise ValueError(
-                    f"the mesh {every} cannot be laid over {slices} slices: mesh.{SLOW} × mesh.{STAGE} × mesh.fsdp must "
-                    "be a multiple of them, for the other axes stay inside of one"
+                    f"the mesh {every} cannot be laid over {slices} slices: mesh.{SLOW} × mesh.{STAGE} × mesh.fsdp "
+                    "must be a multiple of them, for the other axes stay inside of one"
                 )
             dcn = tuple(slow.get(axis, 1) for axis in AXES)
             inside = tuple(size // d for size, d in zip(shape, dcn, strict=True))
