@@ -175,3 +175,13 @@ def test_what_stages_cannot_take_is_said_before_anything_is_compiled(mesh, more,
     with pytest.raises(UsageError) as error:
         helpers.build(helpers.tiny(**more), mesh)
     assert all(part in str(error.value) for part in said), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({"stage": 3}, "and mesh.stage in {1, 2, 4, 8}."), ({"stage": 2, "tensor": 3}, ", beside stage 2.")],
+)
+def test_a_mesh_that_does_not_fit_is_offered_others(asked, said):
+    with pytest.raises(ValueError, match="does not multiply to the 8 devices") as error:
+        meshes.fill_sizes({"fsdp": 1} | asked, 8)
+    assert said in str(error.value)

@@ -104,6 +104,9 @@ def _factorings(n: int, others: Mapping[str, int], limit: int = 12) -> str:
     rows = sorted(factorings(n // math.prod(kept.values())), key=lambda row: (row[0], row[-1]))
     text = ", ".join("×".join(map(str, row)) for row in rows[:limit])
     beside = "".join(f", beside {axis} {size}" for axis, size in kept.items())
+    if others and not kept:
+        divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+        beside = f"; and mesh.{', mesh.'.join(others)} in {{{divisors}}}"
     return f"{'×'.join(COMMON)} = {text}{', …' if len(rows) > limit else ''}{beside}"
 
 
