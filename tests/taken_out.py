@@ -2058,7 +2058,7 @@ CASES = [
         "parallel/layout/pipeline.py",
         "jnp.clip(t - S, 0, self.micro - 1)",
         "jnp.clip(t - 0 * S, 0, self.micro - 1)",
-        "tests/test_pipeline.py -k documents",
+        "tests/test_pipeline.py -k trains_like_one_device",
     ),
     TakenOut(
         "stages: gradients of weights that are gathered once",

@@ -145,13 +145,17 @@ EXCHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "diloco int4" else [SLOW]) for n in EXCHANGES])
+STAGED = "diloco int4"
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == STAGED else [SLOW]) for n in EXCHANGES])
 def test_over_replica_goes_the_exchange_alone_and_the_loss_falls(name):
-    config = helpers.tiny(attention__context="ring", **EXCHANGES[name])
-    parts = helpers.build(config, (2, 1, 2, 2))
+    """In the default run with stages, too."""
+    config = helpers.tiny(attention__context="ring", optimizer__accumulate=1 + (name == STAGED), **EXCHANGES[name])
+    parts = helpers.build(config, (2, 2, 1, 2, 1) if name == STAGED else (2, 1, 2, 2))
     found = describe.traffic(parts, compile_steps(parts, helpers.QUICKLY))
     assert all(x.stray == 0 and not x.not_counted for x in found.values()), found
-    losses = helpers.losses(config, parts, 12, uneven=True)
+    losses = helpers.train_here(config, parts, 12, uneven=True, quickly=True)[0]
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -185,7 +189,7 @@ def test_heads_need_no_pieces():
     config = helpers.tiny(attention__context="auto", data__seq_len=12)
     parts = helpers.build(config, (1, 1, 4, 1))
     assert parts.task.model.compute.context == "heads"
-    assert np.all(np.isfinite(helpers.losses(config, parts, 2, uneven=True)))
+    assert np.all(np.isfinite(helpers.train_here(config, parts, 2, uneven=True, quickly=True)[0]))
 
 
 def test_a_backward_pass_that_has_moved_is_said(monkeypatch):
