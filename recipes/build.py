@@ -96,12 +96,13 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
             "sync.exchange=backward is a part of our models' loop over layers, and a task of your own has none that it "
             "knows: set sync.exchange=after"
         )
-    pipeline.check(c, mesh.shape, own.task is not None)
-    if own.task and cut("positions", mesh.shape)[1] > 1:
-        raise UsageError(
-            f"mesh.context={mesh.shape['context']}: sequences are cut over it, and a task of your own has none that it "
-            "knows: leave it at 1"
-        )
+    for axis, what in (("positions", "sequences"), ("layers", "layers")) if own.task else ():
+        key, count = cut(axis, mesh.shape)
+        if count > 1:
+            raise UsageError(
+                f"{key}={count}: {what} are cut over it, and a task of your own has none that it knows: leave it at 1"
+            )
+    pipeline.check(c, mesh.shape)
     replicas, batch_size = c.sync.replicas or mesh.shape[SLOW], c.data.batch_size
     check_batch(batch_size, replicas, cut("batch", mesh.shape), c.optimizer.accumulate)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -91,13 +91,16 @@ def sent(c: Any, parts: Any) -> int:
     sizes, compute = parts.mesh.shape, parts.task.model.compute
     cut, layers = described(c, sizes, compute.dtype.itemsize), c.model.num_layers // sizes["stage"]
     again = cut.forward(compute.context) * (sizes["stage"] > 1 and layers > 1 and c.pipeline.remat == "stage")
-    here = parts.replicas // sizes["replica"]
-    return (cut.sent(compute.context) + again) * here * layers * ticks(c.optimizer.accumulate, sizes["stage"])
+    return (cut.sent(compute.context) + again) * layers * ticks(c.optimizer.accumulate, sizes["stage"])
 
 
 def described(c: Any, sizes: Mapping[str, int], itemsize: int) -> Cut:
-    """A layer's attention on one device."""
-    rows = c.data.batch_size // ((c.sync.replicas or sizes["replica"]) * sizes["fsdp"] * c.optimizer.accumulate)
-    tokens = max(rows, 1) * c.data.seq_len // sizes["context"]
+    """A layer's attention on one device, of all its replicas."""
     heads, kv_heads = (c.model[key] // sizes["tensor"] for key in ("num_heads", "num_kv_heads"))
-    return Cut(tokens, heads, kv_heads, c.model.head_dim, itemsize, sizes["context"], c.compute.remat)
+    return Cut(tokens(c, sizes), heads, kv_heads, c.model.head_dim, itemsize, sizes["context"], c.compute.remat)
+
+
+def tokens(c: Any, sizes: Mapping[str, int]) -> int:
+    """Of a micro-step, on one device."""
+    rows = c.data.batch_size // (sizes["replica"] * sizes["fsdp"] * c.optimizer.accumulate)
+    return max(rows, 1) * c.data.seq_len // sizes["context"]

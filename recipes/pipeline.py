@@ -6,24 +6,21 @@ from typing import Any
 
 from parallel.cost.pipeline import Pipeline
 from parallel.layout.axes import STAGE
-from runtime.config import UsageError, nearest_multiples
+from parallel.layout.mesh import legal
+from recipes import context
+from runtime.config import UsageError
 from runtime.console import human_bytes
 
 KEY = f"mesh.{STAGE}"
 
 
-def check(c: Any, sizes: Mapping[str, int], is_own_task: bool) -> None:
+def check(c: Any, sizes: Mapping[str, int]) -> None:
     """Raises UsageError. sizes: of the mesh."""
     count, layers, said = sizes[STAGE], c.model.num_layers, f"{KEY}={sizes[STAGE]}"
     if count == 1:
         return
-    if is_own_task:
-        raise UsageError(f"{said}: layers are cut over it, and it knows none of a task of your own: leave it at 1")
     if layers % count:
-        nearest = nearest_multiples(layers, count)
-        fits = ", ".join(str(n) for n in range(1, count + 1) if layers % n == 0)
-        legal = f"Nearest legal sizes: {nearest}; or {KEY} in {{{fits}}}"
-        raise UsageError(f"model.num_layers={layers} cannot be cut over {said}. {legal}")
+        raise UsageError(f"model.num_layers={layers} cannot be cut over {said}. {legal(layers, KEY, count)}")
     if c.sync.exchange == "backward":
         raise UsageError(
             f"sync.exchange=backward with {said}: no layer's gradient is whole before the last micro-batch has gone "
@@ -44,8 +41,7 @@ def check(c: Any, sizes: Mapping[str, int], is_own_task: bool) -> None:
 
 def described(c: Any, sizes: Mapping[str, int], itemsize: int) -> Pipeline:
     """Of all replicas that a device has. itemsize: of the compute dtype."""
-    parts = sizes["replica"] * sizes["fsdp"] * sizes["context"] * sizes["tensor"] * c.optimizer.accumulate
-    activation = c.data.batch_size * c.data.seq_len // parts * c.model.model_dim * itemsize
+    activation = context.tokens(c, sizes) // sizes["tensor"] * c.model.model_dim * itemsize
     return Pipeline(sizes[STAGE], c.optimizer.accumulate, activation)
 
 
@@ -55,13 +51,10 @@ def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
     if sizes[STAGE] == 1:
         return []
     own = described(c, sizes, parts.task.model.compute.dtype.itemsize)
-    layers, batches = counted(c.model.num_layers // own.stages, "layer"), counted(own.micro, "micro-batch", "es")
-    why = f"{own.stages} stages of {layers}, {batches} (optimizer.accumulate) in {own.ticks} ticks"
+    layers, ending = c.model.num_layers // own.stages, "es" * (own.micro > 1)
+    why = f"{own.stages} stages of {layers} layer{'s' * (layers > 1)}, {own.micro} micro-batch{ending}"
+    why += f" (optimizer.accumulate) in {own.ticks} ticks"
     more = replace(own, micro=own.stages)
     few = f"; with {more.micro} of them {more.idle:.0%}" if own.micro < own.stages else ""
     sent = f"{human_bytes(own.sent)} handed on by each device in a step"
     return [("bubble", f"{own.idle:.0%} of the time: {why}{few}"), ("", sent)]
-
-
-def counted(number: int, what: str, ending: str = "s") -> str:
-    return f"{number} {what}{ending * (number != 1)}"

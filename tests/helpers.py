@@ -22,9 +22,9 @@ from data.loader import Loader
 from parallel.cost import wire
 from parallel.layout import mesh as meshes
 from parallel.layout import placement
-from recipes import methods
+from recipes import describe, methods
 from recipes.build import Parts
-from recipes.programs import compile_init, compile_steps, shardings_of
+from recipes.programs import compile_init, compile_sample, compile_steps, shardings_of
 from runtime.progress import on_host
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +100,13 @@ def batch(config, parts: Parts, step: int, uneven: bool = False) -> dict[str, ja
     return placement.place_train(parts.mesh, parts.replicas, config.data.batch_size, [rows])
 
 
+# Of every family one, for what a mesh must not change.
+EXCHANGES = {
+    "sync int4": {"sync__codec": "int4"},
+    "sync powersgd": {"sync__codec": "powersgd"},
+    "stale topk": {"sync__codec": "topk", "sync__strategy": "stale"},
+    "diloco int4": {"sync__codec": "int4", "sync__strategy": "diloco", "sync__interval": 2},
+}
 QUICKLY = {"xla_backend_optimization_level": 0}  # half the compile time; the collectives are the same
 
 
@@ -108,6 +115,26 @@ def compile_quickly(parts: Parts) -> Any:
     program = list(parts.strategy.programs().values())[-1]
     step = jax.jit(program, out_shardings=(shardings_of(parts.state), None), donate_argnums=0)
     return step.lower(parts.state, parts.batch).compile(compiler_options=QUICKLY)
+
+
+def check_exchange_alone(config, parts: Parts) -> None:
+    """Over `replica` goes the exchange alone, and the loss falls."""
+    found = describe.traffic(parts, compile_steps(parts, QUICKLY))
+    assert all(x.stray == 0 and not x.not_counted for x in found.values()), found
+    losses = train_here(config, parts, 12, uneven=True, quickly=True)[0]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def sampled(mesh: tuple[int, ...], **overrides: Any) -> list[int]:
+    """Greedy tokens; past the window's end, too. Nothing crosses `replica`."""
+    config = tiny(**overrides)
+    parts = build(config, mesh)
+    program = compile_sample(parts, 30, 0.0)
+    (found,) = describe.traffic_beside(parts, {"sample": program}).values()
+    assert found.stray == 0
+    window_T = np.arange(config.data.seq_len, dtype=np.int32)
+    ids = program(init_state(config, parts).params, window_T, np.int32(10), np.uint32(0))
+    return np.asarray(ids.addressable_shards[0].data)[0, 0].tolist()
 
 
 def init_state(config, parts: Parts) -> Any:

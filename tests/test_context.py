@@ -16,8 +16,8 @@ from parallel.cost import wire
 from parallel.layout import mesh as meshes
 from parallel.layout import ring
 from parallel.layout.rules import Constrain
-from recipes import context, describe
-from recipes.programs import compile_sample, compile_steps
+from recipes import context
+from recipes.programs import compile_steps
 
 SLOW = pytest.mark.slow
 WAYS = "ring", "gather", "heads"
@@ -135,11 +135,7 @@ def test_what_attention_sends_over_context_inside_of_a_pipeline(way, remat, pipe
     assert sum(c.sent for c in found) == context.sent(config, parts)
 
 
-EXCHANGES = {
-    "sync int4": INT4,
-    "sync powersgd": {"sync__codec": "powersgd"},
-    "stale topk": {"sync__codec": "topk", "sync__strategy": "stale"},
-    "diloco int4": INT4 | {"sync__strategy": "diloco", "sync__interval": 2},
+EXCHANGES = helpers.EXCHANGES | {
     "streaming int4": INT4 | {"sync__strategy": "streaming", "sync__interval": 4, "sync__overlap": 1},
     "backward int8": {"sync__codec": "int8", "sync__exchange": "backward"},
 }
@@ -153,27 +149,12 @@ def test_over_replica_goes_the_exchange_alone_and_the_loss_falls(name):
     """In the default run with stages, too."""
     config = helpers.tiny(attention__context="ring", optimizer__accumulate=1 + (name == STAGED), **EXCHANGES[name])
     parts = helpers.build(config, (2, 2, 1, 2, 1) if name == STAGED else (2, 1, 2, 2))
-    found = describe.traffic(parts, compile_steps(parts, helpers.QUICKLY))
-    assert all(x.stray == 0 and not x.not_counted for x in found.values()), found
-    losses = helpers.train_here(config, parts, 12, uneven=True, quickly=True)[0]
-    assert losses[-1] < losses[0] - 0.1
-
-
-def sampled(mesh: tuple[int, ...], **overrides) -> list[int]:
-    """Greedy tokens; past the window's end, too. Nothing crosses `replica`."""
-    config = helpers.tiny(**overrides)
-    parts = helpers.build(config, mesh)
-    program = compile_sample(parts, 30, 0.0)
-    (found,) = describe.traffic_beside(parts, {"sample": program}).values()
-    assert found.stray == 0
-    window_T = np.arange(config.data.seq_len, dtype=np.int32)
-    ids = program(helpers.init_state(config, parts).params, window_T, np.int32(10), np.uint32(0))
-    return np.asarray(ids.addressable_shards[0].data)[0, 0].tolist()
+    helpers.check_exchange_alone(config, parts)
 
 
 @pytest.mark.parametrize("way", ["ring", pytest.param("heads", marks=SLOW)])
 def test_a_sample_is_what_one_device_writes(way):
-    assert sampled((2, 1, 4, 1), attention__context=way) == sampled((1, 1, 1))
+    assert helpers.sampled((2, 1, 4, 1), attention__context=way) == helpers.sampled((1, 1, 1))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), pytest.param(4, 2, marks=SLOW)])

@@ -260,6 +260,8 @@ def test_a_task_that_does_not_fit_together_is_one_sentence(call, parts):
         ({"data": {"batch_size": 6}, "mesh": {"replica": 4}}, ["data.batch_size=6", "4 replicas"]),
         ({"task": wrong(eval_data=examples(7))(), "mesh": {"replica": 8}}, ["eval_data has 7", "8 at a time"]),
         ({"mesh": {"fsdp": 3}, "data": {"batch_size": 6}}, ["blocks/weight", "'embed' of size 8", "mesh.fsdp=3"]),
+        ({"mesh": {"stage": 2}}, ["mesh.stage=2: layers are cut over it", "a task of your own", "leave it at 1"]),
+        ({"mesh": {"context": 2}}, ["mesh.context=2: sequences are cut over it", "a task of your own"]),
         (
             {"mesh": {"replica": 2}, "sync": {"strategy": "streaming", "fragments": 3, "interval": 6}, "steps": 6},
             ["sync.fragments=3", "model.num_layers=4"],

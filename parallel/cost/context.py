@@ -43,7 +43,7 @@ class Cut:
 
     def _gather(self) -> int:
         """All keys and values in both passes, and the sums of their gradients."""
-        return 3 * (self.count - 1) * 2 * self._bytes(self.kv_heads, self.itemsize)
+        return 3 * self.forward("gather")
 
     def _by_heads(self) -> int:
         """Queries, keys, values and what comes of them, to and fro."""

@@ -93,8 +93,11 @@ def factorings(n: int, count: int = len(COMMON)) -> list[tuple[int, ...]]:
     """All tuples of so many sizes with the product n."""
     if count == 1:
         return [(n,)]
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    return [(d, *rest) for d in divisors for rest in factorings(n // d, count - 1)]
+    return [(d, *rest) for d in divisors(n, n) for rest in factorings(n // d, count - 1)]
+
+
+def divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, most + 1) if n % d == 0]
 
 
 def _factorings(n: int, others: Mapping[str, int], limit: int = 12) -> str:
@@ -105,8 +108,7 @@ def _factorings(n: int, others: Mapping[str, int], limit: int = 12) -> str:
     text = ", ".join("×".join(map(str, row)) for row in rows[:limit])
     beside = "".join(f", beside {axis} {size}" for axis, size in kept.items())
     if others and not kept:
-        divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-        beside = f"; and mesh.{', mesh.'.join(others)} in {{{divisors}}}"
+        beside = f"; and mesh.{', mesh.'.join(others)} in {_set(divisors(n, n))}"
     return f"{'×'.join(COMMON)} = {text}{', …' if len(rows) > limit else ''}{beside}"
 
 
@@ -116,6 +118,17 @@ def cut(axis: str, sizes: Mapping[str, int], over: tuple[str, ...] = ()) -> tupl
     over = over or rules.RULES[axis]
     named = [a for a in over if sizes.get(a, 1) != 1] or [a for a in over if a in COMMON][:1] or over
     return " × ".join(f"mesh.{name}" for name in named), rules.shards(over, sizes)
+
+
+def legal(size: int, over: str, count: int, least: int = 1) -> str:
+    """What would do in place of a dimension of this size, cut over these axes into so many parts."""
+    below, above = size // count * count, -(-size // count) * count
+    sizes = f"{below} or {above}" if below >= max(1, least) else f"{above}"
+    return f"Nearest legal sizes: {sizes}; or {over} in {_set(divisors(size, count))}"
+
+
+def _set(numbers: Sequence[int]) -> str:
+    return f"{{{', '.join(map(str, numbers))}}}"
 
 
 def check_divisible(
@@ -129,13 +142,10 @@ def check_divisible(
             own = rules.over(axes_leaves[path], i)
             over, count = cut(axis, sizes, own) if own else ("", 1)
             if size % count:
-                below, above = size // count * count, -(-size // count) * count
-                legal = f"{below} or {above}" if below >= max(1, (least or {}).get(axis, 1)) else f"{above}"
-                fits = ", ".join(str(d) for d in range(1, count + 1) if size % d == 0)
                 name = keystr(path, simple=True, separator="/")
                 raise ValueError(
-                    f"parameter {name}: its dimension '{axis}' of size {size} cannot be cut over "
-                    f"{over}={count}. Nearest legal sizes: {legal}; or {over} in {{{fits}}}"
+                    f"parameter {name}: its dimension '{axis}' of size {size} cannot be cut over {over}={count}. "
+                    f"{legal(size, over, count, (least or {}).get(axis, 1))}"
                 )
 
 
