@@ -18,6 +18,7 @@ from parallel.layout import ring
 from parallel.layout.rules import Constrain
 from recipes import context
 from recipes.programs import compile_steps
+from runtime.console import human_bytes
 
 SLOW = pytest.mark.slow
 WAYS = "ring", "gather", "heads"
@@ -114,6 +115,10 @@ def test_what_attention_sends_over_context_is_the_closed_form(way, remat, accumu
     assert {c.axis for c in found} == {"context"}
     wanted = context.described(config, parts.mesh.shape, 4).sent(way) * config.model.num_layers * accumulate
     assert sum(c.sent for c in found) == wanted == context.sent(config, parts)
+    assert (
+        dict(context.rows(config, parts))["ring"]
+        == f"{way}: {human_bytes(wanted)} sent by attention over mesh.context in a step, predicted"
+    )
 
 
 PASSES = [("none", "layer"), ("none", "stage"), ("matmuls", "layer"), ("full", "stage")]
