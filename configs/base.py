@@ -30,6 +30,7 @@ def get_config() -> Any:
     c.mesh.replica = 1  # machines joined by the slow link
     c.mesh.stage = 1  # shards of the layers: a pipeline, whose micro-batches are those of optimizer.accumulate
     c.mesh.fsdp = -1  # shards of the weights and of each replica's batch; -1: all devices that are left
+    c.mesh.expert = 1  # shards of the experts, and of each replica's batch and of the other weights beside fsdp
     c.mesh.context = 1  # shards of sequences, and of the weights beside fsdp: for windows that one device cannot hold
     c.mesh.tensor = 1  # shards of heads, features, vocabulary, and of the sequence between blocks
 
@@ -55,6 +56,21 @@ def get_config() -> Any:
     c.model.tie_embeddings = True  # the head is the transposed embedding
     c.model.sliding_window = 0  # positions that a query sees, itself included; 0: all before it
     c.model.init_std = 0.02
+    c.model.experts = (
+        0  # feed-forward halves among which a router chooses, each of model.mlp_dim; 0: one for all tokens
+    )
+    c.model.experts_per_token = 2
+    c.model.shared_experts = 0  # as large, for every token
+    c.model.router = "softmax"  # softmax, sigmoid
+    c.model.normalise_gates = True  # the scores of a token's experts add up to 1
+    c.model.balance = "loss"  # loss, bias (on the scores, moved against the load), none
+
+    c.moe = ConfigDict()  # how experts are trained
+    c.moe.dispatch = "auto"  # grouped (no slot is multiplied in vain), capacity; auto: capacity on GPUs, else grouped
+    c.moe.rows = "1.25"  # room for tokens, in multiples of what an even load takes, or worst: none is ever dropped
+    c.moe.balance_weight = 0.01  # of the loss of model.balance=loss
+    c.moe.balance_rate = 0.001  # of a step of the bias of model.balance=bias
+    c.moe.z_loss = 0.0  # weight of the router's logsumexp²
 
     c.pipeline = ConfigDict()  # over mesh.stage
     c.pipeline.remat = "layer"  # worked out again in the backward pass: layer (as compute.remat says); stage: all of it

@@ -36,7 +36,7 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(c, weight.sub("q_norm"), K, "norm")
             self.k_norm = RMSNorm(c, weight.sub("k_norm"), K, "norm")
 
-    def __call__(self, x_BTD: jax.Array, ctx) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, ctx) -> tuple[jax.Array, None]:
         q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.q[...])
         k_BSGK = jnp.einsum("bsd,dgk->bsgk", x_BTD, self.k[...])
         v_BSGK = jnp.einsum("bsd,dgk->bsgk", x_BTD, self.v[...])
@@ -54,16 +54,14 @@ class Attention(nnx.Module):
         window = self.c.sliding_window or None
         y_BTHK = ctx.attention(q_BTHK, k_BSGK, v_BSGK, ctx.segments_BT, window, ctx.constrain)
         y_BTD = jnp.einsum("bthk,hkd->btd", ctx.constrain(y_BTHK, HEADS), self.out[...])
-        return y_BTD + self.out_bias[None, None] if self.c.bias == "all" else y_BTD
+        return y_BTD + self.out_bias[None, None] if self.c.bias == "all" else y_BTD, None
 
 
 def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float, scaling) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, K/2], float32, of rotary position embedding (RoFormer, eq. 15).
-
-    `scaling` stretches the long wavelengths as Llama 3.1 does: None, or an object with factor, low_freq_factor,
-    high_freq_factor and original_max_len. Wavelengths above original/low are divided by `factor`, those below
-    original/high are kept, and those between are interpolated.
-    """
+    """cos and sin [B, T, 1, K/2], float32, of rotary position embedding (RoFormer, eq. 15). `scaling` stretches the
+    long wavelengths as Llama 3.1 does: None, or an object with factor, low_freq_factor, high_freq_factor and
+    original_max_len. Wavelengths above original/low are divided by `factor`, those below original/high are kept, and
+    those between are interpolated."""
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(float))
     freq_K = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
     if scaling is not None:

@@ -1,6 +1,7 @@
 """What a model is, and how it is executed: plain values."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -38,6 +39,7 @@ class ModelConfig:
     tie_embeddings: bool
     sliding_window: int
     init_std: float
+    moe: Any  # model/moe.py's; None: one feed-forward half for all tokens
 
 
 @dataclass(frozen=True)
@@ -49,5 +51,6 @@ class Compute:
     context: str  # attention.context: in which way sequences that are cut over devices attend
     remat: str
     pipeline: tuple[str, str]  # pipeline.remat and gather
+    dispatch: tuple[str, str]  # moe.dispatch, as resolved, and moe.rows
     unroll: bool
     loss_chunk_mib: int

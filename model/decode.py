@@ -18,7 +18,7 @@ def generator(model: Transformer, constrain, num_tokens: int, temperature: float
     rows = constrain.size("batch")
 
     def next_token(params: Params, window_BT: jax.Array, length_B: jax.Array, key: jax.Array) -> jax.Array:
-        x_BTD, head_DV = model.features(params, window_BT, constrain, in_order=False)
+        x_BTD, head_DV, _ = model.features(params, window_BT, constrain, in_order=False)
         last_BT = jnp.arange(window_BT.shape[1])[None] == length_B[:, None] - 1
         if cut := constrain.sequences(model.compute.context):
             last_BT = cut.spread(last_BT)

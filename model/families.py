@@ -3,7 +3,8 @@ in both directions, and what their config.json says of a model in our keys.
 
 A row's letters are dimensions: D model, H query heads, G key/value heads, K head size, F feed-forward, V vocabulary,
 P positions, 3 the three that GPT-2 keeps in one array. Theirs are written with those that are one dimension there in
-parentheses: "(H K) D" is [H·K, D]. What is sizes and names here is code nowhere else.
+parentheses: "(H K) D" is [H·K, D]. What is sizes and names here is code nowhere else. Experts, of which they have an
+array each, are one more stack of ours: [layers, experts, …].
 """
 
 import math
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 
 BLOCKS = "blocks/"  # begins our paths of arrays that are stacked over layers
+EXPERT = "{expert}"  # in their names, the number of one
 
 
 @dataclass(frozen=True)
 class Row:
-    """ours: a path of the parameters. theirs: their name, {} the layer's number. part: which of several that are one
-    array there."""
+    """ours: a path of the parameters. theirs: their name, {layer} and {expert} the numbers. our_dims: of what has one
+    name there. part: which of several that are one array there."""
 
     ours: str
     theirs: str
@@ -29,18 +31,21 @@ class Row:
     part: int | None = None
 
     @property
-    def is_stacked(self) -> bool:
-        return self.ours.startswith(BLOCKS)
+    def stacks(self) -> int:
+        """Leading dimensions of ours that count arrays of theirs."""
+        return self.ours.startswith(BLOCKS) + (EXPERT in self.theirs)
 
-    def names(self, layers: int) -> list[str]:
-        """Theirs, of each layer; of what is no layer the only one."""
-        return [self.theirs.format(layer) for layer in range(layers)] if self.is_stacked else [self.theirs]
+    def places(self, layers: int = 0, experts: int = 0) -> dict[str, tuple[int, ...]]:
+        """{their name: where it is in ours}."""
+        counts = (layers, experts)[: self.stacks]
+        named = lambda place: dict(zip(("layer", "expert"), place, strict=False))
+        return {self.theirs.format(**named(place)): place for place in np.ndindex(*counts)}
 
     def their_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(math.prod(sizes[letter] for letter in group) for group in _groups(self.their_dims))
 
     def our_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Of one layer."""
+        """Of one of theirs."""
         return tuple(sizes[letter] for letter in self.our_dims.split())
 
     @property
@@ -49,7 +54,7 @@ class Row:
         return _groups(self.their_dims)[0][0]
 
     def to_ours(self, theirs: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """One layer's array, or that part of it whose size of `first` is in sizes. A view."""
+        """One of their arrays, or that part of it whose size of `first` is in sizes. A view."""
         letters = [letter for group in _groups(self.their_dims) for letter in group]
         x = theirs.reshape([sizes[letter] for letter in letters])
         if self.part is not None:
@@ -70,13 +75,13 @@ def _groups(dims: str) -> list[list[str]]:
 
 # ── the tables ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_LAYER = "model.layers.{}."
+_LAYER = "model.layers.{layer}."
 _ENDS = (
     Row("embed", "model.embed_tokens.weight", "V D", "V D"),
     Row("final_norm/scale", "model.norm.weight", "D", "D"),
     Row("head", "lm_head.weight", "D V", "V D"),  # not of a model whose embedding is its head
 )
-_LLAMA = (
+_SHARED = (
     *_ENDS,
     Row("blocks/attention_norm/scale", f"{_LAYER}input_layernorm.weight", "D", "D"),
     Row("blocks/attention/q", f"{_LAYER}self_attn.q_proj.weight", "D H K", "(H K) D"),
@@ -84,9 +89,28 @@ _LLAMA = (
     Row("blocks/attention/v", f"{_LAYER}self_attn.v_proj.weight", "D G K", "(G K) D"),
     Row("blocks/attention/out", f"{_LAYER}self_attn.o_proj.weight", "H K D", "D (H K)"),
     Row("blocks/mlp_norm/scale", f"{_LAYER}post_attention_layernorm.weight", "D", "D"),
-    Row("blocks/mlp/gate", f"{_LAYER}mlp.gate_proj.weight", "D F", "F D"),
-    Row("blocks/mlp/up", f"{_LAYER}mlp.up_proj.weight", "D F", "F D"),
-    Row("blocks/mlp/down", f"{_LAYER}mlp.down_proj.weight", "F D", "D F"),
+)
+
+
+def _swiglu(at: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    return (
+        Row("blocks/mlp/gate", f"{_LAYER}{at}.{gate}.weight", "D F", "F D"),
+        Row("blocks/mlp/up", f"{_LAYER}{at}.{up}.weight", "D F", "F D"),
+        Row("blocks/mlp/down", f"{_LAYER}{at}.{down}.weight", "F D", "D F"),
+    )
+
+
+_PROJECTIONS = "gate_proj", "up_proj", "down_proj"
+_LLAMA = _SHARED + _swiglu("mlp", *_PROJECTIONS)
+_MIXTRAL = (
+    *_SHARED,
+    Row("blocks/mlp/router", f"{_LAYER}block_sparse_moe.gate.weight", "D E", "E D"),
+    *_swiglu(f"block_sparse_moe.experts.{EXPERT}", "w1", "w3", "w2"),
+)
+_QWEN3_MOE = (
+    *_SHARED,
+    Row("blocks/mlp/router", f"{_LAYER}mlp.gate.weight", "D E", "E D"),
+    *_swiglu(f"mlp.experts.{EXPERT}", *_PROJECTIONS),
 )
 _QKV_BIAS = (
     Row("blocks/attention/q_bias", f"{_LAYER}self_attn.q_proj.bias", "H K", "(H K)"),
@@ -97,7 +121,7 @@ _QK_NORM = (
     Row("blocks/attention/q_norm/scale", f"{_LAYER}self_attn.q_norm.weight", "K", "K"),
     Row("blocks/attention/k_norm/scale", f"{_LAYER}self_attn.k_norm.weight", "K", "K"),
 )
-_H = "transformer.h.{}."
+_H = "transformer.h.{layer}."
 _GPT2 = (  # whose linear maps lie as ours do, [in, out], q, k and v side by side
     Row("embed", "transformer.wte.weight", "V D", "V D"),
     Row("position", "transformer.wpe.weight", "P D", "P D"),
@@ -131,11 +155,18 @@ class Family:
     buffers: str = r"rotary_emb\.inv_freq$"
     prefix: str = ""  # of names, which some files leave out
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether it has experts."""
+        return "experts" not in self.fixed
+
     def table(self, tied: bool) -> list[Row]:
         return [row for row in self.rows if not (tied and row.ours == "head")]
 
 
-_PLAIN = {"norm": "rms", "mlp": "swiglu", "position": "rope", "bias": "none", "qk_norm": False}
+ROUTING = ("shared_experts", "router", "normalise_gates", "balance")  # our keys
+_PLAIN = {"norm": "rms", "mlp": "swiglu", "position": "rope", "bias": "none", "qk_norm": False, "experts": 0}
+_ROUTED = {key: x for key, x in _PLAIN.items() if key != "experts"} | {"shared_experts": 0, "router": "softmax"}
 FAMILIES = {
     family.name: family
     for family in (
@@ -143,9 +174,11 @@ FAMILIES = {
         Family("mistral", "MistralForCausalLM", _LLAMA, _PLAIN),
         Family("qwen2", "Qwen2ForCausalLM", _LLAMA + _QKV_BIAS, _PLAIN | {"bias": "qkv"}),
         Family("qwen3", "Qwen3ForCausalLM", _LLAMA + _QK_NORM, _PLAIN | {"qk_norm": True}),
+        Family("mixtral", "MixtralForCausalLM", _MIXTRAL, _ROUTED | {"normalise_gates": True}),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN3_MOE + _QK_NORM, _ROUTED | {"qk_norm": True}),
         Family(
             "gpt2", "GPT2LMHeadModel", _GPT2,
-            {"norm": "layer", "mlp": "gelu", "position": "learned", "bias": "all", "qk_norm": False},
+            {"norm": "layer", "mlp": "gelu", "position": "learned", "bias": "all", "qk_norm": False, "experts": 0},
             buffers=r"\.attn\.(bias|masked_bias)$", prefix="transformer.",
         ),
     )
@@ -156,7 +189,7 @@ def sizes(model: Any, vocab_size: int, positions: int) -> dict[str, int]:
     """Of each letter. model: our keys."""
     return {
         "D": model.model_dim, "H": model.num_heads, "G": model.num_kv_heads, "K": model.head_dim, "F": model.mlp_dim,
-        "V": vocab_size, "P": positions, "3": 3,
+        "V": vocab_size, "P": positions, "3": 3, "E": model.experts,
     }  # fmt: skip
 
 
@@ -164,10 +197,13 @@ def of(model: Any) -> Family:
     """The family that a model of ours belongs to. Raises ValueError where there is none."""
     fixed = lambda family: {key: model[key] for key in family.fixed}
     found = [family for family in FAMILIES.values() if fixed(family) == family.fixed]
+    if model.experts:
+        found = [family for family in found if family.is_routed and model.balance != "bias"]
     if model.sliding_window:
         found = [family for family in found if family.name == "mistral"] or [f for f in found if f.name != "gpt2"]
     if not found or (found[0].name == "gpt2" and model.num_heads != model.num_kv_heads):
-        said = ", ".join(f"model.{key}={model[key]}" for key in FAMILIES["llama"].fixed)
+        keys = FAMILIES["llama"].fixed | (dict.fromkeys(ROUTING) if model.experts else {})
+        said = ", ".join(f"model.{key}={model[key]}" for key in keys)
         raise ValueError(f"no family of Hugging Face's has {said}: those that are known are {', '.join(FAMILIES)}")
     return found[0]
 
@@ -184,7 +220,7 @@ def read_config(theirs: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         method = quantised.get("quant_method", "unknown")
         raise ValueError(f"the weights are quantised ({method}): take the float32, bfloat16 or float16 ones")
     family = FAMILIES[kind]
-    keys = (_of_gpt2 if kind == "gpt2" else _of_llama)(theirs)
+    keys = (_of_gpt2 if kind == "gpt2" else _of_llama)(theirs) | (_of_experts(theirs) if family.is_routed else {})
     return family, {f"model.{key}": value for key, value in family.fixed.items()} | keys
 
 
@@ -201,7 +237,7 @@ def _of_gpt2(c: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_llama(c: Mapping[str, Any]) -> dict[str, Any]:
     _expect(c, hidden_act="silu", mlp_bias=False)
-    if c["model_type"] in ("llama", "mistral", "qwen3"):
+    if c["model_type"] in ("llama", "mistral", "qwen3", "qwen3_moe"):
         _expect(c, attention_bias=False)
     D, H = c["hidden_size"], c["num_attention_heads"]
     rope = _rope(c)
@@ -212,6 +248,15 @@ def _of_llama(c: Mapping[str, Any]) -> dict[str, Any]:
         "model.tie_embeddings": c.get("tie_word_embeddings", False), "model.sliding_window": _window(c),
         "data.vocab_size": c["vocab_size"], "data.seq_len": c["max_position_embeddings"], **rope,
     }  # fmt: skip
+
+
+def _of_experts(c: Mapping[str, Any]) -> dict[str, Any]:
+    keys = {"model.experts_per_token": c["num_experts_per_tok"], "moe.balance_weight": c["router_aux_loss_coef"]}
+    if c["model_type"] == "mixtral":
+        return keys | {"model.experts": c["num_local_experts"]}
+    _expect(c, decoder_sparse_step=1, mlp_only_layers=[])
+    normalise = {"model.normalise_gates": c.get("norm_topk_prob", False)}
+    return keys | normalise | {"model.experts": c["num_experts"], "model.mlp_dim": c["moe_intermediate_size"]}
 
 
 def _expect(c: Mapping[str, Any], **wanted: Any) -> None:
@@ -274,9 +319,20 @@ def write_config(family: Family, c: Any, dtype: str) -> dict[str, Any]:
     window = {"sliding_window": m.sliding_window or None} if family.name != "llama" else {}
     if family.name.startswith("qwen") and m.sliding_window:
         window |= {"use_sliding_window": True, "max_window_layers": 0}
-    return shared | window | {
+    return shared | window | _experts_of(family, c) | {
         "hidden_size": m.model_dim, "num_hidden_layers": m.num_layers, "num_attention_heads": m.num_heads,
         "num_key_value_heads": m.num_kv_heads, "head_dim": m.head_dim, "intermediate_size": m.mlp_dim,
         "rms_norm_eps": m.norm_eps, "hidden_act": "silu", "max_position_embeddings": data.seq_len,
         "rope_theta": m.rope_theta, "rope_scaling": scaling or None, "rope_parameters": rope,
     }  # fmt: skip
+
+
+def _experts_of(family: Family, c: Any) -> dict[str, Any]:
+    if not family.is_routed:
+        return {}
+    m = c.model
+    keys = {"num_experts_per_tok": m.experts_per_token, "router_aux_loss_coef": c.moe.balance_weight}
+    if family.name == "mixtral":
+        return keys | {"num_local_experts": m.experts}
+    sizes = {"num_experts": m.experts, "moe_intermediate_size": m.mlp_dim, "norm_topk_prob": m.normalise_gates}
+    return keys | sizes | {"decoder_sparse_step": 1, "mlp_only_layers": []}

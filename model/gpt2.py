@@ -40,10 +40,10 @@ class GELU(nnx.Module):
         self.down = weight("down", (F, D), ("mlp", "embed"), normal(c.init_std / math.sqrt(2 * c.num_layers)))
         self.down_bias = weight("down_bias", (D,), ("embed",), zeros) if c.bias == "all" else None
 
-    def __call__(self, x_BTD: jax.Array, ctx) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, ctx) -> tuple[jax.Array, None]:
         h_BTF = x_BTD @ self.up[...]
         if self.up_bias is not None:
             h_BTF = h_BTF + self.up_bias[None, None]
         h_BTF = checkpoint_name(ctx.constrain(h_BTF, HIDDEN), "hidden")
         y_BTD = jnp.dot(jax.nn.gelu(h_BTF, approximate=True), self.down[...])
-        return y_BTD if self.down_bias is None else y_BTD + self.down_bias[None, None]
+        return y_BTD if self.down_bias is None else y_BTD + self.down_bias[None, None], None

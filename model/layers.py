@@ -48,13 +48,13 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate x) · up x) (Shazeer 2020, eq. 6): Llama, Qwen."""
 
-    def __init__(self, c, key: jax.Array):
-        D, F, weight = c.model_dim, c.mlp_dim, Weights(key)
+    def __init__(self, c, key: jax.Array, size: int = 0):
+        D, F, weight = c.model_dim, size or c.mlp_dim, Weights(key)
         self.gate = weight("gate", (D, F), ("embed", "mlp"), normal(c.init_std))
         self.up = weight("up", (D, F), ("embed", "mlp"), normal(c.init_std))
         self.down = weight("down", (F, D), ("mlp", "embed"), normal(c.init_std / math.sqrt(2 * c.num_layers)))
 
-    def __call__(self, x_BTD: jax.Array, ctx) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, ctx) -> tuple[jax.Array, None]:
         gate_BTF = checkpoint_name(ctx.constrain(x_BTD @ self.gate[...], HIDDEN), "hidden")
         up_BTF = checkpoint_name(ctx.constrain(x_BTD @ self.up[...], HIDDEN), "hidden")
-        return (jax.nn.silu(gate_BTF) * up_BTF) @ self.down[...]
+        return (jax.nn.silu(gate_BTF) * up_BTF) @ self.down[...], None

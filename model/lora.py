@@ -73,6 +73,11 @@ class Lora:
         if not matching:
             raise ValueError(f"lora.pattern={c.pattern!r} matches no weight: they are {', '.join(_paths(shapes))}")
         flat = _paths(axes)
+        if routed := [name for name in matching if "experts" in flat[name] or name.endswith("/router")]:
+            raise ValueError(
+                f"lora.pattern={c.pattern!r} matches {routed[0]}: experts and routers have no adapters. Set "
+                "lora.pattern=attention, or another one without them"
+            )
         sites = {name: site for name, x in matching.items() if (site := _site(tuple(x.shape), flat[name]))}
         if not sites:
             raise ValueError(
@@ -183,8 +188,8 @@ class Tuned(Transformer):
     """A Transformer among whose weights are Adapted ones (Lora.join). Those of a layer become one inside of the loop
     over layers, on the shards they lie in: what is gathered over the mesh is one matrix, as without an adapter."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, z_loss: float, lora: Lora):
-        super().__init__(config, compute, z_loss)
+    def __init__(self, config: ModelConfig, compute: Compute, z_loss: float, router: tuple, lora: Lora):
+        super().__init__(config, compute, z_loss, router)
         self.lora = lora
 
     def frozen(self, weights: Params) -> Params:
@@ -194,6 +199,6 @@ class Tuned(Transformer):
     def used(self, weights: Params) -> Params:
         return jax.tree.map(self.lora.effective, weights, is_leaf=lambda x: isinstance(x, Adapted))
 
-    def features(self, params: Params, *more: Any, **others: Any) -> tuple[jax.Array, jax.Array]:
+    def features(self, params: Params, *more: Any, **others: Any) -> tuple:
         ends = self.used({name: w for name, w in params.items() if name != "blocks"})
         return super().features(params | ends, *more, **others)

@@ -29,12 +29,9 @@ def cross_entropy(
     z_loss: float,
     chunk_bytes: int,
 ) -> jax.Array:
-    """Σ mask · (logsumexp(x·head) − (x·head)[target] + z_loss · logsumexp²), a scalar of at least float32.
-
-    chunk_bytes bounds the float32 logits that one device holds at a time. The z-loss term (PaLM, §5) is 0 when unused.
-    The mask is data: its gradient is not taken.
-    """
-
+    """Σ mask · (logsumexp(x·head) − (x·head)[target] + z_loss · logsumexp²), a scalar of at least float32. chunk_bytes
+    bounds the float32 logits that one device holds at a time. The z-loss term (PaLM, §5) is 0 when unused. The mask is
+    data: its gradient is not taken."""
     run = partial(_forward, constrain=constrain, z_loss=z_loss, chunk_bytes=chunk_bytes)
 
     @jax.custom_vjp

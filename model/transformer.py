@@ -31,6 +31,7 @@ Params = dict[str, Any]
 RESIDUAL = ("batch", "sequence", None)  # between blocks: sharded over the sequence too (sequence-parallel)
 GATHERED = ("batch", "positions", None)  # inside a block: longer parts of it, or all; sharded heads or features
 OUTSIDE = ("rows", "positions")  # of the blocks
+FLOAT32 = ("scale", "router", "balance_bias")
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLPS = {"swiglu": SwiGLU, "gelu": GELU}
 
@@ -43,6 +44,7 @@ class Context:
     attention: Any
     rope: tuple[jax.Array, jax.Array] | None
     segments_BT: jax.Array | None
+    dispatch: tuple[str, str]
 
 
 class Block(nnx.Module):
@@ -51,15 +53,17 @@ class Block(nnx.Module):
         self.attention_norm = norm(c, sub("attention_norm"), c.model_dim, "norm")
         self.attention = Attention(c, sub("attention"))
         self.mlp_norm = norm(c, sub("mlp_norm"), c.model_dim, "norm")
-        self.mlp = MLPS[c.mlp](c, sub("mlp"))
+        self.mlp = (c.moe.half if c.moe else MLPS[c.mlp])(c, sub("mlp"))
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Any]:
+        found = None
         for norm, half in ((self.attention_norm, self.attention), (self.mlp_norm, self.mlp)):
             # Normed before it is gathered: in the compute dtype, when it is worked out again, too.
             h_BTD = ctx.constrain(ctx.constrain(norm(x_BTD), RESIDUAL), GATHERED)
-            y_BTD = ctx.constrain.both_ways(half(h_BTD, ctx), RESIDUAL, RESIDUAL, GATHERED)
+            y_BTD, found = half(h_BTD, ctx)
+            y_BTD = ctx.constrain.both_ways(y_BTD, RESIDUAL, RESIDUAL, GATHERED)
             x_BTD = ctx.constrain(x_BTD + y_BTD, RESIDUAL)
-        return x_BTD
+        return x_BTD, found
 
 
 class Ends(nnx.Module):
@@ -85,12 +89,12 @@ REMAT = {
 
 
 class Transformer:
-    """Pure functions of `params`: init, forward, loss. Holds no array."""
+    """Pure functions of `params`: init, forward, loss. Holds no array. router: moe.balance_weight and moe.z_loss."""
 
     used = staticmethod(lambda weights: weights)  # of a layer, in its products: model/lora.py has others
 
-    def __init__(self, config: ModelConfig, compute: Compute, z_loss: float = 0.0):
-        self.config, self.compute, self.z_loss = config, compute, z_loss
+    def __init__(self, config: ModelConfig, compute: Compute, z_loss: float = 0.0, router: tuple = (0.0, 0.0)):
+        self.config, self.compute, self.z_loss, self.router = config, compute, z_loss, router
         self.cast = partial(cast, dtype=compute.dtype)  # before XLA gathers any shard: half of the bytes in bf16
         key = jax.eval_shape(lambda: jax.random.key(0))
         self._ends, ends_state = nnx.split(nnx.eval_shape(partial(Ends, config), key))
@@ -109,8 +113,8 @@ class Transformer:
     def features(
         self, params: Params, tokens_BT: jax.Array, constrain, segments_BT=None, in_order: bool = True
     ) -> tuple:
-        """Final features x_BTD and the head's weight [D, V], both in the compute dtype; logits are x_BTD @ head.
-        in_order: as the tokens are; else as positions lie on devices."""
+        """Final features x_BTD and the head's weight [D, V], both in the compute dtype (logits are x_BTD @ head), and
+        what layers found. in_order: as the tokens are; else as positions lie on devices."""
         c, positions_BT = self.config, _positions(tokens_BT, segments_BT)
         if cut := constrain.sequences(self.compute.context):
             tokens_BT, positions_BT, segments_BT = *map(cut.spread, (tokens_BT, positions_BT)), cut.known(segments_BT)
@@ -121,13 +125,13 @@ class Transformer:
         ends = {name: w for name, w in params.items() if name != "blocks"}
         ends, layer = nnx.merge(self._ends, self.cast(ends)), partial(self._layer, cut)
         if stages:
-            x_BTD = stages.run(layer, known, x_BTD, params["blocks"], self.axes["blocks"], self.cast)
+            x_BTD, found = stages.run(layer, known, x_BTD, params["blocks"], self.axes["blocks"], self.cast)
         else:
-            x_BTD = self._run(constrain, layer(constrain, known), x_BTD, params["blocks"])
+            x_BTD, found = self._run(constrain, layer(constrain, known), x_BTD, params["blocks"])
         x_BTD = constrain(ends.final_norm(x_BTD), (*OUTSIDE, None))
         head_DV = ends.embed[...].T if c.tie_embeddings else ends.head[...]
         x_BTD = stages.back(x_BTD, GATHERED[1:]) if stages and in_order else x_BTD
-        return cut.back(x_BTD) if cut and in_order else x_BTD, head_DV
+        return cut.back(x_BTD) if cut and in_order else x_BTD, head_DV, found
 
     def _embedded(self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, constrain) -> jax.Array:
         """Embeddings of the tokens (and of learned positions), sharded as RESIDUAL."""
@@ -137,51 +141,53 @@ class Transformer:
         return constrain.manual(look_up, *axes)(tokens_BT, positions_BT, *(params[name] for name in names))
 
     def _layer(self, cut: Any, constrain, known: tuple) -> Callable:
-        """A block, (x_BTD, weights) -> (x_BTD, None). known: positions and segments of these rows, [B, T]."""
+        """A block, (x_BTD, weights) -> (x_BTD, what it found). known: positions and segments of these rows, [B, T]."""
         c, name, (positions_BT, segments_BT) = self.config, self.compute.attention, known
         rope = rope_tables(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
         kept = lambda *arrays: checkpoint_name(KERNELS[name](*arrays), "context")
-        ctx = Context(constrain, cut.attention(KERNELS[name], PRODUCTS[name]) if cut else kept, rope, segments_BT)
+        attention = cut.attention(KERNELS[name], PRODUCTS[name]) if cut else kept
+        ctx = Context(constrain, attention, rope, segments_BT, self.compute.dispatch)
         axes = jax.tree.map(lambda axes: axes[1:], self.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple))
         # Weights are gathered before they are used: XLA:TPU would make products of their parts, even of small ones.
-        whole = lambda w, axes: constrain.both_ways(w, [None if axis == "embed" else axis for axis in axes], axes)
+        parts = lambda axes: [None if axis == "embed" and axes[0] != "experts" else axis for axis in axes]
+        whole = lambda w, axes: constrain.both_ways(w, parts(axes), axes)
 
-        def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+        def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, Any]:
             weights = jax.tree.map(whole, self.used(self.cast(weights)), axes)
-            return nnx.merge(self._block, weights)(x_BTD, ctx), None
+            return nnx.merge(self._block, weights)(x_BTD, ctx)
 
         policy = REMAT[self.compute.remat]
         return jax.checkpoint(layer, policy=policy(), prevent_cse=self.compute.unroll) if policy else layer
 
-    def _run(self, constrain, layer: Callable, x_BTD: jax.Array, blocks: Params) -> jax.Array:
+    def _run(self, constrain, layer: Callable, x_BTD: jax.Array, blocks: Params) -> tuple[jax.Array, Any]:
         if not self.compute.unroll:
             return constrain.scan(layer, x_BTD, blocks, self.cast)
-        for index in range(self.config.num_layers):
-            x_BTD, _ = layer(x_BTD, jax.tree.map(lambda w: w[index], blocks))  # noqa: B023
-        return x_BTD
+        found = [None] * self.config.num_layers
+        for index in range(len(found)):
+            x_BTD, found[index] = layer(x_BTD, jax.tree.map(lambda w: w[index], blocks))  # noqa: B023
+        return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *found)
 
-    def loss(self, params: Params, batch: dict[str, jax.Array], constrain) -> tuple[jax.Array, jax.Array]:
-        """Cross-entropy in nats, summed over the unmasked targets, and their number.
-
-        batch: tokens, targets int32 [B, T]; mask float32 [B, T]; optionally segments int32 [B, T], the number of the
-        document inside the window: positions attend within their document only.
-        """
-        x_BTD, head_DV = self.features(params, batch["tokens"], constrain, batch.get("segments"), in_order=False)
-        targets_BT, mask_BT = batch["targets"], batch["mask"]
+    def loss(self, params: Params, batch: dict[str, jax.Array], constrain) -> tuple:
+        """Cross-entropy in nats, summed over the unmasked targets, and their number; of experts, further sums. batch:
+        tokens, targets int32 [B, T]; mask float32 [B, T]; optionally segments int32 [B, T], the number of the document
+        inside the window: positions attend within their document only."""
+        tokens_BT, segments_BT = batch["tokens"], batch.get("segments")
+        x_BTD, head_DV, found = self.features(params, tokens_BT, constrain, segments_BT, in_order=False)
+        targets_BT, mask_BT, weight = batch["targets"], batch["mask"], jnp.sum(batch["mask"])
         if cut := constrain.sequences(self.compute.context):
             targets_BT, mask_BT = cut.spread(targets_BT), cut.spread(mask_BT)
         if stages := constrain.stages(targets_BT, self.compute):
             targets_BT, mask_BT = (stages.end(x, OUTSIDE[1:]) for x in (targets_BT, mask_BT))
         arrays, chunk_bytes = (x_BTD, head_DV, targets_BT, mask_BT), self.compute.loss_chunk_mib << 20
         total = cross_entropy(*arrays, constrain, z_loss=self.z_loss, chunk_bytes=chunk_bytes)
-        return total, jnp.sum(batch["mask"])
+        more = (total, weight, batch["mask"].size, found, self.router)
+        return (total, weight) if found is None else self.config.moe.added(*more)
 
 
 def _look_up(tokens_BT, positions_BT, embed_VD, position_TD=None, *, constrain, dtype) -> jax.Array:
     """Rows of the embedding, on each device's shard of it: every device looks up its columns and its part of the
     vocabulary for the tokens of all batch shards, and hands on what belongs to others. Neither the table nor its
-    gradient, which adds up in float32, ever leaves its shards; left to XLA, it may cross any axis, `replica` too.
-    """
+    gradient, which adds up in float32, ever leaves its shards; left to XLA, it may cross any axis, `replica` too."""
     C, all_BT = constrain.size("positions"), lambda x: constrain.gather(constrain.gather(x, "positions", 1), "rows", 0)
     ids_BT = all_BT(tokens_BT) - constrain.index("vocab") * embed_VD.shape[0]
     own_BT = (ids_BT >= 0) & (ids_BT < embed_VD.shape[0])
@@ -205,8 +211,8 @@ def _axes(state: nnx.State, leading: tuple[str, ...]) -> Params:
 
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
-    """Weights in the compute dtype; norm scales stay float32, where bf16 would round 1 + 0.003 to 1."""
-    one = lambda path, w: w if getattr(path[-1], "key", "") == "scale" else w.astype(dtype)
+    """Weights in the compute dtype; norm scales stay float32, where bf16 would round 1 + 0.003 to 1, and routers."""
+    one = lambda path, w: w if getattr(path[-1], "key", "") in FLOAT32 else w.astype(dtype)
     return jax.tree_util.tree_map_with_path(one, params)
 
 

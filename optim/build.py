@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import jax
 import optax
 
+from optim.counts import follows_counts
 from optim.muon import muon
 from optim.optimizer import Optimizer, Schedule, decays
 
@@ -39,8 +41,10 @@ def optimizer(
     momentum: float,
     weight_decay: float,
     clip_norm: float,
+    balance_rate: float,
 ) -> Optimizer:
     """adamw, sgd (with momentum), lion, muon or sign (of the mean gradient). axes: the logical axes of the params.
+    balance_rate: of a step of weights that follow counts.
 
     Weight decay is decoupled, and spares biases and norm scales. clip_norm 0: no clipping.
     """
@@ -62,4 +66,10 @@ def optimizer(
         core = optax.chain(optax.scale_by_sign(), decay, optax.scale_by_learning_rate(schedule))
     else:
         raise ValueError(f"optimizer.name={name!r} is none of adamw, lion, muon, sgd, sign")
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: "counts" if follows_counts(path) else "core", axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    if "counts" in jax.tree.leaves(labels):
+        against = optax.chain(optax.scale_by_sign(), optax.scale(-balance_rate))
+        core = optax.partition({"core": core, "counts": against}, labels)
     return Optimizer(schedule, core, clip_norm, constant_size=name in ("lion", "muon", "sign"))

@@ -2,8 +2,7 @@
 
 An optimizer here has two halves, because with several replicas what is exchanged need not be the gradient:
 `message(grads, state)` is what each replica sends, `apply(mean, state, params, norm)` what is done with the mean.
-Its state is a dictionary of our own names, which are also those on disk: `count`, and beside each weight `first`
-(moment), `second` or `momentum`.
+Its state has our own names, on disk, too: `count`, and beside each weight `first` (moment), `second` or `momentum`.
 """
 
 import functools

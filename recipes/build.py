@@ -27,7 +27,7 @@ from parallel.strategies.base import Strategy
 from parallel.strategies.island import Island
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
-from recipes import methods, pipeline, tuned, xla
+from recipes import experts, methods, pipeline, tuned, xla
 from recipes.task import Trainable
 from runtime.config import UsageError, check_batch
 
@@ -81,7 +81,8 @@ def build_optimizer(c: Any, axes: Any) -> Optimizer:
     if o.name == "onebit_adam":
         return OneBitAdam(schedule=schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     names = ("b1", "b2", "eps", "momentum", "weight_decay", "clip_norm")
-    return optim.optimizer(o.name, schedule, axes, **{name: o[name] for name in names})
+    options = {name: o[name] for name in names} | {"balance_rate": c.moe.balance_rate}
+    return optim.optimizer(o.name, schedule, axes, **options)
 
 
 def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
@@ -96,13 +97,16 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
             "sync.exchange=backward is a part of our models' loop over layers, and a task of your own has none that it "
             "knows: set sync.exchange=after"
         )
-    for axis, what in (("positions", "sequences"), ("layers", "layers")) if own.task else ():
+    for axis, what in (("positions", "sequences"), ("layers", "layers"), ("experts", "experts")) if own.task else ():
         key, count = cut(axis, mesh.shape)
         if count > 1:
             raise UsageError(
                 f"{key}={count}: {what} are cut over it, and a task of your own has none that it knows: leave it at 1"
             )
+    if own.optimizer and c.model.experts and c.model.balance == "bias":
+        raise UsageError("model.balance=bias with an optimizer of your own, which knows no counts: set loss, or none")
     pipeline.check(c, mesh.shape)
+    experts.check(c, mesh.shape)
     replicas, batch_size = c.sync.replicas or mesh.shape[SLOW], c.data.batch_size
     check_batch(batch_size, replicas, cut("batch", mesh.shape), c.optimizer.accumulate)
     key = jax.eval_shape(lambda: jax.random.key(0))

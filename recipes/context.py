@@ -102,5 +102,5 @@ def described(c: Any, sizes: Mapping[str, int], itemsize: int) -> Cut:
 
 def tokens(c: Any, sizes: Mapping[str, int]) -> int:
     """Of a micro-step, on one device."""
-    rows = c.data.batch_size // (sizes["replica"] * sizes["fsdp"] * c.optimizer.accumulate)
+    rows = c.data.batch_size // (sizes["replica"] * cut("batch", sizes)[1] * c.optimizer.accumulate)
     return max(rows, 1) * c.data.seq_len // sizes["context"]

@@ -14,7 +14,7 @@ from parallel.exchange.codecs.base import is_round
 from parallel.layout import mesh as meshes
 from parallel.layout import rules
 from parallel.layout.axes import SLOW, shown
-from recipes import context, memory, methods, over_link, phases, pipeline, predicted, xla
+from recipes import context, experts, memory, methods, over_link, phases, pipeline, predicted, xla
 from recipes.build import Parts, num_parameters
 from recipes.programs import compile_beside, compile_init, compile_steps, takes_over
 from runtime.config import UsageError
@@ -98,7 +98,7 @@ def read(
     """What compiled programs say of themselves: (rows, what each sends, what `wire_bytes` makes of that)."""
     found = traffic(parts, programs) | traffic_beside(parts, others)
     per_step = wire_bytes(parts, found, config.steps)
-    rows = model_rows(parts) + pipeline.rows(config, parts) + context.rows(config, parts)
+    rows = [*model_rows(parts), *(row for part in (pipeline, context, experts) for row in part.rows(config, parts))]
     rows += slow_rows(config, parts, programs, found, per_step)
     sent = [
         (f"wire per step, {axis}", f"{human_bytes(size)} sent by each device")

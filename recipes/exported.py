@@ -103,16 +103,16 @@ def _most(dtypes: Any) -> str:
 def _write_weights(folder: Path, family: Family, config: Any, params: Mapping[str, jax.Array], dtype_of: Any) -> None:
     sizes = families.sizes(config.model, config.data.vocab_size, config.data.seq_len)
     of_name: dict[str, list[Row]] = {}  # several where theirs is one array of several of ours
-    layer_of = {}
+    place_of = {}
     for row in family.table(config.model.tie_embeddings):
-        for layer, name in enumerate(row.names(config.model.num_layers)):
+        for name, place in row.places(config.model.num_layers, config.model.experts).items():
             of_name.setdefault(name, []).append(row)
-            layer_of[name] = layer
+            place_of[name] = place
     shapes = {name: (dtype_of(name), rows[0].their_shape(sizes)) for name, rows in of_name.items()}
 
     def arrays(names: Sequence[str]) -> Iterator[np.ndarray]:
         for name in names:
-            ours = [_layer(params[row.ours], layer_of[name] if row.is_stacked else None) for row in of_name[name]]
+            ours = [np.asarray(_one(params[row.ours], place_of[name])) for row in of_name[name]]
             x = np.stack(ours) if len(ours) > 1 else ours[0]
             yield of_name[name][0].to_theirs(x, sizes).astype(shapes[name][0])
 
@@ -128,12 +128,11 @@ def _write_weights(folder: Path, family: Family, config: Any, params: Mapping[st
 
 
 @jax.jit
-def _one(x: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-
-
-def _layer(x: jax.Array, layer: int | None) -> np.ndarray:
-    return np.asarray(x if layer is None else _one(x, layer))
+def _one(x: jax.Array, place: tuple[int, ...]) -> jax.Array:
+    """Of stacked arrays."""
+    for number in place:
+        x = jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
+    return x
 
 
 def _write_small(folder: Path, family: Family, config: Any, kept: Path | None, dtype: str) -> None:

@@ -19,6 +19,7 @@ from data.template import KEPT
 from data.tokenizer import from_text
 from model import families, gguf, safetensors
 from model.families import Family, Row
+from model.parted import parted
 from parallel.layout import mesh as meshes
 from recipes import build, methods
 from runtime import config as configuration
@@ -67,7 +68,8 @@ def open_source(path: Path) -> Source:
             ".save_pretrained(FOLDER)"
         )
     if path.is_dir():
-        entries = {_full_name(name, family): entry for name, entry in safetensors.folder(path).items()}
+        named = {_full_name(name, family): entry for name, entry in safetensors.folder(path).items()}
+        entries = parted(named, family)
     used = sorted({entry.path for entry in entries.values()})
     return Source(path, family, keys, entries, {file.name: safetensors.sha256(file) for file in used}, small)
 
@@ -106,7 +108,7 @@ def check_names(source: Source, config: Any) -> None:
     wanted = {
         name: row.their_shape(sizes)
         for row in source.family.table(config.model.tie_embeddings)
-        for name in row.names(config.model.num_layers)
+        for name in row.places(config.model.num_layers, config.model.experts)
     }
     found = {name: e.shape for name, e in source.entries.items() if not re.search(source.family.buffers, name)}
     if config.model.tie_embeddings and "lm_head.weight" in found:
@@ -157,26 +159,28 @@ def _read_array(row: Row, like: Any, entries: Mapping[str, Entry], sizes: dict[s
     span = {device: tuple(s.indices(n)[:2] for s, n in zip(index, like.shape, strict=True)) for device, index in
             indices.items()}  # fmt: skip
     shards = {where: _aligned([b - a for a, b in where]) for where in span.values()}
-    layers, ours = like.shape[0] if row.is_stacked else 1, row.our_dims.split()
+    ours, stacks = row.our_dims.split(), row.stacks
     first = ours.index(row.first) if row.first in ours else None
     low, high = 0, sizes[row.first]
     if first is not None:  # of what lies outermost in the file only what this process needs
-        own = [where[first + row.is_stacked] for where in shards]
+        own = [where[first + stacks] for where in shards]
         low, high = min(a for a, _ in own), max(b for _, b in own)
-    for layer, name in enumerate(row.names(layers)):
+    for name, place in row.places(*like.shape[:stacks]).items():
+        mine = {
+            where: x for where, x in shards.items() if all(a <= i < b for i, (a, b) in zip(place, where, strict=False))
+        }
+        if not mine:
+            continue
         entry = entries[name]
         each = entry.shape[0] // sizes[row.first] if entry.shape else 1
         x = entry.read((low * each, high * each)).astype(np.float32)
         if not np.isfinite(x).all():
             raise ValueError(f"{entry.path}: {name} is not finite everywhere")
         x = row.to_ours(x, sizes | {row.first: high - low})
-        for where, shard in shards.items():
-            inner = where[1:] if row.is_stacked else where
+        for where, shard in mine.items():
+            outer, inner = where[:stacks], where[stacks:]
             cut = tuple(slice(a - low * (i == first), b - low * (i == first)) for i, (a, b) in enumerate(inner))
-            if not row.is_stacked:
-                shard[...] = x[cut]
-            elif where[0][0] <= layer < where[0][1]:
-                shard[layer - where[0][0]] = x[cut]
+            shard[tuple(i - a for i, (a, _) in zip(place, outer, strict=True))] = x[cut]
     on_devices = [jax.device_put(shards[span[device]], device) for device in indices]
     return jax.make_array_from_single_device_arrays(like.shape, like.sharding, on_devices)
 

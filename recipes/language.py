@@ -22,7 +22,7 @@ from model.transformer import Transformer
 from parallel.cost import flops
 from parallel.layout.axes import AXES
 from parallel.layout.mesh import cut
-from recipes import context
+from recipes import context, experts
 from recipes.task import AllTrained
 from runtime import config as configuration
 from runtime.config import UsageError, nearest_multiples
@@ -34,9 +34,10 @@ PROMPT_TOKENS, PROMPT_WORDS = 64, 4  # of the sample, where none is given
 def build_model(c: Any, device_kind: str, sizes: Mapping[str, int] = WHOLE) -> tuple[Transformer, str]:
     """(the network that config c describes; its attention kernel and why that one). device_kind: the chip it will run
     on, and sizes of the mesh, which decide what `auto` means."""
-    fields = {k: v for k, v in c.model.items() if k != "rope_scaling"}
+    fields = {k: v for k, v in c.model.items() if k not in ("rope_scaling", *experts.KEYS)}
     scaling = RopeScaling(**c.model.rope_scaling) if c.model.rope_scaling.factor else None
-    config = ModelConfig(vocab_size=c.data.vocab_size, max_seq_len=c.data.seq_len, rope_scaling=scaling, **fields)
+    fields |= {"vocab_size": c.data.vocab_size, "max_seq_len": c.data.seq_len, "moe": experts.of(c)}
+    config = ModelConfig(rope_scaling=scaling, **fields)
     auto = "float32" if device_kind == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if c.compute.dtype == "auto" else c.compute.dtype)
     way, why_way = context.choose(c, sizes, dtype.itemsize)
@@ -48,12 +49,12 @@ def build_model(c: Any, device_kind: str, sizes: Mapping[str, int] = WHOLE) -> t
         raise UsageError(str(error)) from error
     options = {k: v for k, v in c.compute.items() if k not in ("dtype", "attention", "xla_options")}
     options["loss_chunk_mib"] = c.compute.loss_chunk_mib or chunk_of(device_kind)
-    compute = Compute(
-        dtype=dtype, attention=kernel, context=way, pipeline=(c.pipeline.remat, c.pipeline.gather), **options
-    )
+    options |= {"pipeline": (c.pipeline.remat, c.pipeline.gather), "dispatch": experts.dispatch(c, device_kind)}
+    compute = Compute(dtype=dtype, attention=kernel, context=way, **options)
     why = "; ".join((f"auto: {kernel}", *passed.values())) if asked == "auto" else f"{kernel}, as asked"
     why = "; ".join(filter(None, (why, why_way)))
-    return Transformer(config, compute, z_loss=c.optimizer.z_loss), why
+    losses = c.optimizer.z_loss, (c.moe.balance_weight, c.moe.z_loss)
+    return Transformer(config, compute, *losses), why
 
 
 def chunk_of(device_kind: str) -> int:
@@ -80,7 +81,7 @@ class Language(AllTrained):
 
     @property
     def further(self) -> tuple[str, ...]:
-        return ()
+        return self.model.config.moe.metrics if self.model.config.moe else ()
 
     @property
     def axes(self) -> Any:
@@ -92,7 +93,7 @@ class Language(AllTrained):
 
     @functools.cached_property
     def plain(self) -> Transformer:
-        """Whose loss is the cross-entropy alone, without z-loss."""
+        """Whose loss is the cross-entropy alone."""
         return Transformer(self.model.config, self.model.compute)
 
     def init(self, key: jax.Array) -> Any:

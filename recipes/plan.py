@@ -17,7 +17,7 @@ from parallel.cost.model import Flight, Layout, Network
 from parallel.cost.pace import Exchange
 from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
-from parallel.layout.axes import AXES, COMMON, SLOW, USED
+from parallel.layout.axes import AXES, COMMON, SLOW
 from recipes import build, exchanged, memory, over_link, predicted
 from recipes.candidate import Candidate
 from recipes.gaps import Gaps
@@ -55,7 +55,7 @@ class Case:
     @cached_property
     def base(self) -> build.Parts:
         """On one device, synchronous: shapes and shardings, of which sizes on any mesh follow."""
-        alone = dict.fromkeys((f"mesh.{axis}" for axis in USED), 1) | {"sync.strategy": "sync", "sync.codec": "none"}
+        alone = dict.fromkeys((f"mesh.{axis}" for axis in AXES), 1) | {"sync.strategy": "sync", "sync.codec": "none"}
         alone |= {"optimizer.accumulate": 1, "data.batch_size": 1, "sync.warm_steps": 0, "sync.algorithm": "auto"}
         alone |= {"sync.replicas": 0, "compute.xla_options": ""}  # which a place has no compiler for
         return build.build(changed(self.config, alone), self.mesh(dict.fromkeys(AXES, 1)))
@@ -132,7 +132,12 @@ def check_typed(case: Case) -> None:
         raise UsageError(
             f"compute.remat={remat} cannot be planned with: {' and '.join(REMAT)} can, and are what is tried"
         )
-    for axis in (axis for axis in USED if axis not in COMMON):
+    if case.config.model.experts:
+        raise UsageError(
+            f"model.experts={case.config.model.experts}: models with experts are not planned, so far: try a mesh with "
+            "train.py --target --dry_run"
+        )
+    for axis in (axis for axis in AXES if axis not in COMMON):
         if case.config.mesh[axis] != 1:
             raise UsageError(
                 f"mesh.{axis}={case.config.mesh[axis]}: mesh.{', mesh.'.join(COMMON)} are planned, so far: leave it at "
@@ -258,7 +263,7 @@ class Exchanging(NamedTuple):
 
 def exchanging(case: Case, sizes: Mapping[str, int], strategy: str, codec: str) -> Exchanging:
     """Raises UsageError."""
-    keys = method(case, strategy, codec) | {f"mesh.{axis}": sizes[axis] for axis in USED}
+    keys = method(case, strategy, codec) | {f"mesh.{axis}": sizes[axis] for axis in AXES}
     keys |= {"optimizer.accumulate": 1, "sync.replicas": 0, "compute.xla_options": ""}
     keys |= {"data.batch_size": math.prod(sizes.values())}  # which any mesh cuts; it has no part in this
     parts = build.build(changed(case.config, keys), case.mesh(sizes))

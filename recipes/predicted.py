@@ -43,6 +43,8 @@ def of(config: Any, parts: Parts) -> Predicted | None:
         return None
     if parts.replicas != sizes[SLOW] or config.optimizer.name == "muon":  # several on a device; products of its own
         return None
+    if config.model.experts:
+        return None
     if any(size != 1 for axis, size in sizes.items() if axis not in COMMON):
         return None
     if config.sync.exchange != "after":  # one message in flight after another

@@ -38,7 +38,7 @@ class AdapterOnly(Language):
 
     @cached_property
     def plain(self) -> Network:
-        return Network(self.model.config, self.model.compute, 0.0, self.lora)
+        return Network(self.model.config, self.model.compute, 0.0, (0.0, 0.0), self.lora)
 
     def init(self, key: jax.Array) -> Any:
         return self.lora.init(key, self.lora.trained)
@@ -66,7 +66,7 @@ def build(c: Any, mesh: Mesh) -> Language:
     with configuration.bad_input():
         lora = _lora(c, task)
     model = task.model
-    network = Network(model.config, model.compute, model.z_loss, lora)
+    network = Network(model.config, model.compute, model.z_loss, model.router, lora)
     return AdapterOnly(model=network, attention=task.attention, row=task.row, least=task.least, lora=lora)
 
 

@@ -20,6 +20,7 @@ from jax import lax
 
 from model.attention import rope_tables, rotate
 from model.config import ModelConfig
+from model.moe import route
 
 # XLA:CPU multiplies one row with transposed weights at a third of the rate since then, and at a higher one before.
 WEIGHTS_FIRST = jax.__version_info__ >= (0, 11)
@@ -106,13 +107,42 @@ def block(c: ModelConfig, w: Any, x_ND: jax.Array, tables: Any, attend: Attend) 
         q_NHK, k_NGK = rotate(q_NHK, *tables), rotate(k_NGK, *tables)
     y_NE, kept = attend(q_NHK, k_NGK, v_NGK)
     x_ND = x_ND + _plus(_over_tensor(_times(y_NE, w["out"])), w.get("out_bias"))
-    h_NF = _plus(_times(norm(c, w, "mlp_norm", x_ND), w["up"]), w.get("up_bias"))
+    h_ND = norm(c, w, "mlp_norm", x_ND)
+    y_ND = _routed(c, w, h_ND) if c.moe else None
+    if "up" in w:  # of all tokens
+        shared_ND = _fed_forward(c, h_ND, w["up"], w["down"], w.get("up_bias"))
+        y_ND = shared_ND if y_ND is None else y_ND + shared_ND
+    assert y_ND is not None
+    return x_ND + _plus(_over_tensor(y_ND), w.get("down_bias")), kept
+
+
+def _fed_forward(c: ModelConfig, x_ND: jax.Array, up_EI: jax.Array, down_EI: jax.Array, bias: Any = None) -> jax.Array:
+    h_NF = _plus(_times(x_ND, up_EI), bias)
     if c.mlp == "swiglu":
         gate_NF, up_NF = jnp.split(h_NF, 2, axis=1)
         h_NF = jax.nn.silu(gate_NF) * up_NF
     else:
         h_NF = jax.nn.gelu(h_NF, approximate=True)
-    return x_ND + _plus(_over_tensor(_times(h_NF, w["down"])), w.get("down_bias")), kept
+    return _times(h_NF, down_EI)
+
+
+def _routed(c: ModelConfig, w: Any, x_ND: jax.Array) -> jax.Array:
+    """Of experts, one after another, in the same order for every row: those that no row has chosen are not read."""
+    gates_Nk, ids_Nk, _ = route(c.moe, _times(x_ND.astype(jnp.float32), w["router"]), w.get("balance_bias"))
+
+    def add(expert: jax.Array, y_ND: jax.Array) -> jax.Array:
+        here_Nk = ids_Nk == expert
+
+        def added(y_ND: jax.Array) -> jax.Array:
+            own = (lax.dynamic_index_in_dim(w[name], expert, keepdims=False) for name in ("experts_up", "experts_down"))
+            gates_N1 = jnp.sum(jnp.where(here_Nk, gates_Nk, 0), axis=1, keepdims=True)
+            new_ND = y_ND + gates_N1 * _fed_forward(c, x_ND, *own).astype(y_ND.dtype)
+            return jnp.where(jnp.any(here_Nk, axis=1, keepdims=True), new_ND, y_ND)
+
+        return lax.cond(jnp.any(here_Nk), added, lambda y_ND: y_ND, y_ND)
+
+    y_ND = jnp.zeros(x_ND.shape, jnp.float32)
+    return lax.fori_loop(0, c.moe.experts, add, y_ND).astype(x_ND.dtype)
 
 
 def _plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:

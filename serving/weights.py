@@ -20,6 +20,8 @@ from parallel.layout import rules
 
 Weights = dict[str, Any]
 OUT, IN, WHOLE = P("tensor"), P(None, "tensor"), P()  # how an array [out, in] is cut
+EACH_OUT, EACH_IN = P(None, "tensor"), P(None, None, "tensor")  # of every expert
+FLOAT32 = ("norm", "scores", "counts")  # as in training
 
 
 def _out(*parts: jax.Array) -> jax.Array:
@@ -37,6 +39,16 @@ def _flat(*parts: jax.Array) -> jax.Array:
     return jnp.concatenate([b.reshape(-1) for b in parts])
 
 
+def _each_out(*parts: jax.Array) -> jax.Array:
+    """[X, D, …] of X experts -> [X, E, D]."""
+    return jnp.concatenate([w.swapaxes(1, 2) for w in parts], axis=1)
+
+
+def _each_in(w: jax.Array) -> jax.Array:
+    """[X, E, D] -> [X, D, E]."""
+    return w.swapaxes(1, 2)
+
+
 def _same(x: jax.Array) -> jax.Array:
     return x
 
@@ -49,9 +61,17 @@ def table(c: ModelConfig) -> dict[str, Row]:
     rows: dict[str, Row] = {
         "qkv": (_out, OUT, ("attention/q", "attention/k", "attention/v")),
         "out": (_in, IN, ("attention/out",)),
-        "down": (_in, IN, ("mlp/down",)),
     }
-    rows |= {"up": (_out, OUT, ("mlp/gate", "mlp/up") if c.mlp == "swiglu" else ("mlp/up",))}
+    feed = ("mlp/gate", "mlp/up") if c.mlp == "swiglu" else ("mlp/up",)
+    if c.moe is None:
+        rows |= {"up": (_out, OUT, feed), "down": (_in, IN, ("mlp/down",))}
+    else:
+        rows |= {"router": (_out, WHOLE, ("mlp/router",))}
+        rows |= {"experts_up": (_each_out, EACH_OUT, feed), "experts_down": (_each_in, EACH_IN, ("mlp/down",))}
+        rows |= {"balance_bias": (_same, WHOLE, ("mlp/balance_bias",))} if c.moe.balance == "bias" else {}
+    if c.moe and c.moe.shared:
+        shared = tuple(name.replace("mlp/", "mlp/shared/") for name in feed)
+        rows |= {"up": (_out, OUT, shared), "down": (_in, IN, ("mlp/shared/down",))}
     if c.bias != "none":
         rows["qkv_bias"] = (_flat, OUT, ("attention/q_bias", "attention/k_bias", "attention/v_bias"))
     if c.bias == "all":
@@ -118,13 +138,13 @@ def abstract(shapes: Mapping[str, Any], axes: Mapping[str, Any], c: ModelConfig,
 
 
 def _maker(make: Callable, spec: P, logical: Any, dtype: Any, mesh: Mesh, stacked: bool) -> Callable:
-    """f(layer, *arrays) of one layer's array; of norms in float32, as in training."""
+    """f(layer, *arrays) of one layer's array."""
 
     def body(layer: jax.Array, *arrays: jax.Array) -> jax.Array:
         parts = [_whole(lax.dynamic_index_in_dim(x, layer, keepdims=False) if stacked else x, axes[stacked:])
                  for x, axes in zip(arrays, logical, strict=True)]  # fmt: skip
         found = make(*parts)
-        return found if logical[0][-1] == "norm" else found.astype(dtype)
+        return found if logical[0][-1] in FLOAT32 else found.astype(dtype)
 
     in_specs = (P(), *(rules.spec(axes) for axes in logical))
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False))

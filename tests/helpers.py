@@ -31,14 +31,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def name(mesh: tuple[int, ...]) -> str:
-    return {3: "r{}f{}t{}", 4: "r{}f{}c{}t{}", 5: "r{}s{}f{}c{}t{}"}[len(mesh)].format(*mesh)
+    said = {3: "r{}f{}t{}", 4: "r{}f{}c{}t{}", 5: "r{}s{}f{}c{}t{}", 6: "r{}s{}f{}e{}c{}t{}"}
+    return said[len(mesh)].format(*mesh)
 
 
 def sizes(mesh: tuple[int, ...]) -> dict[str, int]:
-    """replica × fsdp × tensor; with context before the last; or with stage after the first, too."""
-    every = meshes.USED
-    axes = {3: meshes.COMMON, 4: tuple(axis for axis in every if axis != "stage"), 5: every}[len(mesh)]
-    return dict(zip(axes, mesh, strict=True))
+    """replica × fsdp × tensor; with context before the last; with stage after the first, too; or all."""
+    few = {3: ("stage", "expert", "context"), 4: ("stage", "expert"), 5: ("expert",), 6: ()}[len(mesh)]
+    return dict(zip((axis for axis in meshes.AXES if axis not in few), mesh, strict=True))
 
 
 def tiny(**overrides: Any):
@@ -50,6 +50,11 @@ def tiny(**overrides: Any):
         config.update_from_flattened_dict({key.replace("__", "."): value})
     methods.validate(config)
     return config
+
+
+def dropless(experts: int) -> dict[str, Any]:
+    """Overrides of a model whose loss no mesh may change; 0: without experts."""
+    return {"model__experts": experts, "moe__balance_weight": 0.0, "moe__rows": "worst"} if experts else {}
 
 
 def build(config, mesh: tuple[int, ...]) -> Parts:

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,21 @@ CONFIGS = {
     "mistral": lambda: transformers.MistralConfig(**SHARED, sliding_window=7),
     "qwen2": lambda: transformers.Qwen2Config(**SHARED, sliding_window=9, use_sliding_window=False),
     "qwen3": lambda: transformers.Qwen3Config(**SHARED, head_dim=16),
+    "mixtral": lambda: transformers.MixtralConfig(**SHARED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SHARED, head_dim=16, moe_intermediate_size=40, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False
+    ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=V, n_embd=48, n_layer=3, n_head=6, n_positions=256, eos_token_id=0, bos_token_id=0,
         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
     ),
 }  # fmt: skip
+
+
+EXPERTS = {  # names in their files: of a layer's experts; of gate, up and down
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
 
 
 def tokens() -> np.ndarray:
@@ -51,6 +62,8 @@ def make(folder: Path) -> None:
             for weight in model.parameters():
                 weight.add_(0.1 * torch.randn_like(weight))
         model.save_pretrained(folder / name)
+        if name in EXPERTS:
+            model.save_pretrained(folder / f"{name}-fused", save_original_format=False)
         words = {"<eos>": 0} | {chr(0x100 + i): i for i in range(1, V)}
         tokenizer = Tokenizer(models.BPE(words, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,8 +72,24 @@ def make(folder: Path) -> None:
         ids = torch.from_numpy(tokens())
         logits = model(ids[:, :-1]).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-        grads = {f"grad/{key}": weight.grad.numpy() for key, weight in model.named_parameters()}
-        np.savez(folder / f"{name}.npz", logits=logits.detach().numpy(), **grads)
+        grads = {key: weight.grad.numpy() for key, weight in model.named_parameters()}
+        grads = dict(pair for key, x in grads.items() for pair in as_in_files(name, key, x))
+        np.savez(folder / f"{name}.npz", logits=logits.detach().numpy(), **{f"grad/{k}": x for k, x in grads.items()})
+
+
+def as_in_files(model: str, name: str, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Of experts, which are one array in memory, the names and arrays of their files."""
+    if model not in EXPERTS or ".mlp." not in name:
+        yield name, x
+        return
+    layer, _, what = name.partition(".mlp.")
+    where, gate, up, down = EXPERTS[model]
+    if what == "gate.weight":
+        yield f"{layer}.{where}.gate.weight", x
+    for number, own in enumerate(x if what.startswith("experts.") else ()):
+        parts = zip((gate, up), np.split(own, 2), strict=True) if "gate_up" in what else [(down, own)]
+        for part, weight in parts:
+            yield f"{layer}.{where}.experts.{number}.{part}.weight", weight
 
 
 def read(folder: Path) -> None:

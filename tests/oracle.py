@@ -34,7 +34,8 @@ def logits(params: dict[str, Any], tokens_T: np.ndarray, c) -> np.ndarray:
     for index in range(c.num_layers):
         layer = layer_of(params["blocks"], index)
         x_TD = x_TD + attention(norm(x_TD, layer["attention_norm"], c), layer["attention"], c)
-        x_TD = x_TD + mlp(norm(x_TD, layer["mlp_norm"], c), layer["mlp"], c)
+        half = experts if c.moe else mlp
+        x_TD = x_TD + half(norm(x_TD, layer["mlp_norm"], c), layer["mlp"], c)
     head_DV = params["embed"].T if c.tie_embeddings else params["head"]
     return norm(x_TD, params["final_norm"], c) @ head_DV
 
@@ -71,6 +72,22 @@ def mlp(x_TD: np.ndarray, w: dict[str, np.ndarray], c) -> np.ndarray:
     h_TF = 0.5 * h_TF * (1 + np.tanh(np.sqrt(2 / np.pi) * (h_TF + 0.044715 * h_TF**3)))  # Hendrycks & Gimpel 2016
     return h_TF @ w["down"] + (w["down_bias"] if c.bias == "all" else 0)
 
+
+def experts(x_TD: np.ndarray, w: dict[str, Any], c) -> np.ndarray:
+    """Every token through every expert; what it has not chosen counts 0. Its gates: softmax over all experts
+    (Fedus et al. 2021, eq. 1), or of each alone (DeepSeek-V3, eq. 15)."""
+    s_TE = x_TD @ w["router"]
+    s_TE = 1 / (1 + np.exp(-s_TE)) if c.moe.router == "sigmoid" else np.exp(s_TE) / np.exp(s_TE).sum(1, keepdims=True)
+    y_TD = mlp(x_TD, w["shared"], c) if c.moe.shared else np.zeros_like(x_TD)
+    for t, s_E in enumerate(s_TE):
+        chosen = np.argsort(-(s_E + w.get("balance_bias", 0)), kind="stable")[: c.moe.chosen]
+        total = s_E[chosen].sum() if c.moe.normalise else 1
+        for e in chosen:
+            y_TD[t] += s_E[e] / total * mlp(x_TD[t : t + 1], {name: w[name][e] for name in SWIGLU}, c)[0]
+    return y_TD
+
+
+SWIGLU = ("gate", "up", "down")
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1315,7 +1315,7 @@ CASES = [
     TakenOut(
         "task: muon takes arrays that have no model dimension",
         "optim/muon.py",
-        'return in_blocks and "embed" in names and any(name not in ("embed", "layers") for name in names)',
+        'return in_blocks and "embed" in names and any(name not in ("embed", *STACKS) for name in names)',
         "return in_blocks",
         "tests/test_task.py -k every_codec",
     ),

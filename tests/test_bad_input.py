@@ -197,6 +197,9 @@ def test_every_choice_lists_its_values(key, fails):
         "attention.": "mesh.context=2",
         "pipeline.r": "mesh.stage=2",
         "pipeline.g": "mesh.stage=2",
+        "model.rout": "model.experts=4",
+        "model.bala": "model.experts=4",
+        "moe.dispat": "model.experts=4",
     }
     read = [f"--config.{reads[key[:10]]}"] if key[:10] in reads else []
     message = fails(TINY, f"--config.{key}={text}", *read)

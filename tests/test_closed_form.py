@@ -18,8 +18,10 @@ from parallel.exchange import residuals, units
 from parallel.exchange.codecs import CODECS, rounds
 from parallel.exchange.codecs.base import is_round
 from parallel.exchange.exchange import Feedback
+from parallel.layout import experts
 from parallel.layout import mesh as meshes
 from recipes import aot, context, methods, programs
+from recipes.experts import described, sent
 
 EVERY = [pytest.mark.slow, pytest.mark.prove]
 SIZES = {"replica": 2, "fsdp": 2, "tensor": 2}
@@ -152,3 +154,24 @@ def test_over_stages_go_two_activations_a_tick_and_pass(chips, gather):
         over_fsdp.append(sent("fsdp", False))
     assert rest[0] == rest[1]
     assert over_fsdp[0] == over_fsdp[1] if gather == "step" else over_fsdp[0] < over_fsdp[1]
+
+
+@pytest.mark.slow
+@pytest.mark.prove
+@pytest.mark.parametrize("chosen", [2, 4])
+def test_on_the_way_to_experts_goes_the_closed_form_and_little_is_multiplied_in_vain(chips, chosen):
+    config = helpers.tiny(
+        model__model_dim=256, model__head_dim=128, model__num_heads=4, model__num_kv_heads=2, model__mlp_dim=512,
+        model__experts=8, model__experts_per_token=chosen, data__seq_len=256, data__batch_size=32,
+        compute__attention="reference", compute__remat="full", sync__codec="int4",
+    )  # fmt: skip
+    parts = recipes.build.build(config, meshes.build({"replica": 2, "expert": 4}, chips))
+    ((name, lower),) = programs.steps(parts).items()
+    compiled = lower().compile(compiler_options=parts.xla_options)
+    text = compiled.as_text()
+    assert helpers.exchanged(text, parts.mesh) == aot.predicted(name, parts)["replica"]
+    found = [c for c in wire.collectives(text, parts.mesh) if experts.SCOPE in c.scope]
+    assert {c.axis for c in found} == {"expert"}
+    assert sum(c.sent for c in found) == pytest.approx(sent(config, parts), rel=0.05)
+    own = described(config, parts.mesh.shape, parts.task.model.compute)
+    assert own.multiplied <= 1.3 * own.tokens * own.chosen

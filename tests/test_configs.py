@@ -53,7 +53,10 @@ def with_vocabulary(model: Transformer, size: int) -> Transformer:
         ("llama3_1b", 1_235_814_400),
         ("llama3_8b", 8_030_261_248),
         ("llama3_70b", 70_553_706_496),
+        ("llama3_405b", 405_853_388_800),
         ("qwen3_600m", 596_049_920),
+        ("mixtral_8x7b", 46_702_792_704),
+        ("qwen3_30b_a3b", 30_532_122_624),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, published):
@@ -65,7 +68,7 @@ def test_parameter_counts_are_the_published_ones(name, published):
 
 
 def test_axes_name_every_dimension_of_every_weight():
-    for name in ("gpt2_124m", "llama3_1b", "qwen3_600m"):
+    for name in ("gpt2_124m", "llama3_1b", "qwen3_600m", "mixtral_8x7b"):
         model = known(name)
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         jax.tree.map(lambda x, axes: len(x.shape) == len(axes) or pytest.fail(f"{x} {axes}"), shapes, model.axes)

@@ -61,7 +61,7 @@ class Made:
     @property
     def _forward(self) -> Any:
         def forward(params: Any, tokens_BT: jax.Array) -> jax.Array:
-            x_BTD, head_DV = self.model.features(params, tokens_BT, rules.Constrain(None))
+            x_BTD, head_DV, _ = self.model.features(params, tokens_BT, rules.Constrain(None))
             return jax.nn.log_softmax(x_BTD @ head_DV)
 
         return jitted(self.model, forward)

@@ -1,5 +1,10 @@
-"""On every mesh of eight devices, whatever its axes, tiny trains like one device: with another way to keep activations,
-to accumulate, to attend and to go through stages on each, and with documents by turns."""
+"""On every mesh of eight devices, whatever its axes, tiny trains like one device, and so it does with experts: with
+another way to keep activations, to accumulate, to attend, to go through stages and to come to experts on each, and with
+documents by turns."""
+
+import os
+import subprocess
+import sys
 
 import helpers
 import numpy as np
@@ -8,36 +13,52 @@ from test_parity import check
 
 from parallel.layout import mesh as meshes
 
-LAYERS, SEED = 2, 3
-# replica × stage × fsdp × context × tensor; the tiny model has no more layers to cut
-MESHES = [mesh for mesh in meshes.factorings(8, len(meshes.USED)) if mesh[1] <= LAYERS]
+LAYERS, EXPERTS, SEED = 2, 8, 3
+# replica × stage × fsdp × expert × context × tensor; the tiny model has no more layers to cut
+ROUTED = [mesh for mesh in meshes.factorings(8, len(meshes.AXES)) if mesh[1] <= LAYERS]
+DENSE = [mesh for mesh in ROUTED if mesh[3] == 1]
 OPTIONS = {
     "compute__remat": ("none", "matmuls", "dots", "full"),
     "optimizer__accumulate": (1, 2, 4),
     "data__document_mask": (False, True),
     "attention__context": ("ring", "gather", "heads"),
     "pipeline__remat": ("layer", "stage"),
-    "pipeline__gather": ("tick", "step"),
 }
+OF_DENSE = OPTIONS | {"pipeline__gather": ("tick", "step")}
+OF_ROUTED = OPTIONS | {"moe__dispatch": ("grouped", "capacity")}
+PROVE = [pytest.mark.slow, pytest.mark.prove]
 
 
-def options(number: int) -> dict:
+def options(number: int, choices: dict) -> dict:
     """Of a mesh: drawn, so that any two options meet somewhere."""
     draw = np.random.default_rng([SEED, number])
-    return {key: values[draw.integers(len(values))] for key, values in OPTIONS.items()}
+    return {key: values[draw.integers(len(values))] for key, values in choices.items()}
 
 
-def test_any_two_options_meet():
-    every = [options(i) for i in range(len(MESHES))]
-    keys = list(OPTIONS)
+@pytest.mark.parametrize(("meshes", "choices"), [(DENSE, OF_DENSE), (ROUTED, OF_ROUTED)], ids=["dense", "experts"])
+def test_any_two_options_meet(meshes, choices):
+    every = [options(i, choices) for i in range(len(meshes))]
+    keys = list(choices)
     for i, one in enumerate(keys):
         for other in keys[i + 1 :]:
             met = {(found[one], found[other]) for found in every}
-            assert len(met) == len(OPTIONS[one]) * len(OPTIONS[other]), (one, other)
+            assert len(met) == len(choices[one]) * len(choices[other]), (one, other)
 
 
-@pytest.mark.slow
-@pytest.mark.prove
-@pytest.mark.parametrize("number", range(len(MESHES)), ids=lambda i: helpers.name(MESHES[i]))
+@pytest.mark.parametrize("number", [pytest.param(i, marks=PROVE, id=helpers.name(m)) for i, m in enumerate(DENSE)])
 def test_every_factoring_of_eight_devices_trains_like_one_device(number):
-    check(MESHES[number], True, **options(number))
+    check(DENSE[number], True, **options(number, OF_DENSE))
+
+
+@pytest.mark.parametrize("number", [pytest.param(i, marks=PROVE, id=helpers.name(m)) for i, m in enumerate(ROUTED)])
+def test_with_experts_too(number):
+    check(ROUTED[number], True, **helpers.dropless(EXPERTS), **options(number, OF_ROUTED))
+
+
+@pytest.mark.parametrize("name", ["", *(pytest.param(name, marks=pytest.mark.slow) for name in helpers.EXCHANGES)])
+def test_all_six_axes_at_once(name):
+    """On 64 devices, for which a process of its own is needed."""
+    command = [sys.executable, str(helpers.ROOT / "tests" / "six_axes.py"), name]
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "NPROC")}
+    done = subprocess.run(command, cwd=helpers.ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr

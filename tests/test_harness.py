@@ -56,7 +56,7 @@ def direct(run, ids):
     """[T, V], natural logarithms."""
     tokens_BT = np.zeros((1, 64), np.int32)
     tokens_BT[0, : len(ids)] = ids
-    x_BTD, head_DV = run.parts.task.model.features(run.params, tokens_BT, Constrain(None))
+    x_BTD, head_DV, _ = run.parts.task.model.features(run.params, tokens_BT, Constrain(None))
     return np.asarray(jax.nn.log_softmax(x_BTD @ head_DV))[0]
 
 

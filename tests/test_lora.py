@@ -33,7 +33,7 @@ from runtime.steps import committed, read_record
 LORA = {"lora__rank": 4, "lora__alpha": 8.0, "init__workdir": "runs/base"}
 SCALE = 8.0 / 4
 
-EMBED = ("fsdp", "context")
+EMBED = ("fsdp", "expert", "context")
 STAGED = pytest.param((1, 2, 2, 1, 2), marks=pytest.mark.slow)
 
 
@@ -103,7 +103,7 @@ def merged(weights: Any, adapter: Any, scale: float = SCALE) -> Any:
 
 
 def logits_and_loss(parts: Parts, whole: Any, tokens_BT: Any) -> tuple[Any, Any]:
-    x_BTD, head_DV = parts.task.model.features(whole, tokens_BT[:, :-1], Constrain(parts.mesh))
+    x_BTD, head_DV, _ = parts.task.model.features(whole, tokens_BT[:, :-1], Constrain(parts.mesh))
     logits_BTV = x_BTD @ head_DV
     picked_BT1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BT[:, 1:, None], axis=2)
     return -jnp.sum(picked_BT1), logits_BTV
@@ -314,9 +314,11 @@ def test_it_is_opened_merged_and_goes_out_merged_or_alone(base, run, tmp_path):
     row = next(row for row in families.FAMILIES["llama"].rows if row.ours == "blocks/attention/out")
     whole = np.asarray(named_arrays(opened.params)[row.ours][1])
     sizes = families.sizes(run.config.model, 320, 16)
-    np.testing.assert_array_equal(out[row.theirs.format(1)], row.to_theirs(whole, sizes).astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(
+        out[row.theirs.format(layer=1)], row.to_theirs(whole, sizes).astype(ml_dtypes.bfloat16)
+    )
     theirs = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    module = "base_model.model." + row.theirs.format(1).removesuffix(".weight")
+    module = "base_model.model." + row.theirs.format(layer=1).removesuffix(".weight")
     a_rI, b_Or = theirs[f"{module}.lora_A.weight"], theirs[f"{module}.lora_B.weight"]
     before = row.to_theirs(weights["blocks"]["attention"]["out"][1], sizes)
     np.testing.assert_allclose(before + 2.0 * b_Or @ a_rI, row.to_theirs(whole, sizes), atol=1e-6)

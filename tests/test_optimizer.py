@@ -36,7 +36,15 @@ AXES = {
 }
 SIZES = {"vocab": 10, "embed": 8, "norm": 8, "heads": 2, "head_dim": 3, "layers": 2, "mlp": 12}
 SPARED = ("scale", "q_bias", "bias")  # by weight decay
-DEFAULTS = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.1, "clip_norm": 0.0}
+DEFAULTS = {
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "momentum": 0.9,
+    "weight_decay": 0.1,
+    "clip_norm": 0.0,
+    "balance_rate": 0.0,
+}
 
 
 def random_tree(seed: int, size: float = 1.0):

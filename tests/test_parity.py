@@ -16,9 +16,9 @@ BOTH = pytest.mark.parametrize("uneven", [True, pytest.param(False, marks=SLOW)]
 
 
 @cache
-def one_device(uneven: bool, masked: bool):
+def one_device(uneven: bool, masked: bool, experts: int):
     """Losses and first gradients on one device: what everything else is compared with."""
-    config = helpers.tiny(data__document_mask=masked)
+    config = helpers.tiny(data__document_mask=masked, **helpers.dropless(experts))
     parts = helpers.build(config, (1, 1, 1))
     return helpers.losses(config, parts, STEPS, uneven), helpers.first_gradients(config, parts, uneven)
 
@@ -27,12 +27,12 @@ def check(mesh, uneven: bool, **overrides):
     config = helpers.tiny(**overrides)
     parts = helpers.build(config, mesh)
     found = helpers.losses(config, parts, STEPS, uneven), helpers.first_gradients(config, parts, uneven)
-    compare(*found, uneven, config.data.document_mask)
+    compare(*found, uneven, config.data.document_mask, config.model.experts)
 
 
-def compare(losses, gradients, uneven: bool, masked: bool = False):
+def compare(losses, gradients, uneven: bool, masked: bool = False, experts: int = 0):
     """With one device's. masked: documents."""
-    wanted, wanted_gradients = one_device(uneven, masked)
+    wanted, wanted_gradients = one_device(uneven, masked, experts)
     assert wanted[-1] < 0.9 * wanted[0], "the loss must fall, else equal losses show nothing"
     assert helpers.relative(losses, wanted) <= 5e-6
     total = np.sqrt(sum(np.sum(g**2) for g in wanted_gradients.values()))

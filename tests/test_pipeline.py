@@ -69,7 +69,7 @@ def test_what_ends_belongs_to_what_has_started(count, micro):
 
     def staged(w_L):
         x_NTD = stages.start(jnp.asarray(x_BTD), ("positions", None))
-        return stages.run(layer_of, jnp.asarray(known_BT), x_NTD, w_L, ("layers", None), lambda w: w)
+        return stages.run(layer_of, jnp.asarray(known_BT), x_NTD, w_L, ("layers", None), lambda w: w)[0]
 
     y_BTD = jax.jit(lambda w_L: stages.back(staged(w_L), ("positions", None)))(w_L)
     np.testing.assert_allclose(y_BTD, plain(w_L), rtol=1e-5)
@@ -109,7 +109,7 @@ def test_what_is_handed_on_is_that_of_all_replicas_of_a_device():
 
 def test_a_further_dimension_of_layers_is_not_cut():
     """As of a caller's own model, whose loops lie in each other."""
-    assert spec(("layers", "layers", "embed", "mlp")) == P("stage", None, ("fsdp", "context"), "tensor")
+    assert spec(("layers", "layers", "embed", "mlp")) == P("stage", None, ("fsdp", "expert", "context"), "tensor")
 
 
 EXCHANGES = helpers.EXCHANGES | {

@@ -16,8 +16,8 @@ from parallel.layout import roles, rules
 from parallel.strategies import resume
 from runtime.digest import named_arrays
 
-# fsdp × tensor; with context between; or with stage before
-MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 2, 1), (1, 2, 2), (2, 1, 1, 2), (2, 2, 1, 1)]
+# fsdp × tensor; with context between; with stage before; or with expert, too
+MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 2, 1), (1, 2, 2), (2, 1, 1, 2), (1, 1, 2, 1, 2), (2, 2, 1, 1)]
 REPLICAS = (2, 3, 4)
 LAYERS = 4  # two for each stage, as fragments need them
 SMALL = MESHES[-1]

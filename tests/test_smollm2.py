@@ -63,7 +63,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(sizes, workdir, thei
     theirs.logits(ids, tmp_path / "theirs.npy")
 
     def logits(params: Any, tokens_BT: jax.Array) -> jax.Array:
-        x_BTD, head_DV = model.features(params, tokens_BT, Constrain(mesh))
+        x_BTD, head_DV, _ = model.features(params, tokens_BT, Constrain(mesh))
         return x_BTD[:1, :256] @ head_DV
 
     tokens_BT = np.zeros((2, 768), np.int32)

@@ -341,7 +341,12 @@ def test_a_codec_a_strategy_an_optimizer_and_a_loss_of_a_caller_s_train_and_go_o
         "3/hyperparams/step_size",
     } <= arrays.keys()
     leading = ("replica",) if own else ()
-    assert tuple(arrays["1/mu/blocks/weight"].sharding.spec) == (*leading, "stage", ("fsdp", "context"), "tensor")
+    assert tuple(arrays["1/mu/blocks/weight"].sharding.spec) == (
+        *leading,
+        "stage",
+        ("fsdp", "expert", "context"),
+        "tensor",
+    )
 
 
 SIGNS = {"codec": "sign", "error_feedback": "off", "stochastic": True}

@@ -26,7 +26,7 @@ from runtime import verify
 from runtime.config import UsageError
 from runtime.digest import named_arrays
 
-SIZES = {"D": 8, "H": 6, "G": 2, "K": 4, "F": 10, "V": 12, "P": 5, "3": 3}
+SIZES = {"D": 8, "H": 6, "G": 2, "K": 4, "F": 10, "V": 12, "P": 5, "3": 3, "E": 7}
 ROWS = [(family, row) for family in FAMILIES.values() for row in family.rows]
 LLAMA = {
     "model_type": "llama", "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -70,7 +70,7 @@ def write(folder: Path, config: dict[str, Any] = LLAMA, dtype: Any = np.float32)
     weights = {
         name: draw.normal(size=row.their_shape(sizes)).astype(dtype)
         for row in family.table(model.tie_embeddings)
-        for name in row.names(model.num_layers)
+        for name in row.places(model.num_layers, model.experts)
     }
     folder.mkdir(exist_ok=True)
     safetensors.numpy.save_file(weights, folder / files.SINGLE, {"format": "pt"})
@@ -346,6 +346,7 @@ def test_a_header_that_lies_is_refused_before_anything_is_read(edit, tmp_path):
 
 # ── transformers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+ROUTED = ["mixtral", "qwen3_moe"]
 MESHES = {"one device": {}, "fsdp 2, tensor 2": {"fsdp": 2, "tensor": 2}}
 
 
@@ -371,24 +372,25 @@ def made(tmp_path_factory) -> tuple[Path, Any]:
 
 @pytest.mark.slow
 @pytest.mark.prove
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gpt2", *ROUTED])
 def test_logits_and_gradients_are_those_of_transformers(name, made, tmp_path):
     folder, oracle = made
     wanted = np.load(folder / f"{name}.npz")
     command("import", folder / name, tmp_path / "run")
     ids = np.random.default_rng(0).integers(1, 320, (2, 25))
     batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "mask": np.ones((2, 24), np.float32)}
-    for sizes in MESHES.values():
-        run = sl.open(tmp_path / "run", mesh=sizes, data={"batch_size": 4, "seq_len": 24 if name != "gpt2" else 256})
+    data = {"batch_size": 4, "seq_len": 24 if name != "gpt2" else 256}
+    for sizes in [*MESHES.values(), *([{"expert": 2, "tensor": 2}] if name in ROUTED else [])]:
+        run = sl.open(tmp_path / "run", mesh=sizes, data=data, moe={"rows": "worst"} if name in ROUTED else {})
         model, mesh = run.parts.task.model, run.parts.mesh
         arrays = {key: jnp.asarray(x) for key, x in batch.items()}
 
         def logits(params, tokens, model=model, mesh=mesh):
-            x_BTD, head_DV = model.features(params, tokens, Constrain(mesh))
+            x_BTD, head_DV, _ = model.features(params, tokens, Constrain(mesh))
             return x_BTD @ head_DV
 
-        def loss(params, arrays, model=model, mesh=mesh):
-            total, weight = model.loss(params, arrays, Constrain(mesh))
+        def loss(params, arrays, model=run.parts.task.plain, mesh=mesh):
+            total, weight, *_ = model.loss(params, arrays, Constrain(mesh))
             return total / weight
 
         found = np.asarray(jax.jit(logits)(run.params, arrays["tokens"]))
@@ -405,14 +407,30 @@ def test_logits_and_gradients_are_those_of_transformers(name, made, tmp_path):
         np.testing.assert_array_equal(again["greedy"], before["greedy"])
 
 
+@pytest.mark.slow
+@pytest.mark.prove
+@pytest.mark.parametrize("name", ROUTED)
+def test_experts_in_one_array_are_read_too(name, made, tmp_path):
+    """As transformers 5 holds them, and saves them with save_original_format=False."""
+    folder, _ = made
+    found = []
+    for kind in (name, f"{name}-fused"):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / kind / file).write_bytes((folder / name / file).read_bytes())
+        command("import", folder / kind, tmp_path / kind)
+        found.append(named_arrays(sl.open(tmp_path / kind, data={"batch_size": 8}).params))
+    assert sorted(found[0]) == sorted(found[1])
+    for key, x in found[0].items():
+        np.testing.assert_array_equal(x, found[1][key], key)
+
+
 def check_gradients(gradients: dict[str, Any], wanted: Any, config: Any) -> None:
     family = families.of(config.model)
     sizes = families.sizes(config.model, config.data.vocab_size, config.data.seq_len)
     total = np.sqrt(sum(np.sum(wanted[key] ** 2) for key in wanted.files if key.startswith("grad/")))
     for row in family.table(config.model.tie_embeddings):
-        for layer, name in enumerate(row.names(config.model.num_layers)):
+        for name, place in row.places(config.model.num_layers, config.model.experts).items():
             theirs = row.to_ours(wanted[f"grad/{name}"], sizes)
-            ours = np.asarray(gradients[row.ours])
-            ours = ours[layer] if row.is_stacked else ours
+            ours = np.asarray(gradients[row.ours])[place]
             bound = 1e-4 * max(np.linalg.norm(theirs), 1e-3 * total)
             assert np.linalg.norm(ours - theirs) <= bound, name

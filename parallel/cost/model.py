@@ -226,7 +226,7 @@ def sent(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
 
 
 def _over_fsdp(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
-    (axis,), n, A = rules.RULES["batch"], lay.cut("batch"), lay.accumulate
+    axis, n, A = rules.RULES["batch"][0], lay.cut("batch"), lay.accumulate
     gathered = lambda weights: sum((n - 1) / n * _own(w, lay, without=axis) * net.itemsize for w in weights)
     weights = [w for w in net.layer if axis in _mesh_axes(w)]
     layer = net.layers * A * gathered(weights)
@@ -299,7 +299,7 @@ class Flight(NamedTuple):
 def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float]]:
     """Temporary bytes by the moments at which a step may hold most: {moment: {array: bytes}}. The state lies beside
     them."""
-    (fsdp,), t, n = rules.RULES["batch"], lay.cut("mlp"), tokens(net, lay)
+    fsdp, t, n = rules.RULES["batch"][0], lay.cut("mlp"), tokens(net, lay)
     layer = sum(_own(w, lay) for w in net.trained_layer)
     whole = sum(_own(w, lay, without=fsdp) for w in net.layer)
     weights = net.layers * layer + sum(_own(w, lay) for w in net.trained_ends)

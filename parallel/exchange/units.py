@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ from jax.tree_util import keystr
 from parallel.exchange.codecs import rounds
 from parallel.exchange.codecs.base import is_round
 from parallel.exchange.codecs.plain import Identity
-from parallel.layout.axes import STAGE, first
-from parallel.layout.rules import of, shards, spec
+from parallel.layout.axes import LATER, STAGE, first
+from parallel.layout.rules import BATCH, of, shards, spec
 
 SMALL = 2**14  # shards of fewer elements share one unit: a collective has a price of its own
 SMALL_UNIT = "small"
@@ -32,21 +32,26 @@ class Unit:
     size: int  # of one device's shard of the unit
     local: Any  # that shard as a Leaf, for the codecs that want matrices
     codec: Any
-    salt: int  # of its random keys
     pieces: int  # that follow each other in the array
     piece: tuple[int, ...]  # the shape of each
+
+    @property
+    def salt(self) -> int:
+        """Of its random keys."""
+        return zlib.crc32(self.name.encode())
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array. batch_dims: how many leading dimensions only count matrices (layers). rows: how many of the next ones
-    are their rows, the rest being the columns; 0: the array holds vectors."""
+    """An array. batch_dims: how many leading dimensions only count matrices (layers, experts). rows: how many of
+    the next ones are their rows, the rest being the columns; 0: the array holds vectors. exact: whatever the codec."""
 
     name: str
     shape: tuple[int, ...]
     spec: P
     batch_dims: int = 0
     rows: int = 0
+    exact: bool = False
 
     @property
     def size(self) -> int:
@@ -61,25 +66,23 @@ class Leaf:
         return math.prod(self.shape[:first]), math.prod(self.shape[first:second]), math.prod(self.shape[second:])
 
     def shard(self, sizes: Mapping[str, int]) -> "Leaf":
-        """One device's shard, on a mesh of these sizes."""
+        """One device's, on a mesh of these sizes."""
         entries = (*self.spec, *[None] * (len(self.shape) - len(self.spec)))
         shape = tuple(n // shards(entry, sizes) for n, entry in zip(self.shape, entries, strict=True))
-        return Leaf(self.name, shape, self.spec, self.batch_dims, self.rows)
+        return replace(self, shape=shape)
 
     def with_layers(self, layers: int) -> "Leaf":
-        """The same array with so many layers."""
-        return Leaf(self.name, (layers, *self.shape[1:]), self.spec, self.batch_dims, self.rows)
+        return replace(self, shape=(layers, *self.shape[1:]))
 
 
 def leaves(shapes_tree: Any, axes_tree: Any) -> Any:
     """A tree of Leaf. An array is a matrix if it has the model dimension and another one besides layers."""
 
     def leaf(path, x, axes) -> Leaf:
-        batch_dims = int(axes[:1] == ("layers",))
-        rest = axes[batch_dims:]
+        rest, name = [axis for axis in axes if axis not in BATCH], keystr(path, simple=True, separator="/")
         is_matrix = "embed" in rest and len(rest) > 1
         rows = (len(rest) - 1 if rest[-1] == "embed" else 1) if is_matrix else 0
-        return Leaf(keystr(path, simple=True, separator="/"), tuple(x.shape), spec(axes), batch_dims, rows)
+        return Leaf(name, tuple(x.shape), spec(axes), len(axes) - len(rest), rows, "counts" in axes)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes_tree, axes_tree)
 
@@ -88,15 +91,16 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
     """Large arrays, and matrices that a codec wants whole, each by itself: memory is bounded by the largest. The small
     ones together, by the mesh axes they are sharded over: a block that mixed sharded and replicated values would
     decode to different copies of the replicated ones."""
-    units, buckets, staged = [], {}, mesh.shape[STAGE] > 1
+    known = [axis for axis in mesh.axis_names if axis not in LATER or mesh.shape[axis] > 1]
+    units, buckets, staged = [], {}, STAGE in known
     for i, leaf in enumerate(jax.tree.leaves(leaves_tree)):
         local = leaf.shard(mesh.shape)
-        axes = tuple(axis for axis in mesh.axis_names if axis in of(leaf.spec) and (staged or axis != STAGE))
-        own: Any = codec if not is_round(codec) or codec.takes(local) else Identity()
+        axes = tuple(axis for axis in known if axis in of(leaf.spec))
+        own: Any = codec if not leaf.exact and (not is_round(codec) or codec.takes(local)) else Identity()
         if local.size >= SMALL or (is_round(own) and own.per_matrix and local.matrix is not None):
             pieces = 1 if is_round(own) else rounds.pieces(local.shape)
-            cut = pieces, _piece(local.shape, pieces)
-            units.append(Unit(leaf.name, (i,), (local.shape,), axes, local.size, local, own, _salt(leaf.name), *cut))
+            more = (local.size, local, own, pieces, _piece(local.shape, pieces))
+            units.append(Unit(leaf.name, (i,), (local.shape,), axes, *more))
         else:
             buckets.setdefault((axes, first(leaf.spec, staged), own), []).append((i, local))
     for (axes, cut, own), found in buckets.items():
@@ -104,7 +108,7 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
         numbers, locals_ = zip(*found, strict=True)
         whole = Leaf(name, (sum(local.size for local in locals_),), P(None))
         shapes = tuple(local.shape for local in locals_)
-        units.append(Unit(name, numbers, shapes, axes, whole.size, whole, own, _salt(name), 1, whole.shape))
+        units.append(Unit(name, numbers, shapes, axes, whole.size, whole, own, 1, whole.shape))
     return tuple(units)
 
 
@@ -115,7 +119,3 @@ def _piece(shape: tuple[int, ...], pieces: int) -> tuple[int, ...]:
         sizes.append(n // min(n, pieces))
         pieces //= min(n, pieces)
     return tuple(sizes)
-
-
-def _salt(name: str) -> int:
-    return zlib.crc32(name.encode())

@@ -11,9 +11,9 @@ from typing import Any
 AXES: tuple[str, ...] = ("replica", "stage", "fsdp", "expert", "context", "tensor")
 SLOW = "replica"
 STAGE = "stage"  # by layers
+EXPERT = "expert"
+LATER = (STAGE, EXPERT)  # where they are 1, nothing is named, drawn or remembered otherwise than before they were
 FAST = tuple(axis for axis in AXES if axis != SLOW)
-# Those that a config sets, so far.
-USED: tuple[str, ...] = ("replica", "stage", "fsdp", "context", "tensor")
 # Among these the planner chooses, so far; the others are spoken of where they are not 1.
 COMMON: tuple[str, ...] = ("replica", "fsdp", "tensor")
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.tree_util import keystr
 
 from parallel.layout import rules
-from parallel.layout.axes import AXES, COMMON, SLOW, STAGE, USED, shown
+from parallel.layout.axes import AXES, COMMON, SLOW, STAGE, shown
 
 
 def simulate(num_devices: int, num_processes: int = 1) -> None:
@@ -85,7 +85,7 @@ def fill_sizes(
     others = {axis: size for axis, size in sizes.items() if axis not in COMMON and size != 1}
     raise ValueError(
         f"the mesh {_said(sizes)} does not multiply to the {num_devices} devices there are "
-        f"(mesh.{', mesh.'.join(USED)}). These do: {_factorings(num_devices, others)}. {hint}"
+        f"(mesh.{', mesh.'.join(AXES)}). These do: {_factorings(num_devices, others)}. {hint}"
     )
 
 

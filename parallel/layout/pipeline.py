@@ -29,7 +29,7 @@ BUFFER = ("layers", "batch", "sequence", None)  # one micro-batch of each stage
 SLOTS = ("layers", None, "batch", "sequence", None)
 SCOPE = "over_stage"  # in the compiled program, of what is handed on
 NONE = -1  # instead of a micro-batch's number
-(SHARD,) = RULES["batch"]
+SHARD = RULES["batch"]
 
 
 class Stages:
@@ -90,18 +90,19 @@ class Stages:
 
     def run(
         self, layer_of: Callable, known: Any, x_NTD: jax.Array, weights_L: Any, axes: Any, cast: Callable
-    ) -> jax.Array:
-        """What has started, through all layers -> what has ended. layer_of(constrain, known): a layer, (x, weights) ->
-        (x, None), for rows of which that is known. known: of the whole batch, [B, …] each. axes: of weights_L. In every
-        tick weights are cast (or are there, cast and gathered); their gradients add up in float32 in either case."""
+    ) -> tuple[jax.Array, Any]:
+        """What has started, through all layers -> (what has ended, the sums over micro-batches of what each layer
+        found). layer_of(constrain, known): a layer, (x, weights) -> (x, {name: a number} or None), for rows of which
+        that is known. known: of the whole batch, [B, …] each. axes: of weights_L. In every tick weights are cast (or
+        are there, cast and gathered); their gradients add up in float32 in either case."""
         weights_SL = jax.tree.map(lambda w: w.reshape(self.count, -1, *w.shape[1:]), weights_L)
         known_MB, S = jax.tree.map(self._micro, known), jnp.arange(self.count)
-        inside = Constrain(self.constrain.mesh, apart=(STAGE, SHARD) if self.once else (STAGE,))
+        inside = Constrain(self.constrain.mesh, apart=(STAGE, *SHARD) if self.once else (STAGE,))
 
-        def stage(weights: Any, x_BTD: jax.Array, known_MB: Any, number: jax.Array) -> jax.Array:
+        def stage(weights: Any, x_BTD: jax.Array, known_MB: Any, number: jax.Array) -> tuple[jax.Array, Any]:
             own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), known_MB)
             weights = jax.tree.map(_used, *weights) if self.once else cast(weights)
-            return lax.scan(layer_of(inside, own), x_BTD, weights)[0]
+            return lax.scan(layer_of(inside, own), x_BTD, weights)
 
         if self.remat == "stage":
             stage = jax.checkpoint(stage, policy=jax.checkpoint_policies.nothing_saveable)
@@ -111,22 +112,24 @@ class Stages:
         stages = jax.vmap(stage, in_axes=(0, 0, None, 0), spmd_axis_name=STAGE)
         is_first, is_last = (jnp.equal(S, i)[:, None, None, None] for i in (0, self.count - 1))
 
-        def tick(carry: tuple, t: jax.Array) -> tuple[tuple, None]:
+        def tick(carry: tuple, t: jax.Array) -> tuple[tuple, Any]:
             x_SBTD, io = carry
             slot = t % self.slots
             own = lax.dynamic_index_in_dim(io, slot, 1, keepdims=False)
             x_SBTD = self.constrain(jnp.where(is_first, own, x_SBTD), BUFFER)
             given = self._by_shard(x_SBTD, 1) if self.once else x_SBTD
-            made = stages(weights_SL, given, known_MB, jnp.clip(t - S, 0, self.micro - 1))
+            made, found = stages(weights_SL, given, known_MB, jnp.clip(t - S, 0, self.micro - 1))
+            is_real = (t >= S) & (t - S < self.micro)
+            found = jax.tree.map(lambda x_SL: jnp.where(is_real[:, None], x_SL, 0), found)
             x_SBTD = self.constrain(made.reshape(x_SBTD.shape), BUFFER)
             new = self.constrain(jnp.where(is_last, x_SBTD, self._handed_on(own, -1)), BUFFER)
             io = self.constrain(lax.dynamic_update_index_in_dim(io, new, slot, 1), SLOTS)
-            return (self._handed_on(x_SBTD, 1), io), None
+            return (self._handed_on(x_SBTD, 1), io), found
 
         io = self.constrain(self._slots(x_NTD), SLOTS)
         empty = self.constrain(jnp.zeros_like(io[:, 0]), BUFFER)
-        (_, io), _ = lax.scan(tick, (empty, io), jnp.arange(self.ticks))
-        return self._rows(io, SLOTS[3:])
+        (_, io), found = lax.scan(tick, (empty, io), jnp.arange(self.ticks))
+        return self._rows(io, SLOTS[3:]), jax.tree.map(lambda x: jnp.sum(x, 0).reshape(-1), found)
 
     def _by_shard(self, tree: Any, dim: int) -> Any:
         """[…, F·b, …] -> […, F, b, …]."""
@@ -144,14 +147,14 @@ class Stages:
 
         def own(w: jax.Array, at: Any) -> jax.Array:
             w = jnp.broadcast_to(w[:, None], (self.count, self.shards, *w.shape[1:]))
-            return put(w, without(at, (STAGE, SHARD)), STAGE, SHARD)
+            return put(w, without(at, (STAGE, *SHARD)), STAGE, SHARD)
 
         @jax.custom_vjp
         def taps(weights_SL: Any) -> Any:
             return jax.tree.map(lambda w, at: own(jnp.zeros_like(w), at), weights_SL, specs)
 
         def home(g: jax.Array, w: jax.Array, at: Any) -> jax.Array:
-            place = next((i + 1 for i, entry in enumerate(at) if SHARD in names(entry)), None)
+            place = next((i + 1 for i, entry in enumerate(at) if set(SHARD) & set(names(entry))), None)
             ends, g = P(STAGE, *without(at, (STAGE,))), g.astype(w.dtype)
             if place and self.constrain.size("positions") > 1:  # over which it is cut, too
                 return lax.with_sharding_constraint(jnp.sum(g, 1), NamedSharding(mesh, ends))
@@ -161,7 +164,7 @@ class Stages:
                     return lax.psum(g[:, 0], SHARD)
                 return lax.psum_scatter(g[:, 0], SHARD, scatter_dimension=place, tiled=True)
 
-            begins = P(STAGE, SHARD, *without(at, (STAGE, SHARD)))
+            begins = P(STAGE, SHARD, *without(at, (STAGE, *SHARD)))
             return jax.shard_map(add_up, mesh=mesh, in_specs=begins, out_specs=ends, check_vma=False)(g)
 
         def back(_: None, grads: Any) -> tuple[Any]:

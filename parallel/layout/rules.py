@@ -14,30 +14,34 @@ from jax.sharding import PartitionSpec as P
 Axes = Sequence[str | None]
 
 # Weights are cut over `fsdp` and `context` by their model dimension, over `tensor` by heads, features or vocabulary,
-# over `stage` by layers, or else by the model dimension. Activations: the batch over `fsdp`, sequences over `context`,
-# and between blocks over `tensor` too.
+# over `stage` by layers, over `expert` by experts, or else by the model dimension. Activations: the batch over `fsdp`
+# and `expert`, sequences over `context`, and between blocks over `tensor` too.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("fsdp",),
-    "rows": ("fsdp", "stage"),  # of the batch, outside of the layers
+    "batch": ("fsdp", "expert"),
+    "rows": ("fsdp", "expert", "stage"),  # of the batch, outside of the layers
     "positions": ("context",),
     "sequence": ("context", "tensor"),
-    "token": ("fsdp", "stage", "context"),  # rows and positions at once
+    "token": ("fsdp", "expert", "stage", "context"),  # rows and positions at once
     "vocab": ("tensor",),
-    "embed": ("fsdp", "stage", "context"),
+    "embed": ("fsdp", "expert", "stage", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "norm": (),
     "mlp": ("tensor",),
     "layers": ("stage",),
+    "experts": ("expert",),
+    "scores": (),  # of experts
+    "counts": (),  # numbers that follow from counts, and are sent as they are
 }
+BATCH = ("layers", "experts")  # dimensions that only count arrays
 
 
 def over(axes: Axes, i: int) -> tuple[str, ...]:
-    """The mesh axes over which dimension i of an array with these logical axes is cut: first by layers."""
-    axis, before = axes[i], axes[:i] if axes[i] == "layers" else axes
-    layers = RULES["layers"] if "layers" in before else ()
-    return tuple(name for name in RULES[axis] if name not in layers) if axis else ()
+    """The mesh axes over which dimension i of an array with these logical axes is cut: first by layers and experts."""
+    axis, first = axes[i], axes[:i] if axes[i] in BATCH else axes
+    taken = [name for each in BATCH if each in first for name in RULES[each]]
+    return tuple(name for name in RULES[axis] if name not in taken) if axis else ()
 
 
 def spec(axes: Axes) -> P:
@@ -83,14 +87,14 @@ class Constrain:
     micro: how many micro-batches a batch is for stages; 0: as suits them. apart: mesh axes that it knows nothing of."""
 
     def __init__(self, mesh: Mesh | None, micro: int = 0, apart: tuple[str, ...] = ()):
-        self.mesh, self.micro, self._apart = mesh, micro, apart
+        self.mesh, self.micro, self.apart = mesh, micro, apart
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Fixes how an activation (or a gathered weight) is sharded."""
         return x if self.mesh is None else lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(axes)))
 
     def _spec(self, axes: Axes) -> P:
-        return without(spec(axes), self._apart)
+        return without(spec(axes), self.apart)
 
     def both_ways(self, x: jax.Array, axes: Axes, *cotangent: Axes) -> jax.Array:
         """Fixes also how the cotangent is sharded, one way after another: what is gathered for two products is gathered
@@ -100,11 +104,9 @@ class Constrain:
         return there(x)
 
     def manual(self, f: Callable, in_axes: Sequence[Axes], out_axes: Any, sums: Sequence[str] = ()) -> Callable:
-        """Runs `f` on each device's own shards (shard_map, manual over all mesh axes).
-
-        in_axes, out_axes: logical axes of each argument and result. sums[i]: the logical axis over which result i is
-        a partial sum; it is added up here, once, scattered if the result is sharded over that mesh axis.
-        """
+        """Runs `f` on each device's own shards (shard_map, manual over all mesh axes). in_axes, out_axes: logical axes
+        of each argument and result. sums[i]: the logical axis over which result i is a partial sum; it is added up
+        here, once, scattered if the result is sharded over that mesh axis."""
         if self.mesh is None:
             return f
         several = bool(sums) or isinstance(out_axes[0], tuple)
@@ -122,14 +124,20 @@ class Constrain:
         )
 
     def scan(self, layer: Callable, x: Any, weights_L: Any, cast: Callable) -> Any:
-        """x through all layers: layer(x, weights) -> (x, None). Their weights are cast together, before the first."""
-        return lax.scan(layer, x, cast(weights_L))[0]
+        """x through all layers, and what each found: layer(x, weights) -> both. Weights are cast before the first."""
+        return lax.scan(layer, x, cast(weights_L))
 
     def stages(self, x_BT: jax.Array, compute: Any) -> Any:
         """How such a batch goes through layers that are cut over devices (pipeline.py); None: each has them all."""
         from parallel.layout import pipeline
 
         return pipeline.Stages(self, x_BT.shape[0], *compute.pipeline) if self.size("layers") > 1 else None
+
+    def experts(self, dispatch: tuple[str, str]) -> Any:
+        """How tokens come to theirs (experts.py)."""
+        from parallel.layout import experts
+
+        return experts.Experts(self, dispatch)
 
     def size(self, axis: str) -> int:
         """Into how many shards a logical axis is cut."""

@@ -66,7 +66,7 @@ class Backward(Sync):
 
     @classmethod
     def divide(cls, leaves: Any, **own: Any) -> dict[str, Any]:
-        one = lambda leaf: Leaf(leaf.name, leaf.shape[1:], P(*leaf.spec[1:]), 0, leaf.rows)
+        one = lambda leaf: replace(leaf, shape=leaf.shape[1:], spec=P(*leaf.spec[1:]), batch_dims=leaf.batch_dims - 1)
         return {"exchange": leaves, "layer": jax.tree.map(one, leaves[BLOCKS]), "rest": _rest(leaves)}
 
     def exchanges(self) -> dict[str, tuple[Exchange, ...]]:
@@ -148,9 +148,11 @@ class Tapped(Constrain):
         def tapped(carry: tuple, xs: tuple) -> tuple:
             (x, slot), (weights, *more) = carry, xs
             weights, slot = self.tap(weights, slot, *more)
-            return (layer(x, weights)[0], slot), None
+            x, found = layer(x, weights)
+            return (x, slot), found
 
-        return lax.scan(tapped, (x, self.slot), (weights_L, *self.more_L))[0][0]
+        (x, _), found_L = lax.scan(tapped, (x, self.slot), (weights_L, *self.more_L))
+        return x, found_L
 
 
 class _Unsent(Net):

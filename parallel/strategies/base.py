@@ -42,12 +42,9 @@ class State:
 
 @dataclass(frozen=True)
 class Strategy:
-    """What all strategies share.
-
-    loss_fn(params, batch, constrain) -> (sum, its weight) or (sum, weight, {name: further sum}); a token counts 1.
-    optimizer: message and apply (optim/optimizer.py). specs: of the params. accumulate: micro-steps per update.
-    guard: what is applied (optim/guard.py).
-    """
+    """What all strategies share. loss_fn(params, batch, constrain) -> (sum, its weight) or (sum, weight, {name: further
+    sum}); a token counts 1. optimizer: message and apply (optim/optimizer.py). specs: of the params. accumulate:
+    micro-steps per update. guard: what is applied (optim/guard.py)."""
 
     loss_fn: Callable
     optimizer: Any

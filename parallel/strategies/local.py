@@ -28,11 +28,13 @@ from parallel.strategies.base import TINY, Batch, State, Strategy, divisor, leng
 @dataclass(frozen=True)
 class Outer:
     """What is done with the mean pseudo-gradient: nesterov, sgd (without momentum), adam. As an optimizer of
-    optim/optimizer.py: `init`, and `apply`, which needs no norm."""
+    optim/optimizer.py: `init`, and `apply`, which needs no norm. averaged: the last keys of weights that become the
+    mean of all replicas."""
 
     optimizer: str
     lr: float
     momentum: float
+    averaged: tuple[str, ...] = ()
     b2: ClassVar[float] = 0.95
     eps: ClassVar[float] = 1e-8
 
@@ -43,7 +45,11 @@ class Outer:
 
     def apply(self, mean: Any, before: tuple, norm: Any = None) -> tuple[Any, dict[str, Any]]:
         """(params, state) after one step from `before`."""
-        params, state = before
+        after, state = self._apply(mean, *before)
+        averaged = lambda path, moved, x, d: x - d if path[-1].key in self.averaged else moved
+        return jax.tree_util.tree_map_with_path(averaged, after, before[0], mean), state
+
+    def _apply(self, mean: Any, params: Any, state: Any) -> tuple[Any, dict[str, Any]]:
         if self.optimizer == "sgd":
             return jax.tree.map(lambda x, d: x - self.lr * d, params, mean), state
         beside = {name: own for name, own in state.items() if name != "count"}

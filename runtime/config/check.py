@@ -75,6 +75,8 @@ def relations(flat: dict[str, Any], offer: bool = True) -> Iterator[str]:
     if flat["compute.attention"] == "cudnn" and flat["compute.dtype"] == "float32":
         yield "compute.attention=cudnn knows no compute.dtype=float32: set bfloat16, or compute.attention=reference"
     yield from _sync_relations(flat, offer)
+    if flat["model.experts"]:
+        yield from _expert_relations(flat)
     if flat["lora.rank"]:
         yield from _lora_relations(flat)
     if flat["profile.steps"]:
@@ -89,6 +91,27 @@ def relations(flat: dict[str, Any], offer: bool = True) -> Iterator[str]:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             yield f"{key}={flat[key]} needs {package}, which is not installed: `pip install {package}`, or turn it off"
+
+
+def _expert_relations(flat: dict[str, Any]) -> Iterator[str]:
+    experts, chosen, rows = flat["model.experts"], flat["model.experts_per_token"], flat["moe.rows"]
+    if chosen > experts:
+        yield f"model.experts_per_token={chosen}: a token cannot choose more than model.experts={experts}"
+    if flat["model.mlp"] != "swiglu":
+        yield f"model.mlp={flat['model.mlp']} with model.experts={experts}: experts are swiglu"
+    try:
+        is_bound = rows == "worst" or 0 < float(rows) < math.inf
+    except ValueError:
+        is_bound = False
+    if not is_bound:
+        yield f"moe.rows={rows!r}: expected a number above 0, in multiples of an even load, or worst"
+    if flat["model.balance"] == "bias" and flat["sync.strategy"] == ISLAND:
+        yield "model.balance=bias with sync.strategy=island: pushes are rounded, and counts must not be: set loss"
+    if flat["model.balance"] == "bias" and flat["optimizer.name"] in ("signum", "onebit_adam"):
+        yield (
+            f"model.balance=bias with optimizer.name={flat['optimizer.name']}: it exchanges momentum, and the bias "
+            "follows counts: set model.balance=loss, or adamw"
+        )
 
 
 def _sync_relations(flat: dict[str, Any], offer: bool) -> Iterator[str]:

@@ -23,6 +23,9 @@ CHOICES = {
     "model.bias": ("none", "qkv", "all"),
     "model.mlp": ("swiglu", "gelu"),
     "model.position": ("rope", "learned"),
+    "model.router": ("softmax", "sigmoid"),
+    "model.balance": ("loss", "bias", "none"),
+    "moe.dispatch": ("auto", "grouped", "capacity"),
     "compute.dtype": ("auto", "float32", "bfloat16"),
     "compute.attention": ("auto", "reference", "cudnn", "splash"),
     "pipeline.remat": ("layer", "stage"),
@@ -98,11 +101,12 @@ RANGES: dict[Range, str] = {
     Range(1, math.inf, "[)"): (
         "steps log_every eval_batches model.num_layers model.model_dim model.num_heads model.num_kv_heads "
         "model.head_dim model.mlp_dim model.rope_scaling.original_max_len data.vocab_size "
-        "data.seq_len data.batch_size optimizer.accumulate guard.window guard.abort_after checkpoint.keep "
-        "sync.interval sync.fragments island.quorum"
+        "data.seq_len data.batch_size model.experts_per_token optimizer.accumulate guard.window guard.abort_after "
+        "checkpoint.keep sync.interval sync.fragments island.quorum"
     ),
     Range(0, math.inf, "[)"): (
-        "eval_every lora.rank model.sliding_window model.rope_scaling.factor compute.loss_chunk_mib optimizer.lr "
+        "eval_every lora.rank model.experts model.shared_experts moe.balance_weight moe.balance_rate moe.z_loss "
+        "model.sliding_window model.rope_scaling.factor compute.loss_chunk_mib optimizer.lr "
         "optimizer.warmup_steps "
         "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss "
         "optimizer.freeze_steps guard.zscore sync.replicas sync.warm_steps sync.staleness sync.compensation "
@@ -116,7 +120,7 @@ RANGES: dict[Range, str] = {
     Range(-1, math.inf, "[)"): "island.staleness",
 }
 CHECKED_ELSEWHERE = (  # -1 means something of its own there
-    "mesh.replica mesh.stage mesh.fsdp mesh.context mesh.tensor sync.block sync.density sync.bits sync.rank"
+    "mesh.replica mesh.stage mesh.fsdp mesh.expert mesh.context mesh.tensor sync.block sync.density sync.bits sync.rank"
 ).split()
 SMALLEST_VOCABULARY = {"bytes": 256, "bpe": 257}  # by data.tokenizer; of a file it is not known before it is read
 PATHS = ("data.path", "data.tokenizer", "init.workdir")  # in these ~ is the home
@@ -127,6 +131,15 @@ UNREAD: dict[str, dict[Any, str]] = {
     "model.position": {"learned": "model.rope_theta model.rope_scaling.factor"},
     "model.rope_scaling.factor": {
         0: "model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor model.rope_scaling.original_max_len"
+    },
+    "model.experts": {
+        0: "model.experts_per_token model.shared_experts model.router model.normalise_gates model.balance moe.dispatch "
+        "moe.rows moe.balance_weight moe.balance_rate moe.z_loss"
+    },
+    "model.balance": {
+        "loss": "moe.balance_rate",
+        "bias": "moe.balance_weight",
+        "none": "moe.balance_weight moe.balance_rate",
     },
     "optimizer.name": {
         "adamw": "optimizer.momentum optimizer.freeze_steps",

@@ -24,7 +24,7 @@ CHANGES = (
     Change("data.tokenizer data.end_of_document", "refused where it is not the tokenizer that the run has of its own"),
     Change(SCHEDULE, "the learning rate follows the new schedule from the next update on"),
     Change("optimizer.", "from the next update on; refused where the optimizer remembers something else"),
-    Change("guard. sync.algorithm sync.exchange sync.allow_stray_bytes", "from the next update on"),
+    Change("guard. moe. sync.algorithm sync.exchange sync.allow_stray_bytes", "from the next update on"),
     Change("seed data.seq_len data.batch_size", "from the same step number of another order of the data"),
     Change("data.changed", "accept: text that is not what it was is taken, from the same step number on"),
     Change("data.document_mask", "from the next update on"),

@@ -1,0 +1,70 @@
+"""Bytes that tokens cost on their way to experts of other devices and back, over `expert`, in closed form
+(parallel/layout/experts.py)."""
+
+from dataclasses import dataclass
+
+from parallel.layout.experts import goes_to_all, rows_of, slots_of
+
+FLOAT32, INT32 = 4, 4
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Of one layer on one device. tokens: of a micro-step. chosen, experts: k, E. itemsize: of the compute dtype.
+    count: n. way, rows: moe.dispatch, as resolved, and moe.rows. remat: compute.remat."""
+
+    tokens: int
+    dim: int
+    chosen: int
+    experts: int
+    itemsize: int
+    count: int
+    way: str
+    rows: str
+    remat: str
+
+    @property
+    def sent(self) -> int:
+        """Bytes in a micro-step: both ways in both passes. In the backward pass rows go there once more; by an
+        all-to-all they come back, too, for what came is what the router's gradient is made of."""
+        again = (1 if self._to_all else 2) * self._rows + self._beside
+        gradients = 2 * self._rows + self._to_all * self._chosen(max(FLOAT32, self.itemsize))
+        return self.forward + gradients + again * (self.remat != "none")
+
+    @property
+    def forward(self) -> int:
+        """Of them, those of the forward pass alone."""
+        return 2 * self._rows + self._beside
+
+    @property
+    def multiplied(self) -> int:
+        """Rows that a device has room for, full or not."""
+        if self._to_all:
+            return rows_of(self.rows, self.tokens, self.chosen, self.experts, self.count)
+        return self._slots
+
+    @property
+    def _to_all(self) -> bool:
+        return goes_to_all(self.way, self.chosen, self.count)
+
+    @property
+    def _slots(self) -> int:
+        groups = self.experts if self.way == "capacity" else self.count
+        return groups * slots_of(self.way, self.rows, self.tokens, self.chosen, self.experts, self.count)
+
+    @property
+    def _rows(self) -> int:
+        """One way."""
+        if self._to_all:
+            return self.tokens * self.dim * self.itemsize * (self.count - 1)
+        return self._slots * self.dim * self.itemsize * (self.count - 1) // self.count
+
+    @property
+    def _beside(self) -> int:
+        """Which experts tokens have chosen, and with what gates; or the expert of each slot."""
+        if self._to_all:
+            return self._chosen(INT32) + self._chosen(max(FLOAT32, self.itemsize))
+        return self._slots * INT32 * (self.count - 1) // self.count if self.way == "grouped" else 0
+
+    def _chosen(self, itemsize: int) -> int:
+        return self.tokens * self.chosen * itemsize * (self.count - 1)

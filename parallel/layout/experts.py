@@ -1,0 +1,199 @@
+"""Tokens on their way to experts of other devices (the logical axis `experts`) and back.
+
+- grouped: the rows of each expert one after another, multiplied group by group. Over several devices each gets the
+  rows of its own experts: by an all-to-all, in which a device has so many slots for every other; or, where a token
+  chooses at least as many experts as there are devices, all tokens, for that is less to send. Slots and rows are
+  bounded, for shapes are.
+- capacity: each expert has so many slots for the tokens of every device, and all of them are multiplied, full or not.
+
+What finds no slot is left out for this layer, and counted. moe.rows bounds slots and rows, in multiples of what they
+would be if all experts were chosen alike; "worst": nothing is ever left out.
+
+N tokens of one device, k experts of a token, A = N·k choices, D model, E experts, n devices, C slots.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import sequential_vmap
+
+from parallel.layout.rules import RULES, Constrain, over
+
+(OVER,) = RULES["experts"]
+SCOPE = "over_expert"  # in the compiled program, of what is sent here
+WORST = "worst"
+WEIGHTS = ("experts", "embed", "mlp")
+ROWS = ("batch", "positions")  # over which tokens are cut
+
+
+class Experts:
+    """On the mesh of `constrain`, of one device, inside of `manual`. dispatch: moe.dispatch (grouped, capacity) and
+    moe.rows."""
+
+    def __init__(self, constrain: Constrain, dispatch: tuple[str, str]):
+        self.constrain, (self.way, self.rows) = constrain, dispatch
+        self.count = constrain.size("experts")
+
+    def gathered(self, w: jax.Array, dim: int) -> jax.Array:
+        """These experts' weights, whole along the model dimension; its gradient is scattered."""
+        axes = tuple(axis for axis in over(WEIGHTS, 1) if axis not in self.constrain.apart)
+        return lax.all_gather(w, axes, axis=dim, tiled=True) if self.constrain.mesh is not None and axes else w
+
+    def add_up(self, tree: Any) -> Any:
+        for axis in ROWS:
+            tree = jax.tree.map(lambda x, axis=axis: self.constrain.sum(x, axis), tree)
+        return tree
+
+    def through(
+        self, x_ND: jax.Array, ids_Nk: jax.Array, gates_Nk: jax.Array, network: Callable, experts: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """(Σ gates · network(x) over a token's experts [N, D], how many choices found no slot). network(rows, product):
+        product multiplies rows with their own experts' weights [E/n, …]."""
+        N, k = ids_Nk.shape
+        own = experts // self.count
+        if goes_to_all(self.way, k, self.count):
+            return self._all_tokens(x_ND, ids_Nk, gates_Nk, network, own)
+        slots = slots_of(self.way, self.rows, N, k, experts, self.count)
+        if self.way == "capacity":
+            groups, ids_A = experts, ids_Nk.reshape(-1)
+        else:
+            groups, ids_A = self.count, ids_Nk.reshape(-1) // own
+        slot_A, choice_S = _slots(ids_A, groups, slots)
+        rows_SD = _taken(x_ND, choice_S, k)
+        if self.way == "capacity":
+            y_SD = self._by_slots(rows_SD, network, own)
+        else:
+            numbers_S = jnp.where(choice_S < N * k, ids_Nk.reshape(-1)[jnp.minimum(choice_S, N * k - 1)] % own, own)
+            y_SD = self._in_groups(rows_SD, numbers_S, network, own)
+        kept_A = slot_A < groups * slots
+        y_AD = jnp.where(kept_A[:, None], y_SD[jnp.where(kept_A, slot_A, 0)], 0)
+        y_ND = jnp.einsum("nkd,nk->nd", y_AD.reshape(N, k, -1), gates_Nk.astype(y_AD.dtype))
+        return y_ND, jnp.sum(~kept_A).astype(gates_Nk.dtype)
+
+    def _by_slots(self, rows_SD: jax.Array, network: Callable, own: int) -> jax.Array:
+        """Slots [E, C] of this device -> the same, from slots [E/n, n·C] of these experts."""
+        shape = (self.count, own, -1, rows_SD.shape[-1])
+        here = jnp.moveaxis(self._swapped(rows_SD.reshape(shape)), 0, 1)
+        y = network(here.reshape(own, -1, shape[-1]), lambda x, w: jnp.einsum("ecx,exy->ecy", x, w))
+        y = jnp.moveaxis(y.reshape(here.shape), 1, 0)
+        return self._swapped(y).reshape(rows_SD.shape)
+
+    def _in_groups(self, rows_SD: jax.Array, numbers_S: jax.Array, network: Callable, own: int) -> jax.Array:
+        """Slots [n, C] of this device -> the same. numbers_S: of the expert there; E/n: nothing is in this slot."""
+        swapped = lambda x: self._swapped(x.reshape(self.count, -1, *x.shape[1:])).reshape(x.shape)
+        return swapped(_grouped(swapped(rows_SD), swapped(numbers_S), network, own))
+
+    def _all_tokens(
+        self, x_ND: jax.Array, ids_Nk: jax.Array, gates_Nk: jax.Array, network: Callable, own: int
+    ) -> tuple[jax.Array, jax.Array]:
+        N, k = ids_Nk.shape
+        with jax.named_scope(SCOPE):
+            x_ND, ids_Nk, gates_Nk = (lax.all_gather(x, OVER, tiled=True) for x in (x_ND, ids_Nk, gates_Nk))
+        choices, rows = self.count * N * k, rows_of(self.rows, N, k, own * self.count, self.count)
+        local_A = ids_Nk.reshape(-1) - lax.axis_index(OVER) * own
+        mine_A = (local_A >= 0) & (local_A < own)
+        slot_A = jnp.where(mine_A, jnp.cumsum(mine_A) - 1, rows)
+        choice_S = jnp.full((rows,), choices).at[slot_A].set(jnp.arange(choices), mode="drop")
+        numbers_S = jnp.where(choice_S < choices, local_A[jnp.minimum(choice_S, choices - 1)], own)
+        y_SD = _grouped(_taken(x_ND, choice_S, k), numbers_S, network, own)
+        gates_S = gates_Nk.reshape(-1)[jnp.minimum(choice_S, choices - 1)]
+        token_S = jnp.where(choice_S < choices, choice_S // k, self.count * N)
+        y_ND = jnp.zeros_like(x_ND).at[token_S].add(y_SD * gates_S[:, None].astype(y_SD.dtype), mode="drop")
+        with jax.named_scope(SCOPE):
+            y_ND = lax.psum_scatter(y_ND, OVER, scatter_dimension=0, tiled=True)
+        return y_ND, jnp.sum(mine_A & (slot_A >= rows)).astype(gates_Nk.dtype)
+
+    def _swapped(self, x: jax.Array) -> jax.Array:
+        """[n, …] for each device -> [n, …] from each."""
+        if self.count == 1:
+            return x
+        with jax.named_scope(SCOPE):
+            return lax.all_to_all(x, OVER, 0, 0, tiled=True)
+
+
+def goes_to_all(way: str, chosen: int, count: int) -> bool:
+    """Whether all tokens go to all devices."""
+    return way == "grouped" and 1 < count <= chosen
+
+
+def slots_of(way: str, rows: str, tokens: int, chosen: int, experts: int, count: int) -> int:
+    """C: capacity's of an expert for each device, grouped's of a device for each other. tokens: N."""
+    groups, most = (experts, tokens) if way == "capacity" else (count, tokens * min(chosen, experts // count))
+    has_all = rows == WORST or groups == 1  # where nothing is sent, and no slot is multiplied in vain
+    return most if has_all else min(most, math.ceil(float(rows) * tokens * chosen / groups))
+
+
+def rows_of(rows: str, tokens: int, chosen: int, experts: int, count: int) -> int:
+    """Of a device that has all tokens."""
+    most = count * tokens * min(chosen, experts // count)
+    return most if rows == WORST else min(most, math.ceil(float(rows) * tokens * chosen))
+
+
+def _slots(groups_A: jax.Array, groups: int, slots: int) -> tuple[jax.Array, jax.Array]:
+    """(the slot of every choice, groups · slots where its group is full; the choice in every slot, A in empty ones).
+    Who comes first has one."""
+    choices, end = groups_A.shape[0], groups * slots
+    order_A = jnp.argsort(groups_A, stable=True)
+    sorted_A = groups_A[order_A]
+    first_G = jnp.searchsorted(sorted_A, jnp.arange(groups))
+    place_A = jnp.arange(choices) - first_G[sorted_A]
+    slot_A = jnp.where(place_A < slots, sorted_A * slots + place_A, end)
+    choice_S = jnp.full((end,), choices).at[slot_A].set(order_A, mode="drop")
+    return jnp.zeros_like(slot_A).at[order_A].set(slot_A), choice_S
+
+
+def _taken(x_ND: jax.Array, choice_S: jax.Array, k: int) -> jax.Array:
+    """The rows of these choices, zeros where there is none."""
+    token_S = jnp.minimum(choice_S // k, x_ND.shape[0] - 1)
+    return jnp.where((choice_S < x_ND.shape[0] * k)[:, None], x_ND[token_S], 0)
+
+
+def _grouped(rows_SD: jax.Array, numbers_S: jax.Array, network: Callable, own: int) -> jax.Array:
+    """Rows through the experts of these numbers; zeros for the number E/n."""
+    order_S = jnp.argsort(numbers_S, stable=True)
+    sizes_E = jnp.bincount(numbers_S, length=own + 1)[:own].astype(jnp.int32)
+    y_SD = network(rows_SD[order_S], functools.partial(_product, sizes_E))
+    y_SD = jnp.where((jnp.arange(y_SD.shape[0]) < jnp.sum(sizes_E))[:, None], y_SD, 0)
+    return jnp.zeros_like(y_SD).at[order_S].set(y_SD)
+
+
+# ── products of groups of rows with the weights of their expert. JAX has no `vmap` of a weight's gradient: one by one ─
+
+_PAIRS = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
+
+
+def _in_dtype(f: Callable, x: jax.Array, *more: Any) -> jax.Array:
+    return f(x, *more, preferred_element_type=x.dtype)
+
+
+_times = sequential_vmap(lambda *x: _in_dtype(lax.ragged_dot, *x))
+_times_turned = sequential_vmap(lambda x, w, sizes: _in_dtype(lax.ragged_dot, x, w.swapaxes(1, 2), sizes))
+_outer = sequential_vmap(lambda *x: _in_dtype(lax.ragged_dot_general, *x, _PAIRS))
+
+
+def _product(sizes_E: jax.Array, x_SX: jax.Array, w_EXY: jax.Array) -> jax.Array:
+    return _grouped_product(x_SX, w_EXY, sizes_E)
+
+
+@jax.custom_vjp
+def _grouped_product(x_SX: jax.Array, w_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return _times(x_SX, w_EXY, sizes_E)
+
+
+def _forward(x_SX: jax.Array, w_EXY: jax.Array, sizes_E: jax.Array) -> tuple:
+    return _times(x_SX, w_EXY, sizes_E), (x_SX, w_EXY, sizes_E)
+
+
+def _backward(kept: tuple, dy_SY: jax.Array) -> tuple:
+    x_SX, w_EXY, sizes_E = kept
+    return _times_turned(dy_SY, w_EXY, sizes_E), _outer(x_SX, dy_SY, sizes_E), None
+
+
+_grouped_product.defvjp(_forward, _backward)

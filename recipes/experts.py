@@ -1,0 +1,82 @@
+"""Experts: what config c makes of them, what cannot be, and how tokens come to them (parallel/layout/experts.py)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from parallel.cost.experts import Routed
+from parallel.layout.axes import EXPERT, STAGE
+from parallel.layout.experts import WORST
+from parallel.layout.mesh import legal
+from parallel.layout.pipeline import ticks
+from recipes import context
+from runtime.config import UsageError
+from runtime.console import human_bytes
+
+KEYS = ("experts", "experts_per_token", "shared_experts", "router", "normalise_gates", "balance")  # of model.*
+
+
+def of(c: Any) -> Any:
+    """model/moe.py's Moe, None without experts."""
+    if not c.model.experts:
+        return None
+    from model.moe import Moe  # which a model without them does not read
+
+    return Moe(*(c.model[key] for key in KEYS))
+
+
+def dispatch(c: Any, device_kind: str) -> tuple[str, str]:
+    """(moe.dispatch, moe.rows). Raises UsageError. device_kind: of the chip."""
+    if not c.model.experts:
+        return "", ""
+    is_gpu = device_kind != "cpu" and "TPU" not in device_kind
+    if c.moe.dispatch == "grouped" and is_gpu:
+        raise UsageError(
+            "moe.dispatch=grouped on a GPU: XLA makes one dense product over all experts of it there: set "
+            "moe.dispatch=capacity"
+        )
+    auto = "capacity" if is_gpu else "grouped"
+    return auto if c.moe.dispatch == "auto" else c.moe.dispatch, c.moe.rows
+
+
+def check(c: Any, sizes: Mapping[str, int]) -> None:
+    """Raises UsageError. sizes: of the mesh."""
+    count = sizes[EXPERT]
+    if count > 1 and not c.model.experts:
+        raise UsageError(f"mesh.{EXPERT}={count}: this model has no experts (model.experts=0): use mesh.fsdp")
+    if c.model.experts % count:
+        said = legal(c.model.experts, f"mesh.{EXPERT}", count)
+        raise UsageError(f"model.experts={c.model.experts} cannot be cut over mesh.{EXPERT}={count}. {said}")
+    if c.model.experts and c.pipeline.gather == "step":
+        raise UsageError("pipeline.gather=step with model.experts: they are gathered in every tick: leave it out")
+
+
+def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
+    """Of the start-up table."""
+    if not c.model.experts:
+        return []
+    own = described(c, parts.mesh.shape, parts.task.model.compute)
+    kind = "" if c.model.balance == "none" else f", balanced by a {c.model.balance}"
+    shared = f", {c.model.shared_experts} for all" if c.model.shared_experts else ""
+    found = [("experts", f"{own.experts}, {own.chosen} of a token{shared}{kind}; {own.way}")]
+    if own.count > 1:
+        over = f"mesh.{EXPERT}={own.count}: {human_bytes(sent(c, parts))} sent for them in a step, predicted"
+        found.append(("", over))
+    is_bound = own.rows != WORST and (own.count > 1 or own.way == "capacity")
+    room = f"room for {own.rows} × an even load (moe.rows); what finds none is dropped, and counted"
+    return [*found, ("", room if is_bound else "none is ever dropped")]
+
+
+def sent(c: Any, parts: Any) -> int:
+    """Bytes of a step. A pipeline's stages send in every tick, and once more where they are worked out again: XLA
+    leaves that out where a stage has one layer."""
+    sizes, stages = parts.mesh.shape, parts.mesh.shape[STAGE]
+    own, layers = described(c, sizes, parts.task.model.compute), c.model.num_layers // stages
+    again = own.forward * (stages > 1 and layers > 1 and c.pipeline.remat == "stage")
+    return (own.sent + again) * layers * ticks(c.optimizer.accumulate, stages)
+
+
+def described(c: Any, sizes: Mapping[str, int], compute: Any) -> Routed:
+    """A layer's experts on one device, of all its replicas."""
+    m, (way, rows), tokens = c.model, compute.dispatch, context.tokens(c, sizes)
+    size = compute.dtype.itemsize
+    return Routed(tokens, m.model_dim, m.experts_per_token, m.experts, size, sizes[EXPERT], way, rows, compute.remat)
