@@ -285,6 +285,7 @@ def make_recorder(
         unit=unit,
         units=units or 0,
         further=parts.task.further,
+        notable=parts.task.notable,
         flops_per_second_at_full_speed=full_speed(parts),
         flops_per_unit=parts.task.flops(),
         wire_bytes=wire_bytes,

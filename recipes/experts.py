@@ -14,6 +14,8 @@ from runtime.console import human_bytes
 
 KEYS = ("experts", "experts_per_token", "shared_experts", "router", "normalise_gates", "balance")  # of model.*
 
+MANY = 0.05  # of what tokens choose, dropped
+
 
 def of(c: Any) -> Any:
     """model/moe.py's Moe, None without experts."""
@@ -48,6 +50,17 @@ def check(c: Any, sizes: Mapping[str, int]) -> None:
         raise UsageError(f"model.experts={c.model.experts} cannot be cut over mesh.{EXPERT}={count}. {said}")
     if c.model.experts and c.pipeline.gather == "step":
         raise UsageError("pipeline.gather=step with model.experts: they are gathered in every tick: leave it out")
+
+
+def notable(count: int, rows: str, means: Mapping[str, float]) -> str:
+    """Of the metrics' means over some steps."""
+    said = []
+    if means["experts_idle"] >= 1:
+        said.append(f"{means['experts_idle']:.1f} of a layer's {count} experts get no token: balance them more")
+    if means["tokens_dropped"] >= MANY:
+        dropped = f"{means['tokens_dropped']:.0%} of what tokens choose finds no room"
+        said.append(f"{dropped} (moe.rows={rows}), and is left out: raise moe.rows, or balance more")
+    return "; ".join(said)
 
 
 def rows(c: Any, parts: Any) -> list[tuple[str, str]]:

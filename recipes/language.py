@@ -83,6 +83,10 @@ class Language(AllTrained):
     def further(self) -> tuple[str, ...]:
         return self.model.config.moe.metrics if self.model.config.moe else ()
 
+    def notable(self, means: Mapping[str, float]) -> str:
+        moe = self.model.config.moe
+        return experts.notable(moe.experts, self.model.compute.dispatch[1], means) if moe else ""
+
     @property
     def axes(self) -> Any:
         return self.model.axes

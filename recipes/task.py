@@ -62,6 +62,10 @@ class Trainable(Protocol):
     def units(self) -> int: ...
     @property
     def further(self) -> tuple[str, ...]: ...
+    def notable(self, means: Mapping[str, float], /) -> str:
+        """What a warning says of such means of the further sums, by weight; "": nothing."""
+        ...
+
     @property
     def least(self) -> Mapping[str, int]: ...
     @property
@@ -102,7 +106,10 @@ class Trainable(Protocol):
 
 
 class AllTrained:
-    """Of a Trainable all of whose weights are trained."""
+    """Of a Trainable all of whose weights are trained, and whose further sums are no reason to worry."""
+
+    def notable(self, means: Mapping[str, float]) -> str:
+        return ""
 
     @property
     def frozen(self) -> tuple[tuple[Any, Any], ...]:

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,13 @@ class Recorder:
         flops_per_unit: float | None = None,
         wire_bytes: dict[str, float] | None = None,
         train_seconds: float = 0,
+        notable: Callable[[Mapping[str, float]], str] = lambda means: "",
     ):
-        """unit: what is counted, and units: how many the steps so far have read. further: metrics of the task's own."""
+        """unit: what is counted, and units: how many the steps so far have read. further: metrics of the task's own.
+        notable: what a warning says of their means over the steps from row to row; "": nothing."""
         self.log, self.console = log, console
         self.log_every, self.abort_after = log_every, abort_after
-        self.unit, self.units, self.further = unit, units, further
+        self.unit, self.units, self.further, self.notable = unit, units, further, notable
         self.wire_bytes = wire_bytes or {}
         self.flops_per_unit, self.peak = flops_per_unit, flops_per_second_at_full_speed
         self.train_seconds = train_seconds  # of all starts of this run
@@ -71,6 +73,8 @@ class Recorder:
         self._pending: tuple[int, Any, int] | None = None
         self._clock = time.perf_counter()
         self._recent: list[float] = []
+        self._further: list[dict[str, float]] = []
+        self._noted = False
         self._newest: deque[float] = deque(maxlen=1000)
         self._counts: dict[str, int] | None = None if units else dict.fromkeys(COUNTS, 0)  # before; None: unknown
 
@@ -125,13 +129,23 @@ class Recorder:
         self.last = row
         self.losses.append(float(values["loss"]))
         self.console.step(row)
+        self._further.append({name: float(values[name]) for name in self.further})
         if step % self.log_every == 0:
             self._recent = []
             self._write(row)
+            self._note()
         if said := refusal(step, values, self._counts):
             self.console.warn(said)
         self._counts = {name: int(values.get(name, 0)) for name in COUNTS}
         check_refusals(step, values, self.abort_after)
+
+    def _note(self) -> None:
+        """Once, until there is nothing to note."""
+        means = {name: statistics.fmean(row[name] for row in self._further) for name in self.further}
+        said, self._further = self.notable(means), []
+        if said and not self._noted:
+            self.console.warn(said)
+        self._noted = bool(said)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": step} | {f"eval_{name}": x for name, x in values.items()}

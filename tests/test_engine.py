@@ -26,6 +26,9 @@ FAMILIES = {
     "mistral": {"model__sliding_window": 6, "model__num_kv_heads": 2},
     "qwen2": {"model__bias": "qkv", "model__num_kv_heads": 4, "model__tie_embeddings": True},
     "qwen3": {"model__qk_norm": True, "model__head_dim": 16, "model__num_kv_heads": 4},
+    "mixtral": {"model__experts": 4, "model__num_kv_heads": 4},
+    "shared experts": {"model__experts": 4, "model__shared_experts": 1, "model__router": "sigmoid",
+                       "model__balance": "bias", "model__normalise_gates": False},
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from parallel.exchange import units
 from parallel.layout import experts, rules
 from parallel.strategies.local import Outer
 from recipes import describe
-from recipes.experts import described, sent
+from recipes.experts import described, notable, sent
 from recipes.programs import compile_steps
 from runtime.config import UsageError
 
@@ -175,6 +175,18 @@ def test_every_mesh_with_experts_trains_like_one_device(mesh, more):
     check(mesh, True, **helpers.dropless(4), **more)
 
 
+@SLOW
+@pytest.mark.parametrize("mesh", [(1, 2, 2, 2, 1, 1), (1, 2, 1, 4, 1, 1), (1, 1, 1, 2, 2, 2)], ids=helpers.name)
+def test_metrics_and_the_balancing_loss_are_those_of_one_device(mesh):
+    """Replicas have a balance each."""
+    of = {"model__experts": 4, "moe__rows": "worst", "moe__z_loss": 0.1, "moe__balance_weight": 0.1}
+    config = helpers.tiny(**of, optimizer__accumulate=2)
+    found, wanted = (metrics(config, x, 2) for x in (mesh, (1, 1, 1, 1, 1, 1)))
+    for row, exact in zip(found, wanted, strict=True):
+        for name in ("loss", "grad_norm", "expert_load_max", "experts_idle", "tokens_dropped"):
+            assert row[name] == pytest.approx(exact[name], rel=2e-5), name
+
+
 BYTES = [
     ((2, 1, 1, 4, 1, 1), {}),  # all-to-all
     ((1, 1, 2, 2, 1, 2), {}),  # all tokens to all
@@ -297,6 +309,13 @@ def test_experts_count_matrices_and_a_bias_is_sent_as_it_is():
     (own,) = (unit for unit in parts.strategy.exchange.units if flat.index("blocks/mlp/balance_bias") in unit.leaves)
     assert own.codec.exact and isinstance(own, units.Unit)
     assert rules.spec(("experts", "embed")) == P("expert", ("fsdp", "stage", "context"))
+
+
+def test_idle_experts_and_dropped_tokens_are_said():
+    means = {"expert_load_max": 3.0, "experts_idle": 0.5, "tokens_dropped": 0.01}
+    assert notable(4, "1.25", means) == ""
+    said = notable(4, "1.25", means | {"experts_idle": 1.5, "tokens_dropped": 0.2})
+    assert "1.5 of a layer's 4 experts" in said and "20% of what tokens choose" in said and "moe.rows=1.25" in said
 
 
 # ── what cannot be ───────────────────────────────────────────────────────────────────────────────────────────────

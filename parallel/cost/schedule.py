@@ -265,11 +265,14 @@ def _of_kernel(x: Instruction, left: Array | None) -> float:
         scores = math.prod(int(n) for n in re.findall(r"\d+", shape[1])) if shape else 0
         causal = 0.5 if '"CAUSAL"' in x.rest else 1.0
         return 2.0 * scores * x.arrays[0].shape[-1] * ATTENTION["bwd" if "Backward" in target[1] else "fwd"] * causal
-    part = re.match(r"splash_mha_(fwd|dq|dkv)", x.name)
-    if target[1] != "tpu_custom_call" or not part:
+    part, grouped = re.match(r"splash_mha_(fwd|dq|dkv)", x.name), re.match("ragged-dot-(?!metadata)", x.name)
+    if target[1] != "tpu_custom_call" or not (part or grouped):
         return 0.0
     layouts = re.search(r"operand_layout_constraints=\{(.*?)\}, frontend|operand_layout_constraints=\{(.*)\}", x.rest)
     given = arrays(layouts[0]) if layouts else []
+    if not part:  # of rows in groups: all that there is room for
+        rows = [a for a in given if a.dtype != "s32"]
+        return 2.0 * rows[0].size * x.arrays[0].shape[-1] if rows else 0.0
     large = [a for a in given if len(a.shape) >= 3 and a.dtype != "s8"]
     if len(large) < 2:
         return 0.0

@@ -80,11 +80,11 @@ class Exchange:
 
         return self._on_devices(body, P(*self.mesh.axis_names), self._sharded())(flight, state, step)
 
-    def scalars(self, x_RM: jax.Array, name: str) -> jax.Array:
-        """Sum over replicas of a few float32 scalars [R, M] -> [M], named in the compiled program."""
-        body = lambda x_kM: lax.psum(jnp.sum(x_kM, axis=0), SLOW)
+    def scalars(self, xs_R: Sequence[jax.Array], name: str) -> jax.Array:
+        """Sums over replicas of a few float32 scalars, [R] each, named in the compiled program."""
+        body = lambda *xs_k: lax.psum(jnp.stack([jnp.sum(x_k) for x_k in xs_k]), SLOW)
         with jax.named_scope(f"scalars_{name}"):
-            return jax.shard_map(body, mesh=self.mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)(x_RM)
+            return jax.shard_map(body, mesh=self.mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)(*xs_R)
 
     def _sharded(self, *leading: str) -> Any:
         return jax.tree.map(lambda leaf: P(*leading, *leaf.spec), self.leaves)

@@ -30,6 +30,7 @@ def simulate(num_devices: int, num_processes: int = 1) -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+SPLIT: Any = {"allow_split_physical_axes": True}  # of a TPU's torus, where no whole ones make an axis of ours
 GPU_SHARE = 0.90  # of a GPU's memory that a run takes for its arrays: JAX by itself takes 0.75
 SHARE_KEYS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the newer name first
 
@@ -189,8 +190,8 @@ def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mes
                 )
             dcn = tuple(slow.get(axis, 1) for axis in AXES)
             inside = tuple(size // d for size, d in zip(shape, dcn, strict=True))
-            return Mesh(mesh_utils.create_hybrid_device_mesh(inside, dcn, devices), AXES)
-        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
+            return Mesh(mesh_utils.create_hybrid_device_mesh(inside, dcn, devices, **SPLIT), AXES)
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, **SPLIT), AXES)
     return Mesh(np.array(devices).reshape(shape), AXES)
 
 

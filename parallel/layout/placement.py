@@ -85,14 +85,14 @@ def evaluation(loss_fn: Callable, mesh: Mesh) -> Callable:
 
     @partial(jax.shard_map, mesh=mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)
     def add_up(x_1M: jax.Array) -> jax.Array:
-        with jax.named_scope("scalars_evaluation"):
-            return lax.psum(x_1M[0], SLOW)
+        return lax.psum(x_1M[0], SLOW)
 
     def evaluate(params: Any, batch_DBT: dict[str, jax.Array]) -> tuple:
         def one(params: Any, batch_BT: dict[str, jax.Array]) -> Any:
             return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loss_fn(params, batch_BT, Constrain(mesh)))
 
         sums_D, treedef = jax.tree.flatten(jax.vmap(one, in_axes=(None, 0), spmd_axis_name=SLOW)(params, batch_DBT))
-        return treedef.unflatten(add_up(jnp.stack(sums_D, axis=1)))
+        with jax.named_scope("scalars_evaluation"):
+            return treedef.unflatten(add_up(jnp.stack(sums_D, axis=1)))
 
     return evaluate

@@ -83,7 +83,7 @@ class Backward(Sync):
         weigh = lambda batch_BT: self.loss(state.params, batch_BT)[1][0]
         # A barrier: else XLA:GPU adds up over all axes at once, under no name.
         weights_R = lax.optimization_barrier(jax.vmap(weigh, spmd_axis_name=SLOW)(batch_RBT))
-        factor = self.replicas / divisor(self.exchange.scalars(weights_R[:, None], "weight")[0])
+        factor = self.replicas / divisor(self.exchange.scalars([weights_R], "weight")[0])
         sums_R, sizes_R, mean, codec = self._exchanged(state, batch_RBT, factor)
         sums, size = self.agree(sums_R, sizes_R)
         loss, weight, *_ = sums

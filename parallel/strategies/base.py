@@ -153,8 +153,8 @@ class Strategy:
         R = self.replicas
         squares_R = jax.vmap(lambda tree: optax.tree.norm(tree, squared=True), spmd_axis_name=SLOW)(tree_R)
         found_R, treedef = jax.tree.flatten((sums_R, squares_R))
-        scalars_RM = jnp.stack(found_R, axis=1)
-        sums, squares = treedef.unflatten(scalars_RM[0] if R == 1 else self.exchange.scalars(scalars_RM, name))
+        found = [x_R[0] for x_R in found_R] if R == 1 else self.exchange.scalars(found_R, name)
+        sums, squares = treedef.unflatten(found)
         return sums, jnp.sqrt(squares / R)
 
     def mean(self, tree_R: Any, codec: Any, step: jax.Array) -> tuple[Any, Any]:
