@@ -14,5 +14,5 @@ def get_config():
     c.data.vocab_size = 32_000
     c.data.seq_len = 4096
     c.data.batch_size = 512
-    c.moe.balance_weight = 0.02
+    c.moe.balance_weight = 0.02 * 2 / 32  # theirs is of all layers at once
     return c

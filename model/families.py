@@ -251,12 +251,17 @@ def _of_llama(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_experts(c: Mapping[str, Any]) -> dict[str, Any]:
-    keys = {"model.experts_per_token": c["num_experts_per_tok"], "moe.balance_weight": c["router_aux_loss_coef"]}
-    if c["model_type"] == "mixtral":
-        return keys | {"model.experts": c["num_local_experts"]}
+    is_mixtral = c["model_type"] == "mixtral"
+    chosen = c.get("num_experts_per_tok", 2 if is_mixtral else 8)
+    # Theirs is of all layers at once, and worth k where the load is even; ours is each layer's, and worth 1.
+    weight = c.get("router_aux_loss_coef", 0.001) * chosen / c["num_hidden_layers"]
+    keys = {"model.experts_per_token": chosen, "moe.balance_weight": weight}
+    if is_mixtral:
+        return keys | {"model.experts": c.get("num_local_experts", 8)}
     _expect(c, decoder_sparse_step=1, mlp_only_layers=[])
     normalise = {"model.normalise_gates": c.get("norm_topk_prob", False)}
-    return keys | normalise | {"model.experts": c["num_experts"], "model.mlp_dim": c["moe_intermediate_size"]}
+    count = c["num_experts"] if "num_experts" in c else c["num_local_experts"]  # as transformers 4 has it, and 5
+    return keys | normalise | {"model.experts": count, "model.mlp_dim": c["moe_intermediate_size"]}
 
 
 def _expect(c: Mapping[str, Any], **wanted: Any) -> None:
@@ -267,7 +272,7 @@ def _expect(c: Mapping[str, Any], **wanted: Any) -> None:
 
 def _window(c: Mapping[str, Any]) -> int:
     """Qwen's configs have a window that is not used."""
-    used = c.get("use_sliding_window", c["model_type"] == "mistral")
+    used = c.get("use_sliding_window", c["model_type"] in ("mistral", "mixtral"))
     if not (window := c.get("sliding_window")) or not used:
         return 0
     kinds = set(c.get("layer_types") or [])
@@ -331,8 +336,10 @@ def _experts_of(family: Family, c: Any) -> dict[str, Any]:
     if not family.is_routed:
         return {}
     m = c.model
-    keys = {"num_experts_per_tok": m.experts_per_token, "router_aux_loss_coef": c.moe.balance_weight}
+    weight = c.moe.balance_weight * m.num_layers / m.experts_per_token if m.balance == "loss" else 0.0
+    keys = {"num_experts_per_tok": m.experts_per_token, "router_aux_loss_coef": weight}
+    keys |= {"num_local_experts": m.experts}
     if family.name == "mixtral":
-        return keys | {"num_local_experts": m.experts}
+        return keys
     sizes = {"num_experts": m.experts, "moe_intermediate_size": m.mlp_dim, "norm_topk_prob": m.normalise_gates}
     return keys | sizes | {"decoder_sparse_step": 1, "mlp_only_layers": []}

@@ -37,22 +37,26 @@ class Moe:
     router: str
     normalise: bool
     balance: str
-    metrics: ClassVar[tuple[str, ...]] = ("expert_load_max", "experts_idle", "tokens_dropped")  # of layers, on average
+    # Of all micro-steps on average; and of layers, idle experts in all of them.
+    metrics: ClassVar[tuple[str, ...]] = ("expert_load_max", "experts_idle", "tokens_dropped")
 
     def half(self, c: Any, key: jax.Array) -> "Experts":
         """Of a block."""
         return Experts(c, key)
 
-    def added(self, loss: jax.Array, weight: jax.Array, tokens: int, found_L: Any, weights: tuple) -> tuple:
-        """The summed loss with what routers add to it, the batch's weight, and further sums, of `metrics`. found_L: of
-        each layer. weights: of the balancing loss, and of the routers' z-loss."""
-        found = {name: jnp.sum(x_L) for name, x_L in found_L.items()}
-        layers = jax.tree.leaves(found_L)[0].shape[0]
+    def added(self, loss: jax.Array, mask_BT: jax.Array, found: Any, weights: tuple) -> tuple:
+        """The summed loss with what routers add to it, the batch's weight, and further sums, of `metrics`. found: of
+        each layer [L]; of a pipeline's micro-batches, to which row b goes as the b mod M-th, [M, L]. weights: of the
+        balancing loss, and of the routers' z-loss."""
+        found = {name: x.reshape(-1, x.shape[-1]) for name, x in found.items()}
+        micro, layers = found["balance"].shape
+        weight_M = jnp.sum(mask_BT.reshape(-1, micro, mask_BT.shape[1]), axis=(0, 2))
+        sums = {name: jnp.sum(weight_M @ x_ML) for name, x_ML in found.items()}
         balance, z = weights
-        loss = loss + (balance * found["balance"] if self.balance == "loss" else 0) + z * found["router_z"]
-        share = weight / (tokens * layers)
-        further = {name: lax.stop_gradient(found[name]) * share for name in self.metrics}
-        return loss + found.get("bias", 0), weight, further
+        loss = loss + (balance * sums["balance"] if self.balance == "loss" else 0) + z * sums["router_z"]
+        parts = {"expert_load_max": layers, "experts_idle": 1, "tokens_dropped": layers}
+        further = {name: lax.stop_gradient(sums[name]) / parts[name] for name in self.metrics}
+        return loss + sums.get("bias", 0), jnp.sum(weight_M), further
 
 
 class Experts(nnx.Module):
@@ -72,19 +76,20 @@ class Experts(nnx.Module):
             self.shared = SwiGLU(c, weight.sub("shared"), c.moe.shared * F)
 
     def __call__(self, x_BTD: jax.Array, ctx: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(y, what `Totals` adds up: of all tokens of these rows)."""
+        """(y, what `Moe.added` adds up, of all tokens of these rows)."""
         constrain, far = ctx.constrain, ctx.constrain.experts(ctx.dispatch)
         bias = [self.balance_bias[...]] if self.c.balance == "bias" else []
 
         def local(x_BTD: jax.Array, router_DE: jax.Array, gate, up, down, *bias: jax.Array) -> tuple:
             x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
             dtype = jnp.promote_types(jnp.float32, x_ND.dtype)  # near ties decide otherwise in bfloat16
-            gates_Nk, ids_Nk, scores = route(self.c, x_ND.astype(dtype) @ router_DE.astype(dtype), *bias)
+            logits_NE = jnp.matmul(x_ND.astype(dtype), router_DE.astype(dtype), precision=lax.Precision.HIGHEST)
+            gates_Nk, ids_Nk, scores = route(self.c, logits_NE, *bias)
             gate, up, down = far.gathered(gate, 1), far.gathered(up, 1), far.gathered(down, 2)
 
-            def network(rows: jax.Array, product: Any) -> jax.Array:
+            def network(rows: jax.Array, gates: jax.Array, product: Any) -> jax.Array:
                 gate_F, up_F = (checkpoint_name(product(rows, w), "hidden") for w in (gate, up))
-                return product(jax.nn.silu(gate_F) * up_F, down)
+                return product(jax.nn.silu(gate_F) * up_F * gates[..., None].astype(rows.dtype), down)
 
             y_ND, dropped = far.through(x_ND, ids_Nk, gates_Nk, network, self.c.experts)
             y_BTD = constrain.scatter(y_ND.reshape(x_BTD.shape), "mlp", 1)
@@ -103,13 +108,17 @@ def route(c: Moe, logits_NE: jax.Array, bias_E: Any = None) -> tuple[jax.Array, 
     ids_Nk = lax.top_k(lax.stop_gradient(preferred_NE), c.chosen)[1]
     gates_Nk = jnp.take_along_axis(scores_NE, ids_Nk, axis=1)
     if c.normalise:
-        gates_Nk = gates_Nk / (jnp.sum(gates_Nk, axis=1, keepdims=True) + TINY)
-    shares_NE = scores_NE if c.router == "softmax" else scores_NE / jnp.sum(scores_NE, axis=1, keepdims=True)
+        gates_Nk = _normalised(gates_Nk)
+    shares_NE = scores_NE if c.router == "softmax" else _normalised(scores_NE)
     return gates_Nk, ids_Nk, (shares_NE, logits_NE)
 
 
+def _normalised(x_NE: jax.Array) -> jax.Array:
+    return x_NE / (jnp.sum(x_NE, axis=1, keepdims=True) + TINY)
+
+
 def _counted(c: Moe, scores: tuple, ids_Nk: jax.Array, dropped: jax.Array, add_up: Any, bias_E: Any = None) -> dict:
-    """Each times the number of tokens. add_up: over all devices with tokens of these rows."""
+    """Of a micro-batch. add_up: over all devices with tokens of these rows."""
     shares_NE, logits_NE = scores
     counts_E = jnp.bincount(ids_Nk.reshape(-1), length=c.experts).astype(shares_NE.dtype)
     tokens = jnp.asarray(ids_Nk.shape[0], shares_NE.dtype)
@@ -117,13 +126,13 @@ def _counted(c: Moe, scores: tuple, ids_Nk: jax.Array, dropped: jax.Array, add_u
     counts_E, shares_E, z, tokens, dropped = add_up((counts_E, jnp.sum(shares_NE, axis=0), z, tokens, dropped))
     load_E = counts_E * c.experts / (tokens * c.chosen)  # 1: as many as every other
     found = {
-        "balance": jnp.sum(load_E * shares_E),
-        "router_z": z,
-        "expert_load_max": tokens * jnp.max(load_E),
-        "experts_idle": tokens * jnp.sum(counts_E == 0),
-        "tokens_dropped": dropped / c.chosen,
+        "balance": jnp.sum(load_E * shares_E) / tokens,
+        "router_z": z / tokens,
+        "expert_load_max": jnp.max(load_E),
+        "experts_idle": jnp.sum(counts_E == 0),
+        "tokens_dropped": dropped / (tokens * c.chosen),
     }
     if bias_E is not None:  # worth 0, with the load in excess for its gradient
-        pull = UNSEEN * tokens * jnp.sum((load_E - 1) * bias_E)
+        pull = UNSEEN * jnp.sum((load_E - 1) * bias_E)
         found["bias"] = pull - lax.stop_gradient(pull)
     return jax.tree.map(lambda x: x.astype(jnp.float32), found)

@@ -9,13 +9,17 @@ from typing import Any
 
 from model.families import EXPERT, Family
 
+_GATE = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.gate\.weight$")
 _FUSED = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<what>gate_up|down)_proj$")
 
 
 def parted(entries: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """An entry for each of their experts, by its usual name. entries: by theirs."""
     found = dict(entries)
-    for name, entry in entries.items() if family.is_routed else ():
+    router = next((row for row in family.rows if row.ours.endswith("/router")), None)
+    for name, entry in entries.items() if router else ():
+        if gate := _GATE.match(name):
+            found[router.theirs.format(layer=gate["layer"])] = found.pop(name)
         if not (fused := _FUSED.match(name)) or len(entry.shape) != 3:
             continue
         del found[name]

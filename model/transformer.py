@@ -173,15 +173,15 @@ class Transformer:
         inside the window: positions attend within their document only."""
         tokens_BT, segments_BT = batch["tokens"], batch.get("segments")
         x_BTD, head_DV, found = self.features(params, tokens_BT, constrain, segments_BT, in_order=False)
-        targets_BT, mask_BT, weight = batch["targets"], batch["mask"], jnp.sum(batch["mask"])
+        targets_BT, mask_BT = batch["targets"], batch["mask"]
         if cut := constrain.sequences(self.compute.context):
             targets_BT, mask_BT = cut.spread(targets_BT), cut.spread(mask_BT)
         if stages := constrain.stages(targets_BT, self.compute):
             targets_BT, mask_BT = (stages.end(x, OUTSIDE[1:]) for x in (targets_BT, mask_BT))
         arrays, chunk_bytes = (x_BTD, head_DV, targets_BT, mask_BT), self.compute.loss_chunk_mib << 20
         total = cross_entropy(*arrays, constrain, z_loss=self.z_loss, chunk_bytes=chunk_bytes)
-        more = (total, weight, batch["mask"].size, found, self.router)
-        return (total, weight) if found is None else self.config.moe.added(*more)
+        plainly = total, jnp.sum(batch["mask"])
+        return plainly if found is None else self.config.moe.added(total, batch["mask"], found, self.router)
 
 
 def _look_up(tokens_BT, positions_BT, embed_VD, position_TD=None, *, constrain, dtype) -> jax.Array:

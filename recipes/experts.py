@@ -52,11 +52,13 @@ def check(c: Any, sizes: Mapping[str, int]) -> None:
         raise UsageError("pipeline.gather=step with model.experts: they are gathered in every tick: leave it out")
 
 
-def notable(count: int, rows: str, means: Mapping[str, float]) -> str:
-    """Of the metrics' means over some steps."""
-    said = []
-    if means["experts_idle"] >= 1:
-        said.append(f"{means['experts_idle']:.1f} of a layer's {count} experts get no token: balance them more")
+def notable(moe: Any, layers: int, rows: str, means: Mapping[str, float]) -> str:
+    """Of the metrics' means over some steps. moe: model/moe.py's."""
+    said, fullest = [], means["expert_load_max"]
+    if (idle := means["experts_idle"]) >= 1:
+        said.append(f"{idle:.1f} of {layers} × {moe.experts} experts get no token: balance them more")
+    if fullest >= max(2.0, moe.experts / moe.chosen / 2):
+        said.append(f"a layer's fullest expert has {fullest:.1f} times the mean: balance them more")
     if means["tokens_dropped"] >= MANY:
         dropped = f"{means['tokens_dropped']:.0%} of what tokens choose finds no room"
         said.append(f"{dropped} (moe.rows={rows}), and is left out: raise moe.rows, or balance more")
@@ -69,6 +71,7 @@ def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
         return []
     own = described(c, parts.mesh.shape, parts.task.model.compute)
     kind = "" if c.model.balance == "none" else f", balanced by a {c.model.balance}"
+    kind += " that is not trained" * (c.model.balance == "bias" and c.lora.rank > 0)
     shared = f", {c.model.shared_experts} for all" if c.model.shared_experts else ""
     found = [("experts", f"{own.experts}, {own.chosen} of a token{shared}{kind}; {own.way}")]
     if own.count > 1:

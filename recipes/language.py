@@ -84,8 +84,8 @@ class Language(AllTrained):
         return self.model.config.moe.metrics if self.model.config.moe else ()
 
     def notable(self, means: Mapping[str, float]) -> str:
-        moe = self.model.config.moe
-        return experts.notable(moe.experts, self.model.compute.dispatch[1], means) if moe else ""
+        net, compute = self.model.config, self.model.compute
+        return experts.notable(net.moe, net.num_layers, compute.dispatch[1], means) if net.moe else ""
 
     @property
     def axes(self) -> Any:

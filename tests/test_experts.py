@@ -107,7 +107,9 @@ def test_what_finds_no_slot_is_left_out_and_counted(way, rows):
     x_ND, logits_NE = (draw.standard_normal(shape).astype(np.float32) for shape in ((N, D), (N, c.experts)))
     gates_Nk, ids_Nk, _ = route(c, jnp.asarray(logits_NE))
     through = experts.Experts(ALONE, (way, rows)).through
-    y_ND, dropped = through(jnp.asarray(x_ND), ids_Nk, gates_Nk, lambda rows, _: rows, c.experts)
+    y_ND, dropped = through(
+        jnp.asarray(x_ND), ids_Nk, gates_Nk, lambda rows, gates, _: rows * gates[..., None], c.experts
+    )
     room = N * c.chosen if way == "grouped" else math.ceil(float(rows) * N * c.chosen / c.experts)
     taken, wanted, lost = [0] * c.experts, np.zeros_like(x_ND), 0
     for n in range(N):
@@ -124,7 +126,7 @@ def test_the_losses_of_the_router_are_those_of_the_paper():
     """Fedus et al. 2021, eq. 4, with shares of choices; and the mean of logsumexp² (Zoph et al. 2022, eq. 5)."""
     c, N = MIXTRAL, random_batch()["tokens"].size
     model, plain = network(c, router=(0.5, 0.25)), network(c)
-    params, batch = random_params(model.config), random_batch()
+    params, batch = random_params(model.config), random_batch(("mask",))
     loss = lambda model: jax.jit(lambda p: model.loss(p, batch, ALONE))(params)
     (with_losses, weight, found), (without, *_) = loss(model), loss(plain)
     wanted, load = 0.0, []
@@ -133,7 +135,8 @@ def test_the_losses_of_the_router_are_those_of_the_paper():
         s_NE = h_ND @ float64(params["blocks"]["mlp"]["router"][layer])
         p_NE = np.exp(s_NE) / np.exp(s_NE).sum(1, keepdims=True)
         f_E = np.bincount(np.argsort(-p_NE, axis=1)[:, : c.chosen].ravel(), minlength=c.experts) / (N * c.chosen)
-        wanted += 0.5 * N * c.experts * np.sum(f_E * p_NE.mean(0)) + 0.25 * np.sum(np.log(np.exp(s_NE).sum(1)) ** 2)
+        z = np.mean(np.log(np.exp(s_NE).sum(1)) ** 2)
+        wanted += batch["mask"].sum() * (0.5 * c.experts * np.sum(f_E * p_NE.mean(0)) + 0.25 * z)
         load.append(c.experts * f_E.max())
     assert float(with_losses - without) == pytest.approx(wanted, rel=1e-4)
     assert float(found["expert_load_max"] / weight) == pytest.approx(np.mean(load), rel=1e-5)
@@ -166,11 +169,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("mesh", "more"),
-    [pytest.param(*case, marks=[] if i == 0 else [SLOW]) for i, case in enumerate(CASES)],
-    ids=lambda x: helpers.name(x) if isinstance(x, tuple) else None,
-)
+@SLOW  # in the default run: all six axes at once, tests/test_factorings.py
+@pytest.mark.parametrize(("mesh", "more"), CASES, ids=lambda x: helpers.name(x) if isinstance(x, tuple) else None)
 def test_every_mesh_with_experts_trains_like_one_device(mesh, more):
     check(mesh, True, **helpers.dropless(4), **more)
 
@@ -181,7 +181,7 @@ def test_metrics_and_the_balancing_loss_are_those_of_one_device(mesh):
     """Replicas have a balance each."""
     of = {"model__experts": 4, "moe__rows": "worst", "moe__z_loss": 0.1, "moe__balance_weight": 0.1}
     config = helpers.tiny(**of, optimizer__accumulate=2)
-    found, wanted = (metrics(config, x, 2) for x in (mesh, (1, 1, 1, 1, 1, 1)))
+    found, wanted = (metrics(config, x, 2, uneven=True) for x in (mesh, (1, 1, 1, 1, 1, 1)))
     for row, exact in zip(found, wanted, strict=True):
         for name in ("loss", "grad_norm", "expert_load_max", "experts_idle", "tokens_dropped"):
             assert row[name] == pytest.approx(exact[name], rel=2e-5), name
@@ -234,14 +234,14 @@ def test_a_sample_is_what_one_device_writes():
 # ── the load ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def metrics(config, mesh: tuple[int, ...], steps: int, params=None) -> list[dict[str, float]]:
+def metrics(config, mesh: tuple[int, ...], steps: int, params=None, uneven: bool = False) -> list[dict[str, float]]:
     parts = helpers.build(config, mesh)
     (step,) = compile_steps(parts, helpers.QUICKLY).values()
     state, found = helpers.init_state(config, parts), []
     if params is not None:
         state.params = jax.tree.map(lambda x, y: jax.device_put(y, x.sharding), state.params, params(state.params))
     for n in range(steps):
-        state, row = step(state, helpers.batch(config, parts, n))
+        state, row = step(state, helpers.batch(config, parts, n, uneven))
         found.append({name: float(x[0]) for name, x in row.items()})
     return found
 
@@ -253,7 +253,7 @@ def test_all_tokens_to_the_same_experts_works_and_is_said(rows, dropped):
     config = helpers.tiny(model__experts=4, moe__rows=rows, optimizer__lr=0.0, model__balance="none")
     alike = lambda params: _with(params, router=jnp.zeros((2, 64, 4)))
     (found,) = metrics(config, (1, 1, 1, 2, 1, 1), 1, alike)
-    assert found["expert_load_max"] == 2 and found["experts_idle"] == 2
+    assert found["expert_load_max"] == 2 and found["experts_idle"] == 2 * 2  # of two layers
     assert found["tokens_dropped"] == pytest.approx(2 * dropped) and np.isfinite(found["loss"])
 
 
@@ -298,6 +298,19 @@ def test_local_replicas_average_their_biases(outer):
     assert not np.array_equal(after["w"], params["w"] - mean["w"])
 
 
+@pytest.mark.parametrize("codec", ["topk", pytest.param("int4", marks=SLOW), pytest.param("demo", marks=SLOW)])
+def test_a_bias_is_sent_beside_any_codec(codec):
+    """Whose messages are gathered, or go in two stages. The router is a unit of its own."""
+    config = helpers.tiny(
+        model__experts=128, model__mlp_dim=8, model__balance="bias", sync__codec=codec, model__num_layers=4
+    )
+    parts = helpers.build(config, (4, 1, 1))
+    (found,) = describe.traffic(parts, compile_steps(parts, helpers.QUICKLY)).values()
+    assert found.stray == 0 and not found.not_counted
+    sizes = {unit.name: unit.codec.exact for unit in parts.strategy.exchange.units if not hasattr(unit.codec, "mean")}
+    assert any(sizes.values())
+
+
 def test_experts_count_matrices_and_a_bias_is_sent_as_it_is():
     config = helpers.tiny(model__experts=4, model__balance="bias", sync__codec="topk")
     parts = helpers.build(config, (2, 1, 1, 4, 1, 1))
@@ -313,9 +326,11 @@ def test_experts_count_matrices_and_a_bias_is_sent_as_it_is():
 
 def test_idle_experts_and_dropped_tokens_are_said():
     means = {"expert_load_max": 3.0, "experts_idle": 0.5, "tokens_dropped": 0.01}
-    assert notable(4, "1.25", means) == ""
-    said = notable(4, "1.25", means | {"experts_idle": 1.5, "tokens_dropped": 0.2})
-    assert "1.5 of a layer's 4 experts" in said and "20% of what tokens choose" in said and "moe.rows=1.25" in said
+    moe = dataclasses.replace(MIXTRAL, experts=64)
+    assert notable(moe, 12, "1.25", means) == ""
+    said = notable(moe, 12, "1.25", means | {"experts_idle": 1.5, "tokens_dropped": 0.2, "expert_load_max": 16.0})
+    assert "1.5 of 12 × 64 experts" in said and "20% of what tokens choose" in said and "moe.rows=1.25" in said
+    assert "16.0 times the mean" in said
 
 
 # ── what cannot be ───────────────────────────────────────────────────────────────────────────────────────────────

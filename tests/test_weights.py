@@ -403,7 +403,10 @@ def test_logits_and_gradients_are_those_of_transformers(name, made, tmp_path):
     for packages in ("", *filter(None, [os.environ.get("SLACKLINE_TRANSFORMERS4")])):
         oracle("read", tmp_path / "out", packages)  # it ends with 1 where transformers warns
         again = np.load(tmp_path / "out.read.npz")
-        np.testing.assert_array_equal(again["logits"], before["logits"])
+        if packages and name in ROUTED:  # other products of the same experts
+            np.testing.assert_allclose(again["logits"], before["logits"], atol=1e-5)
+        else:
+            np.testing.assert_array_equal(again["logits"], before["logits"])
         np.testing.assert_array_equal(again["greedy"], before["greedy"])
 
 

@@ -25,16 +25,15 @@ class Routed:
 
     @property
     def sent(self) -> int:
-        """Bytes in a micro-step: both ways in both passes. In the backward pass rows go there once more; by an
-        all-to-all they come back, too, for what came is what the router's gradient is made of."""
-        again = (1 if self._to_all else 2) * self._rows + self._beside
-        gradients = 2 * self._rows + self._to_all * self._chosen(max(FLOAT32, self.itemsize))
-        return self.forward + gradients + again * (self.remat != "none")
+        """Bytes in a micro-step: both ways in both passes; rows go there once more where the backward pass works the
+        layer out again."""
+        again = self._rows + self._gates + self._numbers
+        return self.forward + 2 * self._rows + self._gates + again * (self.remat != "none")
 
     @property
     def forward(self) -> int:
         """Of them, those of the forward pass alone."""
-        return 2 * self._rows + self._beside
+        return 2 * self._rows + self._gates + self._numbers
 
     @property
     def multiplied(self) -> int:
@@ -60,11 +59,16 @@ class Routed:
         return self._slots * self.dim * self.itemsize * (self.count - 1) // self.count
 
     @property
-    def _beside(self) -> int:
-        """Which experts tokens have chosen, and with what gates; or the expert of each slot."""
-        if self._to_all:
-            return self._chosen(INT32) + self._chosen(max(FLOAT32, self.itemsize))
-        return self._slots * INT32 * (self.count - 1) // self.count if self.way == "grouped" else 0
+    def _gates(self) -> int:
+        """Of the rows."""
+        return self._beside(max(FLOAT32, self.itemsize))
 
-    def _chosen(self, itemsize: int) -> int:
-        return self.tokens * self.chosen * itemsize * (self.count - 1)
+    @property
+    def _numbers(self) -> int:
+        """Of the experts of the rows."""
+        return self._beside(INT32) if self.way == "grouped" else 0
+
+    def _beside(self, itemsize: int) -> int:
+        if self._to_all:
+            return self.tokens * self.chosen * itemsize * (self.count - 1)
+        return self._slots * itemsize * (self.count - 1) // self.count

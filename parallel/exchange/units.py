@@ -13,7 +13,7 @@ from jax.tree_util import keystr
 
 from parallel.exchange.codecs import rounds
 from parallel.exchange.codecs.base import is_round
-from parallel.exchange.codecs.plain import Identity
+from parallel.exchange.codecs.plain import Gathered, Identity
 from parallel.layout.axes import LATER, STAGE, first
 from parallel.layout.rules import BATCH, of, shards, spec
 
@@ -92,17 +92,17 @@ def plan(leaves_tree: Any, codec: Any, mesh: Mesh) -> tuple[Unit, ...]:
     ones together, by the mesh axes they are sharded over: a block that mixed sharded and replicated values would
     decode to different copies of the replicated ones."""
     known = [axis for axis in mesh.axis_names if axis not in LATER or mesh.shape[axis] > 1]
-    units, buckets, staged = [], {}, STAGE in known
+    units, buckets, exact = [], {}, Gathered() if not is_round(codec) and codec.sparse else Identity()
     for i, leaf in enumerate(jax.tree.leaves(leaves_tree)):
         local = leaf.shard(mesh.shape)
         axes = tuple(axis for axis in known if axis in of(leaf.spec))
-        own: Any = codec if not leaf.exact and (not is_round(codec) or codec.takes(local)) else Identity()
+        own: Any = codec if not leaf.exact and (not is_round(codec) or codec.takes(local)) else exact
         if local.size >= SMALL or (is_round(own) and own.per_matrix and local.matrix is not None):
             pieces = 1 if is_round(own) else rounds.pieces(local.shape)
             more = (local.size, local, own, pieces, _piece(local.shape, pieces))
             units.append(Unit(leaf.name, (i,), (local.shape,), axes, *more))
         else:
-            buckets.setdefault((axes, first(leaf.spec, staged), own), []).append((i, local))
+            buckets.setdefault((axes, first(leaf.spec, STAGE in known), own), []).append((i, local))
     for (axes, cut, own), found in buckets.items():
         name = " ".join([SMALL_UNIT, *cut] if own == codec else [SMALL_UNIT, "exact", *cut])
         numbers, locals_ = zip(*found, strict=True)

@@ -52,8 +52,9 @@ class Experts:
     def through(
         self, x_ND: jax.Array, ids_Nk: jax.Array, gates_Nk: jax.Array, network: Callable, experts: int
     ) -> tuple[jax.Array, jax.Array]:
-        """(Σ gates · network(x) over a token's experts [N, D], how many choices found no slot). network(rows, product):
-        product multiplies rows with their own experts' weights [E/n, …]."""
+        """(Σ gates · expert(x) over a token's experts [N, D], how many choices found no slot). network(rows, gates,
+        product): product multiplies rows with their own experts' weights [E/n, …]. Gates go along with the rows: what
+        comes back is needed for no gradient, and neither sent nor made a second time."""
         N, k = ids_Nk.shape
         own = experts // self.count
         if goes_to_all(self.way, k, self.count):
@@ -64,29 +65,33 @@ class Experts:
         else:
             groups, ids_A = self.count, ids_Nk.reshape(-1) // own
         slot_A, choice_S = _slots(ids_A, groups, slots)
-        rows_SD = _taken(x_ND, choice_S, k)
+        rows_SD, gates_S = _taken(x_ND, choice_S, k), _of_choices(gates_Nk, choice_S, 0)
         if self.way == "capacity":
-            y_SD = self._by_slots(rows_SD, network, own)
+            y_SD = self._by_slots(rows_SD, gates_S, network, own)
         else:
-            numbers_S = jnp.where(choice_S < N * k, ids_Nk.reshape(-1)[jnp.minimum(choice_S, N * k - 1)] % own, own)
-            y_SD = self._in_groups(rows_SD, numbers_S, network, own)
+            numbers_S = jnp.where(choice_S < N * k, _of_choices(ids_Nk, choice_S, 0) % own, own)
+            y_SD = self._in_groups(rows_SD, gates_S, numbers_S, network, own)
         kept_A = slot_A < groups * slots
         y_AD = jnp.where(kept_A[:, None], y_SD[jnp.where(kept_A, slot_A, 0)], 0)
-        y_ND = jnp.einsum("nkd,nk->nd", y_AD.reshape(N, k, -1), gates_Nk.astype(y_AD.dtype))
-        return y_ND, jnp.sum(~kept_A).astype(gates_Nk.dtype)
+        return jnp.sum(y_AD.reshape(N, k, -1), axis=1), jnp.sum(~kept_A).astype(gates_Nk.dtype)
 
-    def _by_slots(self, rows_SD: jax.Array, network: Callable, own: int) -> jax.Array:
+    def _by_slots(self, rows_SD: jax.Array, gates_S: jax.Array, network: Callable, own: int) -> jax.Array:
         """Slots [E, C] of this device -> the same, from slots [E/n, n·C] of these experts."""
-        shape = (self.count, own, -1, rows_SD.shape[-1])
-        here = jnp.moveaxis(self._swapped(rows_SD.reshape(shape)), 0, 1)
-        y = network(here.reshape(own, -1, shape[-1]), lambda x, w: jnp.einsum("ecx,exy->ecy", x, w))
-        y = jnp.moveaxis(y.reshape(here.shape), 1, 0)
+
+        def here(x: jax.Array) -> jax.Array:
+            x = self._swapped(x.reshape(self.count, own, -1, *x.shape[1:]))
+            return jnp.moveaxis(x, 0, 1).reshape(own, -1, *x.shape[3:])
+
+        y = network(here(rows_SD), here(gates_S), lambda x, w: jnp.einsum("ecx,exy->ecy", x, w))
+        y = jnp.moveaxis(y.reshape(own, self.count, -1, y.shape[-1]), 1, 0)
         return self._swapped(y).reshape(rows_SD.shape)
 
-    def _in_groups(self, rows_SD: jax.Array, numbers_S: jax.Array, network: Callable, own: int) -> jax.Array:
+    def _in_groups(
+        self, rows_SD: jax.Array, gates_S: jax.Array, numbers_S: jax.Array, network: Callable, own: int
+    ) -> jax.Array:
         """Slots [n, C] of this device -> the same. numbers_S: of the expert there; E/n: nothing is in this slot."""
         swapped = lambda x: self._swapped(x.reshape(self.count, -1, *x.shape[1:])).reshape(x.shape)
-        return swapped(_grouped(swapped(rows_SD), swapped(numbers_S), network, own))
+        return swapped(_grouped(*map(swapped, (rows_SD, gates_S, numbers_S)), network, own))
 
     def _all_tokens(
         self, x_ND: jax.Array, ids_Nk: jax.Array, gates_Nk: jax.Array, network: Callable, own: int
@@ -99,11 +104,10 @@ class Experts:
         mine_A = (local_A >= 0) & (local_A < own)
         slot_A = jnp.where(mine_A, jnp.cumsum(mine_A) - 1, rows)
         choice_S = jnp.full((rows,), choices).at[slot_A].set(jnp.arange(choices), mode="drop")
-        numbers_S = jnp.where(choice_S < choices, local_A[jnp.minimum(choice_S, choices - 1)], own)
-        y_SD = _grouped(_taken(x_ND, choice_S, k), numbers_S, network, own)
-        gates_S = gates_Nk.reshape(-1)[jnp.minimum(choice_S, choices - 1)]
+        numbers_S, gates_S = _of_choices(local_A, choice_S, own), _of_choices(gates_Nk, choice_S, 0)
+        y_SD = _grouped(_taken(x_ND, choice_S, k), gates_S, numbers_S, network, own)
         token_S = jnp.where(choice_S < choices, choice_S // k, self.count * N)
-        y_ND = jnp.zeros_like(x_ND).at[token_S].add(y_SD * gates_S[:, None].astype(y_SD.dtype), mode="drop")
+        y_ND = jnp.zeros_like(x_ND).at[token_S].add(y_SD, mode="drop")
         with jax.named_scope(SCOPE):
             y_ND = lax.psum_scatter(y_ND, OVER, scatter_dimension=0, tiled=True)
         return y_ND, jnp.sum(mine_A & (slot_A >= rows)).astype(gates_Nk.dtype)
@@ -153,11 +157,17 @@ def _taken(x_ND: jax.Array, choice_S: jax.Array, k: int) -> jax.Array:
     return jnp.where((choice_S < x_ND.shape[0] * k)[:, None], x_ND[token_S], 0)
 
 
-def _grouped(rows_SD: jax.Array, numbers_S: jax.Array, network: Callable, own: int) -> jax.Array:
+def _of_choices(x_A: jax.Array, choice_S: jax.Array, nothing: int) -> jax.Array:
+    """What each of them has, `nothing` where there is none."""
+    x_A = x_A.reshape(-1)
+    return jnp.where(choice_S < x_A.shape[0], x_A[jnp.minimum(choice_S, x_A.shape[0] - 1)], nothing)
+
+
+def _grouped(rows_SD: jax.Array, gates_S: jax.Array, numbers_S: jax.Array, network: Callable, own: int) -> jax.Array:
     """Rows through the experts of these numbers; zeros for the number E/n."""
     order_S = jnp.argsort(numbers_S, stable=True)
     sizes_E = jnp.bincount(numbers_S, length=own + 1)[:own].astype(jnp.int32)
-    y_SD = network(rows_SD[order_S], functools.partial(_product, sizes_E))
+    y_SD = network(rows_SD[order_S], gates_S[order_S], functools.partial(_product, sizes_E))
     y_SD = jnp.where((jnp.arange(y_SD.shape[0]) < jnp.sum(sizes_E))[:, None], y_SD, 0)
     return jnp.zeros_like(y_SD).at[order_S].set(y_SD)
 

@@ -91,8 +91,8 @@ class Stages:
     def run(
         self, layer_of: Callable, known: Any, x_NTD: jax.Array, weights_L: Any, axes: Any, cast: Callable
     ) -> tuple[jax.Array, Any]:
-        """What has started, through all layers -> (what has ended, the sums over micro-batches of what each layer
-        found). layer_of(constrain, known): a layer, (x, weights) -> (x, {name: a number} or None), for rows of which
+        """What has started, through all layers -> (what has ended, what layers found in each micro-batch [M, L]).
+        layer_of(constrain, known): a layer, (x, weights) -> (x, {name: a number} or None), for rows of which
         that is known. known: of the whole batch, [B, …] each. axes: of weights_L. In every tick weights are cast (or
         are there, cast and gathered); their gradients add up in float32 in either case."""
         weights_SL = jax.tree.map(lambda w: w.reshape(self.count, -1, *w.shape[1:]), weights_L)
@@ -119,8 +119,6 @@ class Stages:
             x_SBTD = self.constrain(jnp.where(is_first, own, x_SBTD), BUFFER)
             given = self._by_shard(x_SBTD, 1) if self.once else x_SBTD
             made, found = stages(weights_SL, given, known_MB, jnp.clip(t - S, 0, self.micro - 1))
-            is_real = (t >= S) & (t - S < self.micro)
-            found = jax.tree.map(lambda x_SL: jnp.where(is_real[:, None], x_SL, 0), found)
             x_SBTD = self.constrain(made.reshape(x_SBTD.shape), BUFFER)
             new = self.constrain(jnp.where(is_last, x_SBTD, self._handed_on(own, -1)), BUFFER)
             io = self.constrain(lax.dynamic_update_index_in_dim(io, new, slot, 1), SLOTS)
@@ -129,7 +127,9 @@ class Stages:
         io = self.constrain(self._slots(x_NTD), SLOTS)
         empty = self.constrain(jnp.zeros_like(io[:, 0]), BUFFER)
         (_, io), found = lax.scan(tick, (empty, io), jnp.arange(self.ticks))
-        return self._rows(io, SLOTS[3:]), jax.tree.map(lambda x: jnp.sum(x, 0).reshape(-1), found)
+        at = jnp.arange(self.micro)[:, None] + S  # the tick in which a stage works on a micro-batch
+        found = jax.tree.map(lambda x_tSL: x_tSL[at, S].reshape(self.micro, -1), found)
+        return self._rows(io, SLOTS[3:]), found
 
     def _by_shard(self, tree: Any, dim: int) -> Any:
         """[…, F·b, …] -> […, F, b, …]."""

@@ -27,6 +27,19 @@ class Identity(BlockCodec):
 
 
 @dataclass(frozen=True)
+class Gathered(Identity):
+    """The same beside sparse messages, which are gathered, whatever the number of replicas."""
+
+    sparse: ClassVar[bool] = True
+
+    def add(self, x_N: jax.Array, message: Message) -> jax.Array:
+        return x_N + message["values"]
+
+    def subtract(self, x_N: jax.Array, message: Message) -> jax.Array:
+        return x_N - message["values"]
+
+
+@dataclass(frozen=True)
 class BF16(BlockCodec):
     """bfloat16, rounded to nearest even: 2 bytes an element, relative error up to 2^-8, unbiased over many values."""
 
