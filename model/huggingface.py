@@ -1,4 +1,4 @@
-"""Weights of Hugging Face's in and out: GPT-2, Llama, Mistral, Qwen 2 and Qwen 3.
+"""Weights of Hugging Face's in and out: GPT-2, Llama, Mistral, Mixtral, Qwen 2 and 3, Qwen3-MoE.
 
 python -m model.huggingface import path/to/folder runs/base
 python -m model.huggingface import model.gguf runs/base
