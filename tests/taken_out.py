@@ -2077,8 +2077,8 @@ CASES = [
     TakenOut(
         "experts: what finds no slot is counted",
         "parallel/layout/experts.py",
-        "return y_ND, jnp.sum(~kept_A).astype(gates_Nk.dtype)",
-        "return y_ND, jnp.sum(kept_A & ~kept_A).astype(gates_Nk.dtype)",
+        "return jnp.sum(y_AD.reshape(N, k, -1), axis=1), jnp.sum(~kept_A).astype(gates_Nk.dtype)",
+        "return jnp.sum(y_AD.reshape(N, k, -1), axis=1), jnp.sum(kept_A & ~kept_A).astype(gates_Nk.dtype)",
         "tests/test_experts.py -k finds_no_slot",
     ),
     TakenOut(
@@ -2098,9 +2098,23 @@ CASES = [
     TakenOut(
         "experts: a bias is sent as it is",
         "parallel/exchange/units.py",
-        "own: Any = codec if not leaf.exact and (not is_round(codec) or codec.takes(local)) else Identity()",
-        "own: Any = codec if (not is_round(codec) or codec.takes(local)) else Identity()",
+        "own: Any = codec if not leaf.exact and (not is_round(codec) or codec.takes(local)) else exact",
+        "own: Any = codec if (not is_round(codec) or codec.takes(local)) else exact",
         "tests/test_experts.py -k sent_as_it_is",
+    ),
+    TakenOut(
+        "experts: beside sparse messages a bias is gathered, too",
+        "parallel/exchange/units.py",
+        "Gathered() if not is_round(codec) and codec.sparse else Identity()",
+        "Identity()",
+        "tests/test_experts.py -k beside_any_codec",
+    ),
+    TakenOut(
+        "experts: router losses count by targets",
+        "model/moe.py",
+        "sums = {name: jnp.sum(weight_M @ x_ML) for name, x_ML in found.items()}",
+        "sums = {name: mask_BT.size / micro * jnp.sum(x_ML) for name, x_ML in found.items()}",
+        "tests/test_experts.py -k those_of_the_paper",
     ),
     TakenOut(
         "experts: local replicas average their biases",
