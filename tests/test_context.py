@@ -88,13 +88,11 @@ def test_attention_and_its_gradients_are_those_of_whole_sequences(way, case, siz
 
 
 MESHES = [(1, 1, 2, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2), (1, 1, 4, 2), (2, 1, 4, 1), (1, 1, 8, 1)]
-QUICK = [(2, 1, 2, 2)]
 
 
-@pytest.mark.parametrize("way", ["ring", pytest.param("gather", marks=SLOW), pytest.param("heads", marks=SLOW)])
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(mesh, marks=[] if mesh in QUICK else [SLOW]) for mesh in MESHES], ids=helpers.name
-)
+@SLOW  # in the default run: all six axes at once, tests/test_factorings.py
+@pytest.mark.parametrize("way", ["ring", "gather", "heads"])
+@pytest.mark.parametrize("mesh", MESHES, ids=helpers.name)
 def test_every_mesh_trains_like_one_device(mesh, way):
     check(mesh, True, attention__context=way)
 

@@ -105,11 +105,15 @@ def test_what_finds_no_slot_is_left_out_and_counted(way, rows):
     N, D, c = 40, 8, MIXTRAL
     draw = np.random.default_rng(0)
     x_ND, logits_NE = (draw.standard_normal(shape).astype(np.float32) for shape in ((N, D), (N, c.experts)))
-    gates_Nk, ids_Nk, _ = route(c, jnp.asarray(logits_NE))
-    through = experts.Experts(ALONE, (way, rows)).through
-    y_ND, dropped = through(
-        jnp.asarray(x_ND), ids_Nk, gates_Nk, lambda rows, gates, _: rows * gates[..., None], c.experts
-    )
+
+    @jax.jit
+    def through(x_ND, logits_NE):
+        gates_Nk, ids_Nk, _ = route(c, logits_NE)
+        network = lambda rows, gates, _: rows * gates[..., None]
+        found = experts.Experts(ALONE, (way, rows)).through(x_ND, ids_Nk, gates_Nk, network, c.experts)
+        return gates_Nk, ids_Nk, *found
+
+    gates_Nk, ids_Nk, y_ND, dropped = jax.device_get(through(x_ND, logits_NE))
     room = N * c.chosen if way == "grouped" else math.ceil(float(rows) * N * c.chosen / c.experts)
     taken, wanted, lost = [0] * c.experts, np.zeros_like(x_ND), 0
     for n in range(N):
@@ -283,7 +287,7 @@ def test_a_bias_moves_against_the_load_by_its_rate_whatever_the_optimizer():
         schedule = optimizers.schedule("constant", 0.1, 0, 10, 0.1)
         more = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.1, "clip_norm": 1.0}
         built = optimizers.optimizer(name, schedule, axes, **more, balance_rate=0.25)
-        after, _ = built.apply(pull, built.init(params), params)
+        after, _ = jax.jit(lambda built=built: built.apply(pull, built.init(params), params))()
         np.testing.assert_array_equal(after["mlp"]["balance_bias"], [[-0.25, 0.25, 0.0]])
         assert not np.array_equal(after["mlp"]["router"], params["mlp"]["router"])
 
@@ -293,7 +297,7 @@ def test_local_replicas_average_their_biases(outer):
     params = {"balance_bias": jnp.array([1.0, 2.0]), "w": jnp.ones(2)}
     mean = {"balance_bias": jnp.array([0.5, -0.25]), "w": jnp.ones(2)}
     made = Outer(outer, 0.7, 0.9, (COUNTS,))
-    after, _ = made.apply(mean, (params, made.init(params)))
+    after, _ = jax.jit(lambda: made.apply(mean, (params, made.init(params))))()
     np.testing.assert_array_equal(after["balance_bias"], params["balance_bias"] - mean["balance_bias"])
     assert not np.array_equal(after["w"], params["w"] - mean["w"])
 
