@@ -16,8 +16,10 @@ _FUSED = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<what>gate
 def parted(entries: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """An entry for each of their experts, by its usual name. entries: by theirs."""
     found = dict(entries)
-    router = next((row for row in family.rows if row.ours.endswith("/router")), None)
-    for name, entry in entries.items() if router else ():
+    if not family.is_routed:
+        return found
+    router = next(row for row in family.rows if row.ours.endswith("/router"))
+    for name, entry in entries.items():
         if gate := _GATE.match(name):
             found[router.theirs.format(layer=gate["layer"])] = found.pop(name)
         if not (fused := _FUSED.match(name)) or len(entry.shape) != 3:

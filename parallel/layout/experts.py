@@ -91,7 +91,7 @@ class Experts:
     ) -> jax.Array:
         """Slots [n, C] of this device -> the same. numbers_S: of the expert there; E/n: nothing is in this slot."""
         swapped = lambda x: self._swapped(x.reshape(self.count, -1, *x.shape[1:])).reshape(x.shape)
-        return swapped(_grouped(*map(swapped, (rows_SD, gates_S, numbers_S)), network, own))
+        return swapped(_grouped(swapped(rows_SD), swapped(gates_S), swapped(numbers_S), network, own))
 
     def _all_tokens(
         self, x_ND: jax.Array, ids_Nk: jax.Array, gates_Nk: jax.Array, network: Callable, own: int
