@@ -337,8 +337,7 @@ def _experts_of(family: Family, c: Any) -> dict[str, Any]:
         return {}
     m = c.model
     weight = c.moe.balance_weight * m.num_layers / m.experts_per_token if m.balance == "loss" else 0.0
-    keys = {"num_experts_per_tok": m.experts_per_token, "router_aux_loss_coef": weight}
-    keys |= {"num_local_experts": m.experts}
+    keys = {"num_experts_per_tok": m.experts_per_token, "router_aux_loss_coef": weight, "num_local_experts": m.experts}
     if family.name == "mixtral":
         return keys
     sizes = {"num_experts": m.experts, "moe_intermediate_size": m.mlp_dim, "norm_topk_prob": m.normalise_gates}

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import optax
 
-from optim.counts import follows_counts
 from optim.muon import muon
 from optim.optimizer import Optimizer, Schedule, decays
 
@@ -44,7 +43,7 @@ def optimizer(
     balance_rate: float,
 ) -> Optimizer:
     """adamw, sgd (with momentum), lion, muon or sign (of the mean gradient). axes: the logical axes of the params.
-    balance_rate: of a step of weights that follow counts.
+    balance_rate: of a step of weights that follow counts, as their axes say.
 
     Weight decay is decoupled, and spares biases and norm scales. clip_norm 0: no clipping.
     """
@@ -66,9 +65,8 @@ def optimizer(
         core = optax.chain(optax.scale_by_sign(), decay, optax.scale_by_learning_rate(schedule))
     else:
         raise ValueError(f"optimizer.name={name!r} is none of adamw, lion, muon, sgd, sign")
-    labels = jax.tree_util.tree_map_with_path(
-        lambda path, _: "counts" if follows_counts(path) else "core", axes, is_leaf=lambda x: isinstance(x, tuple)
-    )
+    label = lambda names: "counts" if "counts" in names else "core"
+    labels = jax.tree.map(label, axes, is_leaf=lambda x: isinstance(x, tuple))
     if "counts" in jax.tree.leaves(labels):
         against = optax.chain(optax.scale_by_sign(), optax.scale(-balance_rate))
         core = optax.partition({"core": core, "counts": against}, labels)

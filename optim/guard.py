@@ -42,10 +42,10 @@ class Verdict:
 @dataclass(frozen=True)
 class Guard:
     """Judges what is new (a gradient, the way that replicas have gone) and what will be applied (with what residuals
-    add to it), each by its own window of the last sizes. Not finite: nothing is applied. A spike,
-    more than `zscore` standard deviations above the mean of the window: it is refused; after 3 refusals in a row
-    applied, scaled to that limit. So a change that stays, or a lump that residuals hold, is not refused for ever: the
-    limit moves with what was applied."""
+    add to it), each by its own window of the last sizes. Not finite: nothing is applied. A spike, more than `zscore`
+    standard deviations above the mean of the window: it is refused; after 3 refusals in a row applied, scaled to that
+    limit. So a change that stays, or a lump that residuals hold, is not refused for ever: the limit moves with what
+    was applied."""
 
     zscore: float  # 0: only what is not finite is refused
     window: int

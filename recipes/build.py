@@ -25,6 +25,7 @@ from parallel.layout.mesh import check_divisible, cut
 from parallel.strategies.backward import Backward
 from parallel.strategies.base import Strategy
 from parallel.strategies.island import Island
+from parallel.strategies.local import Outer
 from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
 from recipes import experts, methods, pipeline, tuned, xla
@@ -164,6 +165,10 @@ def build_strategy(
         )
     algorithm = "gather" if kind is Backward else s.algorithm
     wanted = codec.wants_error_feedback if s.error_feedback == "auto" else s.error_feedback == "on"
+    if isinstance(fields.get("outer"), Outer):
+        axes = jax.tree_util.tree_leaves_with_path(task.axes, is_leaf=lambda x: isinstance(x, tuple))
+        averaged = tuple({path[-1].key for path, names in axes if "counts" in names})
+        fields = fields | {"outer": dataclasses.replace(fields["outer"], averaged=averaged)}
     if kind is Island:  # what it sends is encoded outside of its programs
         fields, codec = fields | {"feedback": wanted}, Identity()
     feedback = Feedback(s.decay, s.residual_dtype) if wanted and replicas > 1 else None

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import optax
 
-from optim.counts import COUNTS
 from parallel.exchange import net
 from parallel.exchange.codecs import CODECS
 from parallel.exchange.codecs.base import BlockCodec, RoundCodec, is_round
@@ -201,7 +200,7 @@ def strategy(s: Any, own: Own = NONE) -> tuple[type[Strategy], dict[str, Any]]:
     """The class that config group `sync` names, and its own fields."""
     kind = Backward if s.exchange == "backward" else own.strategies()[s.strategy]
     fields = {key.partition(".")[0] for key in _keys(kind)}
-    return kind, {key: Outer(**s.outer.to_dict(), averaged=(COUNTS,)) if key == "outer" else s[key] for key in fields}
+    return kind, {key: Outer(**s.outer.to_dict()) if key == "outer" else s[key] for key in fields}
 
 
 def check_begin(K: int, step: int, last: int) -> None:

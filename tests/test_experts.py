@@ -20,7 +20,6 @@ from test_parity import check
 from model.moe import Moe, route
 from model.transformer import Transformer
 from optim import build as optimizers
-from optim.counts import COUNTS
 from parallel.cost import wire
 from parallel.exchange import units
 from parallel.layout import experts, rules
@@ -296,7 +295,7 @@ def test_a_bias_moves_against_the_load_by_its_rate_whatever_the_optimizer():
 def test_local_replicas_average_their_biases(outer):
     params = {"balance_bias": jnp.array([1.0, 2.0]), "w": jnp.ones(2)}
     mean = {"balance_bias": jnp.array([0.5, -0.25]), "w": jnp.ones(2)}
-    made = Outer(outer, 0.7, 0.9, (COUNTS,))
+    made = Outer(outer, 0.7, 0.9, ("balance_bias",))
     after, _ = jax.jit(lambda: made.apply(mean, (params, made.init(params))))()
     np.testing.assert_array_equal(after["balance_bias"], params["balance_bias"] - mean["balance_bias"])
     assert not np.array_equal(after["w"], params["w"] - mean["w"])
@@ -313,6 +312,12 @@ def test_a_bias_is_sent_beside_any_codec(codec):
     assert found.stray == 0 and not found.not_counted
     sizes = {unit.name: unit.codec.exact for unit in parts.strategy.exchange.units if not hasattr(unit.codec, "mean")}
     assert any(sizes.values())
+
+
+def test_a_local_strategy_is_told_what_it_averages():
+    outer = {"sync__codec": "int4", "sync__strategy": "diloco", "sync__interval": 2, "model__experts": 4}
+    of = lambda **more: helpers.build(helpers.tiny(**outer, **more), (2, 1, 1)).strategy.outer.averaged
+    assert of(model__balance="bias") == ("balance_bias",) and of() == ()
 
 
 def test_experts_count_matrices_and_a_bias_is_sent_as_it_is():

@@ -344,6 +344,29 @@ def test_a_header_that_lies_is_refused_before_anything_is_read(edit, tmp_path):
         files.header(path)
 
 
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.02,
+    "sliding_window": 16,
+}  # fmt: skip
+
+
+def test_a_window_and_a_balance_of_mixtral_come_in_and_go_out(tmp_path):
+    """Its balancing loss is of all layers at once, and worth k where the load is even."""
+    theirs = write(tmp_path / "in", MIXTRAL)
+    command("import", tmp_path / "in", tmp_path / "run")
+    config = configuration.read_json(tmp_path / "run")
+    assert config.model.sliding_window == 16 and config.model.experts == 4
+    assert config.moe.balance_weight == pytest.approx(0.02 * 3 / 2)
+    command("export", tmp_path / "run", tmp_path / "out")
+    back = safetensors.numpy.load_file(tmp_path / "out" / files.SINGLE)
+    assert back.keys() == theirs.keys() and all(np.array_equal(back[name], x) for name, x in theirs.items())
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: said[key] for key in MIXTRAL if key not in ("model_type", "router_aux_loss_coef")} == {
+        key: x for key, x in MIXTRAL.items() if key not in ("model_type", "router_aux_loss_coef")
+    }
+    assert said["model_type"] == "mixtral" and said["router_aux_loss_coef"] == pytest.approx(0.02)
+
+
 # ── transformers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 ROUTED = ["mixtral", "qwen3_moe"]
