@@ -29,6 +29,7 @@ from parallel.cost.link import Link
 from parallel.cost.targets import Target
 from recipes import gaps, methods, plan, planned, planned_sites, sites
 from recipes.build import num_parameters
+from recipes.case import Case
 from runtime import config as configuration
 from runtime import exits, library_log, metrics, usage
 from runtime.config import UsageError, bad_input
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     if args.compile:
         compilers.prepare(target.chip)
         library_log.begin()  # compilers print by themselves
-    case = plan.Case(config, target, link, tuple(flags.typed), gaps.read(args.gaps) if args.gaps else None)
+    case = Case(config, target, link, tuple(flags.typed), gaps.read(args.gaps) if args.gaps else None)
     print("\n".join(planned.said(target, case)), flush=True)
 
     found = plan.search(case)
@@ -95,7 +96,7 @@ def unequal(args: argparse.Namespace, config: Any, flags: Any) -> int:
         link = Link.parse(args.link) if args.link else None
         named = [target for target in targets for target in [replace(target, slices=1)] * target.slices]
     jax.config.update("jax_platforms", "cpu")
-    case = plan.Case(config, named[0], link, tuple(flags.typed))
+    case = Case(config, named[0], link, tuple(flags.typed))
     print("\n".join(target.said() for target in targets))
     print(f"{len(named)} replicas, one a site, joined by {link.text if link else 'the adapters of the catalogue'}")
     found = sites.search(sites.cases(case, named))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from parallel.cost import compilers, hlo, pace, play, schedule, wire
+from parallel.cost import compilers, hlo, play, rates, schedule, wire
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.link import Link
 from parallel.cost.schedule import Buffer
@@ -175,7 +175,7 @@ def stray_of(name: str, program: Any, parts: Parts) -> Traffic:
 def axis_seconds(size: float, target: Target, parts: Parts, axis: str, link: Link | None = None) -> float:
     """That bytes of a chip take along an axis of the mesh, at best."""
     if axis == SLOW and link:
-        return pace.seconds(target, parts.mesh.shape, axis, size, 0, link)
+        return rates.seconds(target, parts.mesh.shape, (axis,), size, 0, link)
     devices = np.moveaxis(parts.mesh.devices, parts.mesh.axis_names.index(axis), -1)
     return size / target.rate(devices.reshape(-1, devices.shape[-1]))
 

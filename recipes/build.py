@@ -113,7 +113,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(task.init, key)
     try:
-        check_cut(task, mesh.shape)
+        check_cut(task, shapes, mesh.shape)
         optimizer = from_optax(own.optimizer, shapes) if own.optimizer else build_optimizer(c, task.axes)
         make = functools.partial(build_strategy, c, task, mesh, replicas, shapes, optimizer)
         strategy = make(methods.chosen(c.sync, own))
@@ -123,7 +123,7 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
         raise UsageError(str(error)) from error
 
     def phase(first: int, strategy: Strategy, prefix: str = "") -> Phase:
-        state = jax.eval_shape(lambda key: begin_state(strategy, task, task.init(key), key), key)
+        state = jax.eval_shape(functools.partial(begin_state, strategy, task), shapes, key)
         fixed = roles.like(roles.FIXED, rules.specs(task.fixed_axes))
         declared = dataclasses.replace(strategy.declare(state), fixed=fixed)
         state = placement.placed(mesh, state, roles.specs_of(declared))
@@ -139,9 +139,8 @@ def build(c: Any, mesh: Mesh, own: methods.Own = methods.NONE) -> Parts:
     return Parts(task, mesh, replicas, phases, shapes, frozen, eval_batch, own, xla_options)
 
 
-def check_cut(task: Trainable, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError for a weight, trained or not, that a mesh of these sizes does not divide."""
-    trained = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
+def check_cut(task: Trainable, trained: Any, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError for a weight, trained (of these shapes) or not, that a mesh of these sizes does not divide."""
     for shapes, axes in (*task.frozen, (trained, task.axes)):
         check_divisible(shapes, axes, sizes, task.least)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from parallel.cost.model import Layout
+from parallel.cost.network import Layout
 from parallel.cost.pace import Step
 from parallel.exchange.codecs import CODECS
 from recipes import over_link
@@ -13,7 +13,7 @@ MARGIN = 1.2  # by which temporaries may be more than predicted, for what is cal
 
 @dataclass(frozen=True)
 class Candidate:
-    """changes: of the config. moments: temporary bytes by moment and array (model.held). delay: so many times the
+    """changes: of the config. moments: temporary bytes by moment and array (held.held). delay: so many times the
     steps of a synchronous run are needed to the same loss."""
 
     changes: dict[str, Any]

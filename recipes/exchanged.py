@@ -1,7 +1,8 @@
-"""What the exchange of a run sends and holds, as the planner counts it (parallel/cost/model.py, pace.py)."""
+"""What the exchange of a run sends and holds, as the planner counts it (parallel/cost/held.py, pace.py)."""
 
 from parallel.cost.bytes import bytes_per_step, in_flight_bytes
-from parallel.cost.model import FLOAT32, Flight
+from parallel.cost.held import Flight
+from parallel.cost.network import FLOAT32
 from parallel.cost.pace import Exchange
 from parallel.exchange.codecs.plain import BF16, Identity
 from recipes import memory

@@ -214,7 +214,7 @@ def wider(config: Any, parts: Parts, need: Need, limit: float | None) -> list[Tu
         sizes = dict(parts.mesh.shape) | {"fsdp": factor * parts.mesh.shape["fsdp"]}
         try:
             check_batch(config.data.batch_size, parts.replicas, cut("batch", sizes), config.optimizer.accumulate)
-            check_cut(parts.task, sizes)
+            check_cut(parts.task, parts.param_shapes, sizes)
         except (UsageError, ValueError):
             break
         rest = need.whole - need.state if math.isfinite(need.whole) else 0.0

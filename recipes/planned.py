@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from parallel.cost.targets import Target
-from parallel.layout.axes import COMMON, SLOW, shown
+from parallel.layout.axes import SLOW, shown
 from recipes import aot, programs
 from recipes import target as targeted
 from recipes.candidate import MARGIN, Candidate
-from recipes.plan import CLOSE, Case, Found, picked
+from recipes.case import Case
+from recipes.plan import CLOSE, Found, picked
 from runtime import config as configuration
 from runtime.config import RunError, UsageError, changed
 from runtime.console import aligned, human_bytes, human_count
@@ -61,7 +62,7 @@ def _row(c: Candidate, pick: Candidate) -> tuple[str, ...]:
         "*" if c is pick else "",
         mesh(c),
         str(c.layout.accumulate),
-        c.layout.remat,
+        remat(c),
         exchange(c),
         seconds(c.seconds),
         human_count(c.tokens_per_second),
@@ -77,7 +78,12 @@ def seconds(x: float) -> str:
 
 
 def mesh(c: Candidate) -> str:
-    return " × ".join(f"{axis} {c.layout.sizes[axis]}" for axis in COMMON)
+    return " × ".join(f"{axis} {size}" for axis, size in shown(c.layout.sizes).items())
+
+
+def remat(c: Candidate) -> str:
+    """compute.remat; of a pipeline, its own and its gather, too."""
+    return ", ".join([c.layout.remat, *c.layout.pipeline]) if c.layout.stages > 1 else c.layout.remat
 
 
 def micro_steps(c: Candidate) -> str:
@@ -96,7 +102,7 @@ def explained(found: Found, case: Case) -> list[str]:
     pick, target = found.pick, case.target
     used = pick.tokens_per_second * (case.base.task.flops() or 0.0) / (target.chips * target.chip.bf16)
     fast = f"{seconds(pick.seconds)} a step, {human_count(pick.tokens_per_second)} tokens/s, MFU {used:.0%}"
-    first = f"pick: {mesh(pick)}, {micro_steps(pick)}, remat {pick.layout.remat}, exchange {exchange(pick)}: {fast}"
+    first = f"pick: {mesh(pick)}, {micro_steps(pick)}, remat {remat(pick)}, exchange {exchange(pick)}: {fast}"
     if case.gaps and pick.layout.sizes[SLOW] > 1:
         row = case.gaps.of(pick.strategy, pick.codec).row
         first += f"; × {pick.delay:.2f} the steps to a loss, by the row {row!r}"
@@ -124,7 +130,7 @@ def _memory(found: Found) -> str:
         return f"{said}; more of it would gain nothing"
     best = min(faster, key=lambda c: c.seconds)
     gain, short = pick.seconds / best.seconds - 1, human_bytes(best.state_bytes + MARGIN * best.temporary_bytes)
-    how = f"{mesh(best)}, {micro_steps(best)}, remat {best.layout.remat}"
+    how = f"{mesh(best)}, {micro_steps(best)}, remat {remat(best)}"
     return f"{said}; memory binds, too: {how} would be {gain:.0%} faster, and may need {short}"
 
 
@@ -138,7 +144,7 @@ def compile_all(case: Case, candidates: Sequence[Candidate], say: Any) -> dict[i
         say(note)
     for i, c in enumerate(candidates):
         left = f", about {seconds((time.monotonic() - began) / i * (len(candidates) - i))} left" if i else ""
-        say(f"compiling {i + 1} of {len(candidates)}: {mesh(c)}, {c.layout.remat}, {exchange(c)}{left}")
+        say(f"compiling {i + 1} of {len(candidates)}: {mesh(c)}, {remat(c)}, {exchange(c)}{left}")
         found[i] = compiled(case, c)
         say(beside(c, found[i]))
     return found

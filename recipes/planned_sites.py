@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from parallel.layout.axes import COMMON, SLOW, shown
+from parallel.layout.axes import SLOW, shown
 from recipes import planned, sites
 from runtime.console import aligned, human_bytes, human_count
 
@@ -12,9 +12,9 @@ ROWS = 8  # of the table: exchanges
 
 def table(found: sites.Found) -> str:
     """Of each exchange what a round would be, most tokens a second first; the pick is marked. Below, its sites."""
-    shown = found.rounds[:ROWS]
-    if found.pick not in shown:
-        shown = [found.pick, *shown[:-1]]
+    best = found.rounds[:ROWS]
+    if found.pick not in best:
+        best = [found.pick, *best[:-1]]
     names = [share.target.text for share in found.pick.shares]
     head = ("", "exchange", *(f"{name}: steps × rows" for name in names), "a round", "tokens/s", "idle, by site")
     rounds = [
@@ -26,16 +26,15 @@ def table(found: sites.Found) -> str:
             human_count(x.tokens_per_second),
             ", ".join(f"{x.idle(share):.0%}" for share in x.shares),
         )
-        for x in shown
+        for x in best
     ]
     rows = [("", "site", "mesh", "micro-steps", "remat", "a step", "memory")]
     for share in found.pick.shares:
         c = share.candidate
-        own = " × ".join(f"{axis} {c.layout.sizes[axis]}" for axis in COMMON if axis != SLOW)
+        own = " × ".join(f"{axis} {size}" for axis, size in shown(c.layout.sizes).items() if axis != SLOW)
         held = f"{human_bytes(c.peak_bytes)} of {human_bytes(c.memory)}"
-        rows.append(
-            ("", share.target.text, own, str(c.layout.accumulate), c.layout.remat, planned.seconds(sites.bare(c)), held)
-        )
+        step = planned.seconds(sites.bare(c))
+        rows.append(("", share.target.text, own, str(c.layout.accumulate), planned.remat(c), step, held))
     return f"{aligned([head, *rounds])}\n\n{aligned(rows)}"
 
 

@@ -1,14 +1,16 @@
-"""What the planner's model (parallel/cost/model.py) says of a run, beside what its compiled programs say: so every
+"""What the planner's model (parallel/cost/) says of a run, beside what its compiled programs say: so every
 start tests the model. Closed form: it takes a few milliseconds."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from parallel.cost import model
-from parallel.cost.model import Flight, Layout, Network
-from parallel.layout.axes import COMMON, SLOW
+from parallel.cost import work
+from parallel.cost.held import Flight, held
+from parallel.cost.network import Layout, Network
+from parallel.cost.sent import habits, sent
+from parallel.layout.axes import CONTEXT, SLOW, STAGE
 from parallel.layout.mesh import cut
 from recipes import exchanged
 from recipes.build import Parts
@@ -23,7 +25,7 @@ def network(parts: Parts) -> Network:
     task: Any = parts.task
     trained = (parts.param_shapes, task.axes)
     weights = task.frozen[0] if task.frozen else trained
-    return Network.of(weights, trained, task.model.config, task.units, task.model.compute.dtype.itemsize)
+    return Network.of(weights, trained, task.model.config, task.units, task.model.compute)
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,26 @@ def of(config: Any, parts: Parts) -> Predicted | None:
         return None
     if parts.replicas != sizes[SLOW] or config.optimizer.name == "muon":  # several on a device; products of its own
         return None
-    if config.model.experts:
-        return None
-    if any(size != 1 for axis, size in sizes.items() if axis not in COMMON):
-        return None
     if config.sync.exchange != "after":  # one message in flight after another
         return None
+    if sizes[STAGE] > 1 and sizes[CONTEXT] > 1 and config.pipeline.gather == "step":  # gathered in two ways
+        return None
     net, compute, platform = network(parts), task.model.compute, parts.mesh.devices.flat[0].platform
+    if sizes[STAGE] > 1 and platform == "cpu":  # whose XLA sends for a few ticks what others send for all
+        return None
     accumulate, shards = config.optimizer.accumulate, cut("batch", sizes)[1]
     rows = config.data.batch_size // (sizes[SLOW] * shards * accumulate)
     layout = Layout(sizes, rows, accumulate, compute.remat, compute.loss_chunk_mib << 20, platform == "tpu")
+    layout = replace(layout, way=compute.context, pipeline=compute.pipeline)
     wire: dict[str, float] = {}
-    for sent in model.sent(net, layout, model.habits(platform, cut("embed", sizes)[1])):
-        if platform != "cpu" or sent.axis != "tensor":  # whose sums XLA's program for CPUs sends otherwise
-            wire[sent.axis] = wire.get(sent.axis, 0.0) + sent.bytes
+    for row in sent(net, layout, habits(platform)):
+        if platform != "cpu" or row.axis != "tensor":  # whose sums XLA's program for CPUs sends otherwise
+            wire[row.axis] = wire.get(row.axis, 0.0) + row.bytes
     if compute.attention == "reference":
         return Predicted(wire, math.nan, math.nan)
-    held = model.held(net, layout, exchanged.held(parts) if parts.replicas > 1 else Flight())
-    temporary = max(sum(arrays.values()) for arrays in held.values())
-    return Predicted(wire, temporary, sum(model.flops(net, layout).values()))
+    moments = held(net, layout, exchanged.held(parts) if parts.replicas > 1 else Flight())
+    temporary = max(sum(arrays.values()) for arrays in moments.values())
+    return Predicted(wire, temporary, sum(work.flops(net, layout).values()))
 
 
 def rows(

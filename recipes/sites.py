@@ -12,15 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from parallel.cost import pace
-from parallel.cost.model import Flight, Layout
+from parallel.cost.held import Flight
 from parallel.cost.pace import Exchange
 from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
-from parallel.layout.axes import COMMON, SLOW
-from recipes import memory, plan
+from parallel.layout.axes import SLOW
+from recipes import memory, plan, tried
 from recipes.candidate import Candidate
+from recipes.case import Case
 from recipes.over_link import TRIED
-from recipes.plan import CLOSE, REMAT, TRIED_CODECS, Case
+from recipes.plan import CLOSE, TRIED_CODECS
 from runtime.config import UsageError
 
 SLOW_KEY = f"mesh.{SLOW}"
@@ -44,9 +45,9 @@ class Share:
     @property
     def flags(self) -> str:
         """With which a dry run looks at this site's own part: without the others, and their exchange."""
-        keys = {f"mesh.{axis}": self.candidate.layout.sizes[axis] for axis in COMMON} | {SLOW_KEY: 1}
-        keys |= {"optimizer.accumulate": self.candidate.layout.accumulate}
-        keys |= {"compute.remat": self.candidate.layout.remat, "data.batch_size": self.rows}
+        own = ("mesh.", "optimizer.", "compute.", "pipeline.")
+        keys = {key: value for key, value in self.candidate.changes.items() if key.startswith(own)}
+        keys |= {SLOW_KEY: 1, "data.batch_size": self.rows}
         return " ".join(f"--config.{key}={value}" for key, value in keys.items())
 
 
@@ -118,7 +119,7 @@ def alone(case: Case) -> dict[int, list[Candidate]]:
     """{rows: what does a step of so many, fastest first, without an exchange}, on the site's fastest meshes. Raises
     UsageError where nothing fits."""
     batch, by_mesh = case.config.data.batch_size, {}
-    for sizes in plan.divisible(case):
+    for sizes in tried.divisible(case):
         found = list(_on_mesh(case, sizes, batch))
         if any(c.fits for _, c in found):
             by_mesh[tuple(sizes.values())] = [(rows, c) for rows, c in found if c.fits]
@@ -136,15 +137,11 @@ def alone(case: Case) -> dict[int, list[Candidate]]:
 
 
 def _on_mesh(case: Case, sizes: dict[str, int], batch: int) -> Iterator[tuple[int, Candidate]]:
-    unit, chunk = meshes.cut("batch", sizes)[1], memory.chunk_mib(case.base) << 20
+    unit = meshes.cut("batch", sizes)[1]
     state, by = memory.state_bytes(case.base, sizes), unit * math.ceil(batch / unit / TRIED_ROWS)
     for rows in range(by, batch + 1, by):
-        own = rows // unit
-        micro = case.fixed("optimizer.accumulate", [2**n for n in range(own.bit_length()) if not own % 2**n])
-        for accumulate, remat in itertools.product(micro, case.fixed("compute.remat", REMAT)):
-            if not own % accumulate:
-                layout = Layout(sizes, own // accumulate, accumulate, remat, chunk, case.target.chip.is_tpu)
-                yield rows, plan.counted(case, layout, "sync", "none", Exchange(), state, Flight())
+        for layout in tried.layouts(case, sizes, rows // unit):
+            yield rows, plan.counted(case, layout, "sync", "none", Exchange(), state, Flight())
 
 
 def _with_exchange(

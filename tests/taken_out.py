@@ -1588,14 +1588,14 @@ CASES = [
     # ── plan.py ──────────────────────────────────────────────────────────────────────────────────────────────────
     TakenOut(
         "plan: gradients that libtpu adds up whole are twice the bytes",
-        "parallel/cost/model.py",
-        "Sent(axis, BACKWARD, GRADIENTS, layer + whole, each)",
-        "Sent(axis, BACKWARD, GRADIENTS, layer, each)",
+        "parallel/cost/sent.py",
+        "if n > habits.most:",
+        "if False:",
         "tests/test_plan.py::test_on_a_tpu_gradients_are_added_up_whole_over_more_than_32_chips",
     ),
     TakenOut(
         "plan: a ring leaves a host over as many adapters as it has members there",
-        "parallel/cost/pace.py",
+        "parallel/cost/rates.py",
         "min(target.chip.inside, members * target.chip.outside)",
         "target.chip.outside",
         "tests/test_plan.py::test_the_rate_of_an_axis_follows_from_where_its_chips_lie",
@@ -1623,8 +1623,8 @@ CASES = [
     ),
     TakenOut(
         "plan: what is typed is not chosen",
-        "recipes/plan.py",
-        "(_value(self.config, key),) if key in self.typed else tried",
+        "recipes/case.py",
+        "(self.value(key),) if key in self.typed else tried",
         "tried",
         "tests/test_plan.py::test_what_is_typed_is_not_chosen",
     ),
@@ -1634,6 +1634,41 @@ CASES = [
         "found.pick if found.pick in fit else picked(fit)",
         "found.pick",
         "tests/test_plan.py::test_predicted_stands_beside_compiled_and_what_does_not_fit_is_not_picked",
+    ),
+    TakenOut(
+        "plan: a pipeline keeps what is not worked out again of every tick",
+        "parallel/cost/held.py",
+        "return 1 if lay.stages == 1 or lay.repeats_stages else lay.ticks",
+        "return 1",
+        "tests/test_plan.py::test_stages_sequences_and_experts_are_counted_as_they_were_compiled",
+    ),
+    TakenOut(
+        "plan: layers are computed in every tick",
+        "parallel/cost/network.py",
+        "return layers(net, lay) * lay.ticks",
+        "return layers(net, lay) * lay.accumulate",
+        "tests/test_plan.py::test_stages_sequences_and_experts_are_counted_as_they_were_compiled",
+    ),
+    TakenOut(
+        "plan: a weight is gathered over all axes that cut its model dimension",
+        "parallel/cost/network.py",
+        "return w.size / self.count(w.others if whole else w.cut)",
+        "return w.size / self.count(w.cut)",
+        "tests/test_plan.py::test_stages_sequences_and_experts_are_counted_as_they_were_compiled",
+    ),
+    TakenOut(
+        "plan: experts multiply the rows that they have room for",
+        "parallel/cost/work.py",
+        "return w.size / net.experts * rows_of_token(net, lay) if w.is_routed else w.size",
+        "return w.size / net.experts if w.is_routed else w.size",
+        "tests/test_plan.py::test_stages_sequences_and_experts_are_counted_as_they_were_compiled",
+    ),
+    TakenOut(
+        "plan: a group over several axes leaves a host over the adapters of all its members there",
+        "parallel/cost/wire.py",
+        "return tuple(name for name, d in zip(self.names, differs, strict=True) if d)",
+        "return tuple(name for name, d in zip(self.names, differs, strict=True) if d)[:1]",
+        "tests/test_play.py::test_a_group_over_several_axes_leaves_a_host_over_all_its_members_adapters_there",
     ),
     # ── weights of others ────────────────────────────────────────────────────────────────────────────────────────
     TakenOut(

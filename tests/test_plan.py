@@ -1,6 +1,8 @@
 """plan.py: what is counted without compiling, beside what compilers made of it; the order of candidates; its words."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -12,32 +14,35 @@ import numpy as np
 import pytest
 
 import plan as command
-from configs import llama3_8b, llama3_70b, tiny
-from parallel.cost import flops, hardware, model, pace, targets
+from configs import llama3_8b, llama3_70b, mixtral_8x7b, qwen3_30b_a3b, tiny, tiny_moe
+from parallel.cost import flops, hardware, network, pace, rates, sent, targets, work
 from parallel.cost.bytes import exchange_bytes
 from parallel.cost.hardware import GiB
 from parallel.cost.link import Link
-from parallel.layout.axes import AXES
-from recipes import build, candidate, describe, gaps, memory, methods, plan, planned, predicted, sites
-from runtime.config import UsageError, flatten
+from parallel.layout.axes import AXES, COMMON
+from recipes import build, candidate, describe, gaps, memory, methods, plan, planned, predicted, sites, tried
+from recipes.case import Case
+from runtime.config import UsageError, changed, flatten
 
 CHIPS = hardware.catalogue()
-CONFIGS = {"8b": llama3_8b, "70b": llama3_70b, "tiny": tiny}
-ALONE = {"mesh.replica": 1, "mesh.tensor": 1, "optimizer.accumulate": 1, "sync.strategy": "sync", "sync.codec": "none"}
+CONFIGS = {"8b": llama3_8b, "70b": llama3_70b, "tiny": tiny, "tiny_moe": tiny_moe}
+CONFIGS |= {"mixtral": mixtral_8x7b, "qwen3": qwen3_30b_a3b}
+WHOLE = dict.fromkeys((f"mesh__{axis}" for axis in AXES if axis not in COMMON), 1)  # sequences and layers
+ALONE = WHOLE | {"mesh__replica": 1, "mesh__tensor": 1, "optimizer__accumulate": 1}
+ALONE |= {"sync__strategy": "sync", "sync__codec": "none"}
 
 
-def case(config: str, machine: str, link: str | None = None, **typed) -> plan.Case:
+def case(config: str, machine: str, link: str | None = None, **typed) -> Case:
     """typed: keys with __ for dots."""
     found = CONFIGS[config].get_config()
     keys = {key.replace("__", "."): value for key, value in typed.items()}
     found.update_from_flattened_dict(keys)
-    return plan.Case(found, targets.parse(machine, CHIPS), Link.parse(link) if link else None, tuple(keys))
+    return Case(found, targets.parse(machine, CHIPS), Link.parse(link) if link else None, tuple(keys))
 
 
 def only(config: str, machine: str, remat: str, **typed) -> candidate.Candidate:
     """The one candidate where everything is typed."""
-    keys = {key.replace(".", "__"): value for key, value in ALONE.items()}
-    keys |= {"compute__remat": remat, "compute__loss_chunk_mib": 512}
+    keys = ALONE | {"compute__remat": remat, "compute__loss_chunk_mib": 512}
     found = plan.search(case(config, machine, **(keys | typed)))
     assert len(found.fitting) == 1
     return found.fitting[0]
@@ -84,6 +89,63 @@ def test_what_is_counted_is_what_was_compiled_for_h100(row):
     assert found.step.flops / 1e12 == pytest.approx(products, rel=0.001)
     for axis, size in wire.items():
         assert found.sent[axis] / GiB == pytest.approx(size, rel=0.001), axis
+
+
+# Of other axes: what was compiled for (config, machine, keys); temporaries, TFLOP, GiB by axis, head and embeddings on
+# the slowest of theirs. 8B of 64 windows, Mixtral and Qwen3 of 128 (of 4,096 tokens).
+IN_TICKS = {"mesh__stage": 4, "mesh__fsdp": 16, "optimizer__accumulate": 4}
+BY_STAGE, ONCE = {"pipeline__remat": "stage"}, {"pipeline__gather": "step"}
+OTHERS = {
+    "4 stages": (("8b", "h100:8x8", IN_TICKS), 9.48, 910.9, {"stage": 3.80, "fsdp": 45.71}),
+    "4 stages, repeated": (("8b", "h100:8x8", IN_TICKS | BY_STAGE), 5.75, 1141.8, {"stage": 3.80, "fsdp": 85.32}),
+    "4 stages, gathered once": (("8b", "h100:8x8", IN_TICKS | ONCE), 19.91, 910.9, {"stage": 3.80, "fsdp": 6.09}),
+    "4 stages, both": (("8b", "h100:8x8", IN_TICKS | BY_STAGE | ONCE), 16.82, 1141.8, {"stage": 3.80, "fsdp": 6.09}),
+    "4 stages × tensor 4": (
+        ("8b", "h100:8x8", {"mesh__stage": 4, "mesh__fsdp": 4, "mesh__tensor": 4, "optimizer__accumulate": 8}),
+        5.94, 721.3, {"stage": 1.95, "fsdp": 14.02, "tensor": 91.50},
+    ),
+    "context 4 by heads": (("8b", "h100:8x8", {"mesh__context": 4}), 6.09, 531.6, {"context": 11.34, "fsdp": 40.44}),
+    "context 4 as a ring": (
+        ("8b", "h100:8x8", {"mesh__context": 4, "attention__context": "ring"}), 6.27, 531.6, {"context": 15.09},
+    ),
+    "Mixtral, expert 8": (("mixtral", "h100:8x8", {"mesh__expert": 8}), 9.59, 980.7, {"expert": 21.88, "fsdp": 35.56}),
+    "v5p, 4 stages": (("8b", "v5p-128", IN_TICKS), 9.63, 941.7, {"stage": 4.76, "fsdp": 48.55}),
+    "v5p, context 4 as a ring": (
+        ("8b", "v5p-128", {"mesh__context": 4, "attention__context": "ring"}),
+        6.23, 549.2, {"context": 15.09, "fsdp": 54.20},
+    ),
+    "v5p, Qwen3, expert 8": (("qwen3", "v5p-128", {"mesh__expert": 8}), 7.55, 284.2, {"expert": 52.99, "fsdp": 30.31}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", OTHERS)
+def test_stages_sequences_and_experts_are_counted_as_they_were_compiled(row):
+    """Bytes of every axis within 1 %, products 0.1 %, temporaries within 10 %."""
+    (config, machine, keys), temporary, products, wire = OTHERS[row]
+    batch = {"data__batch_size": 64 if config == "8b" else 128}
+    more = {"data__seq_len": 4096} if config == "qwen3" else {}
+    pipelines = {"pipeline__remat": "layer", "pipeline__gather": "tick"}
+    found = only(config, machine, "full", **(pipelines | batch | more | keys))
+    assert found.temporary_bytes / GiB == pytest.approx(temporary, rel=0.10)
+    assert found.step.flops / 1e12 == pytest.approx(products, rel=0.001)
+    for axis, size in wire.items():
+        assert found.sent[axis] / GiB == pytest.approx(size, rel=0.01), axis
+
+
+@pytest.mark.parametrize("config", ["tiny", "tiny_moe"])
+def test_every_mesh_that_can_be_built_is_tried_and_no_other(config):
+    """Sequences are cut where that is asked for: a tiny model's are too short to be worth it."""
+    of = case(config, "h100:1x4", mesh__context=-1, data__batch_size=8)
+    built = set()
+    for sizes in itertools.product((1, 2, 4), repeat=len(AXES)):
+        keys = {f"mesh.{axis}": size for axis, size in zip(AXES, sizes, strict=True)}
+        if math.prod(sizes) == 4 and sizes[0] == 1:
+            with contextlib.suppress(UsageError):
+                build.build(changed(of.config, keys), of.mesh(dict(zip(AXES, sizes, strict=True))))
+                built.add(sizes)
+    assert {tuple(sizes[axis] for axis in AXES) for sizes in tried.legal(of)} == built
+    assert {sizes[3] for sizes in built} == ({1, 2, 4} if config == "tiny_moe" else {1})
+    assert all(c["context"] == 1 for c in tried.legal(case(config, "h100:1x4")))
 
 
 # What libtpu made of the same programs sends. Over tensor it makes some scatters in parts, which send more, and of them
@@ -163,11 +225,11 @@ def test_products_are_those_of_the_closed_form():
     """A third of training's is the forward pass; what is worked out again comes on top."""
     of = case("8b", "h100:8x8")
     task: Any = of.base.task
-    layout = model.Layout({"replica": 1, "fsdp": 64, "tensor": 1}, 1, 1, "matmuls", 2**29)
-    found = model.flops(of.network, layout)
+    layout = network.Layout({"replica": 1, "fsdp": 64, "tensor": 1}, 1, 1, "matmuls", 2**29)
+    found = work.flops(of.network, layout)
     once = flops.per_token(of.base.param_shapes, task.model.config, 8192, causal=True) / 3 * 8192
     assert found["forward"] + found["ends"] / 3 == pytest.approx(once)
-    again = model.flops(of.network, dataclasses.replace(layout, remat="full"))
+    again = work.flops(of.network, dataclasses.replace(layout, remat="full"))
     assert again["forward"] == found["forward"] and again["backward"] > found["backward"] > 2 * found["forward"]
 
 
@@ -206,7 +268,7 @@ def test_the_rate_of_an_axis_follows_from_where_its_chips_lie(machine, sizes, ax
     names = ("replica", "fsdp", "tensor")
     named: dict[str, int] = dict(zip(names, sizes, strict=True))
     target = targets.parse(machine, CHIPS)
-    assert pace.rate(target, named, axis) == rate
+    assert rates.rate(target, named, (axis,)) == rate
     each = math.prod(target.sides)
     coords = [tuple(int(n) for n in np.unravel_index(i % each, target.sides)) for i in range(target.chips)]
     placed = [SimpleNamespace(id=i, slice_index=i // each, coords=where) for i, where in enumerate(coords)]
@@ -222,8 +284,8 @@ def test_an_exchange_waits_unless_its_strategy_has_steps_to_hide_it_behind():
         Link.parse("10gbit"),
     )
     of = case("8b", "h100:8x8")
-    layout = model.Layout(sizes, 1, 1, "full", 2**29)
-    rows = model.sent(of.network, layout, model.Habits())
+    layout = network.Layout(sizes, 1, 1, "full", 2**29)
+    rows = sent.sent(of.network, layout, sent.Habits())
     waits = lambda **how: pace.step(
         of.network, layout, target, rows, pace.Exchange(40e6, **how), link, 0.0
     ).exposed["replica"]  # fmt: skip
@@ -238,9 +300,10 @@ def stepped(config: str, machine: str, **typed) -> tuple[plan.Candidate, dict[st
     """(the one candidate, seconds on the wire by what is sent)."""
     found = only(config, machine, "full", **typed)
     target, wire = targets.parse(machine, CHIPS), {}
-    for row in model.sent(case(config, machine).network, found.layout, model.Habits()):
+    network = case(config, machine).network
+    for row in sent.sent(network, found.layout, pace.habits(network, found.layout, target)):
         hops = row.times * (found.layout.sizes[row.axis] - 1)
-        wire[row.what] = pace.seconds(target, found.layout.sizes, row.axis, row.bytes, hops)
+        wire[row.what] = rates.seconds(target, found.layout.sizes, row.axes, row.bytes, hops)
     return found, wire
 
 
@@ -272,7 +335,7 @@ def test_smaller_chunks_of_logits_read_and_write_the_heads_gradient_more_often()
 # ── order ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-ONE_MESH = {"mesh__replica": 2, "mesh__tensor": 1}  # with every exchange
+ONE_MESH = WHOLE | {"mesh__replica": 2, "mesh__tensor": 1}  # with every exchange
 
 
 @pytest.mark.slow
@@ -297,20 +360,21 @@ def test_of_those_that_are_as_good_as_the_fastest_the_mildest_is_picked():
 
 
 def test_what_is_typed_is_not_chosen():
-    found = plan.search(case("8b", "h100:8x8", mesh__tensor=2, compute__remat="full"))
+    found = plan.search(case("8b", "h100:8x8", mesh__tensor=2, compute__remat="full", **WHOLE))
     assert {(c.layout.sizes["tensor"], c.layout.remat) for c in [*found.fitting, *found.others]} == {(2, "full")}
-    signs = plan.search(case("tiny", "2xh100:4", sync__strategy="sync", sync__codec="sign"))
+    signs = plan.search(case("tiny", "2xh100:4", sync__strategy="sync", sync__codec="sign", **WHOLE))
     assert {(c.strategy, c.codec) for c in signs.fitting} == {("sync", "sign")}
-    free = plan.search(case("8b", "h100:8x8", mesh__fsdp=-1))
+    free = plan.search(case("8b", "h100:8x8", mesh__fsdp=-1, **WHOLE))
     assert len({c.layout.sizes["fsdp"] for c in free.fitting}) > 1
 
 
 def test_what_fits_leaves_a_margin_and_one_slice_is_one_replica():
-    found = plan.search(case("70b", "v6e-256"))
+    found = plan.search(case("70b", "v6e-256", **WHOLE))
     assert found.others and {c.layout.sizes["replica"] for c in found.fitting} == {1}
     for c in found.fitting:
         assert c.state_bytes + candidate.MARGIN * c.temporary_bytes <= targets.parse("v6e-256", CHIPS).memory
-    assert {c.layout.sizes["replica"] for c in plan.search(case("tiny", "2xv5p-8", sync__codec="int4")).fitting} == {2}
+    several = plan.search(case("tiny", "2xv5p-8", sync__codec="int4", **WHOLE)).fitting
+    assert {c.layout.sizes["replica"] for c in several} == {2}
 
 
 # ── time to a loss ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -360,7 +424,7 @@ def test_a_row_that_ends_worse_needs_so_many_times_the_steps(tmp_path):
 def test_plans_are_ranked_by_the_time_to_a_loss_where_a_comparison_is_given(tmp_path):
     """On a slow link rounds win by tokens, until they are said to need twice the steps that rare exchanges save."""
     rows = ("late", "diloco", "int4", [9.0, 8.0, 6.0, 4.9], {}), ("int4", "sync", "int4", [5.0, 4.0, 3.0, 2.0], {})
-    of = case("8b", "2xh100:8", "100gbit", mesh__tensor=1)
+    of = case("8b", "2xh100:8", "100gbit", mesh__tensor=1, **WHOLE)
     free = plan.search(dataclasses.replace(of, gaps=None))
     assert {c.delay for c in free.fitting} == {1.0} and not free.by_loss
     found = plan.search(dataclasses.replace(of, gaps=gaps.read(compared(tmp_path, EXACT, *rows))))
@@ -375,7 +439,7 @@ def test_plans_are_ranked_by_the_time_to_a_loss_where_a_comparison_is_given(tmp_
     assert planned.as_json(found, {})["candidates"][0]["steps_to_loss"] == 1.0
     assert any(note.startswith("left out, as no row of the comparison has it: ") for note in found.notes)
     with pytest.raises(UsageError, match=r"no exchange can be planned for: left out, as no row .*: sync sign"):
-        typed = case("8b", "2xh100:8", mesh__tensor=1, sync__strategy="sync", sync__codec="sign")
+        typed = case("8b", "2xh100:8", mesh__tensor=1, sync__strategy="sync", sync__codec="sign", **WHOLE)
         plan.search(dataclasses.replace(typed, gaps=gaps.read(tmp_path)))
 
 
@@ -479,6 +543,12 @@ def test_a_plan_of_unequal_sites_says_who_is_idle_and_promises_no_run(tmp_path, 
         (["--hardware=h100:8", "--link=1gbit"], "h100:8 is one host: name several, as 2xh100:8"),
         (["--hardware=v5p-8", "--link=1gbit"], "v5p-8 is one slice: name several, as 2xv5p-8"),
         (["--hardware=h100:8", "--config.mesh.tensor=3"], "no mesh of 8 chips with mesh.tensor=3"),
+        (
+            ["--hardware=h100:8", "--config.mesh.stage=8"],
+            "model.num_layers=2 cannot be cut over mesh.stage=8",
+        ),
+        (["--hardware=h100:8", "--config.mesh.expert=2"], "this model has no experts (model.experts=0)"),
+        (["--hardware=h100:8", "--config.mesh.context=8", "--config.data.seq_len=20"], "data.seq_len=20 cannot be cut"),
         (["--hardware=h100:8", "--config.data.batch_size=3", "--config.mesh.fsdp=8"], "data.batch_size=8 is"),
         (["--hardware=h100:8", "--config.compute.remat=none"], "compute.remat=none cannot be planned with"),
         (["--hardware=h100:8", "--config.sync.exchange=backward"], "sync.exchange=backward cannot be planned with"),
@@ -506,7 +576,7 @@ def test_a_machine_that_is_too_small_is_refused_with_the_smallest_that_is_not():
 
 
 def test_a_batch_that_no_mesh_cuts_is_replaced_by_the_nearest():
-    found = plan.search(case("8b", "h100:128x8"))
+    found = plan.search(case("8b", "h100:128x8", **WHOLE))
     assert found.notes[0].startswith("data.batch_size=128: 64 windows cannot be cut")
     assert found.pick.changes["data.batch_size"] == 128
 
@@ -541,15 +611,15 @@ def test_a_plan_is_printed_and_kept_and_the_config_it_writes_runs(tmp_path, monk
 
 
 def test_what_does_not_fit_and_would_be_faster_is_said():
-    found = plan.search(case("70b", "v6e-256"))
-    text = "\n".join(planned.explained(found, case("70b", "v6e-256")))
+    found = plan.search(case("70b", "v6e-256", **WHOLE))
+    text = "\n".join(planned.explained(found, case("70b", "v6e-256", **WHOLE)))
     assert "memory binds, too" in text and "remat matmuls would be" in text
-    found = plan.search(case("8b", "h100:8x8"))
+    found = plan.search(case("8b", "h100:8x8", **WHOLE))
     assert "more of it would gain nothing" in planned.explained(found, case("8b", "h100:8x8"))[2]
 
 
 def test_predicted_stands_beside_compiled_and_what_does_not_fit_is_not_picked():
-    found = plan.search(case("8b", "h100:8x8"))
+    found = plan.search(case("8b", "h100:8x8", **WHOLE))
     best = command.best_few(found)
     assert best[0] is found.pick and len({tuple(c.layout.sizes.values()) for c in best}) == len(best) == command.BEST
     fits = planned.Compiled(2 * GiB, True, 5e14, {"fsdp": 40 * GiB})

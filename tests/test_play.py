@@ -6,9 +6,10 @@ import dataclasses
 import jax
 import pytest
 
-from parallel.cost import hardware, pace, play, targets
+from parallel.cost import hardware, play, targets
 from parallel.cost.hlo import Program
 from parallel.cost.link import Link
+from parallel.cost.rates import DEFAULT as SHARE
 from parallel.layout import mesh as meshes
 
 N = 64
@@ -18,12 +19,13 @@ OVER = {  # devices; of a gather over two, a half is sent
     "tensor": "{{0,1},{2,3},{4,5},{6,7}}",
     "fsdp": "{{0,2},{1,3},{4,6},{5,7}}",
     "replica": "{{0,4},{1,5},{2,6},{3,7}}",
+    "fsdp and tensor": "{{0,1,2,3},{4,5,6,7}}",
 }
 MESH = {"replica": 2, "fsdp": 2, "tensor": 2}
 
 
 def machine(text: str = "h100:2x4", **rates: float) -> targets.Target:
-    found, part = targets.parse(text, hardware.catalogue()), pace.DEFAULT
+    found, part = targets.parse(text, hardware.catalogue()), SHARE
     sent = ARRAY / 2 / 2 / part.links  # bytes a second, nominal
     own = {"bf16": 2 * N**3 / part.products, "bandwidth": 6 * ARRAY / part.memory, "outside": sent}
     own["link" if found.chip.is_tpu else "inside"] = sent
@@ -91,6 +93,14 @@ def test_an_axis_carries_one_message_after_another_and_two_axes_two_at_a_time():
     close(played(slow), 0.0, replica=2.0)
 
 
+def test_a_group_over_several_axes_leaves_a_host_over_all_its_members_adapters_there():
+    """Hosts of two, each with an adapter of half the speed: together as fast as the links inside."""
+    hosts = machine("h100:4x2", outside=ARRAY / 2 / 4 / SHARE.links)
+    gather = start("s", "fsdp and tensor") + done("d", "s")
+    close(played(gather, on=hosts), 0.0, fsdp=3.0)
+    close(played(start("s", "fsdp") + done("d", "s"), on=hosts), 0.0, fsdp=4.0)
+
+
 def test_a_link_that_is_given_is_that_of_replica():
     """Four chips of a host share it."""
     link = Link("x", 8 * ARRAY / 2 * 4 * 1514 / 1448 / 3, latency=0.5)
@@ -151,7 +161,7 @@ def test_an_asynchronous_collective_in_several_fusions_travels_from_the_first_to
     parts = "".join(fused(f"async_collective_fusion.{n}", gather + product("c")) for n in range(2))
     call = lambda n: f"  %f.{n} = {T} fusion(%a, %b), kind=kOutput, calls=%async_collective_fusion.{n}\n"
     close(played(call(0) + call(1), parts), 2.0)
-    slower = machine("2xv5p-8", link=ARRAY / 2 / 5 / pace.DEFAULT.links)
+    slower = machine("2xv5p-8", link=ARRAY / 2 / 5 / SHARE.links)
     close(played(call(0) + product("d") + call(1), parts, on=slower), 3.0, tensor=2.0)
 
 

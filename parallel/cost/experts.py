@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from parallel.layout.experts import goes_to_all, rows_of, slots_of
+from parallel.layout import experts
 
 FLOAT32, INT32 = 4, 4
 
@@ -38,23 +38,23 @@ class Routed:
     @property
     def multiplied(self) -> int:
         """Rows that a device has room for, full or not."""
-        if self._to_all:
-            return rows_of(self.rows, self.tokens, self.chosen, self.experts, self.count)
+        if self.goes_to_all:
+            return experts.rows_of(self.rows, self.tokens, self.chosen, self.experts, self.count)
         return self._slots
 
     @property
-    def _to_all(self) -> bool:
-        return goes_to_all(self.way, self.chosen, self.count)
+    def goes_to_all(self) -> bool:
+        return experts.goes_to_all(self.way, self.chosen, self.count)
 
     @property
     def _slots(self) -> int:
         groups = self.experts if self.way == "capacity" else self.count
-        return groups * slots_of(self.way, self.rows, self.tokens, self.chosen, self.experts, self.count)
+        return groups * experts.slots_of(self.way, self.rows, self.tokens, self.chosen, self.experts, self.count)
 
     @property
     def _rows(self) -> int:
         """One way."""
-        if self._to_all:
+        if self.goes_to_all:
             return self.tokens * self.dim * self.itemsize * (self.count - 1)
         return self._slots * self.dim * self.itemsize * (self.count - 1) // self.count
 
@@ -69,6 +69,6 @@ class Routed:
         return self._beside(INT32) if self.way == "grouped" else 0
 
     def _beside(self, itemsize: int) -> int:
-        if self._to_all:
+        if self.goes_to_all:
             return self.tokens * self.chosen * itemsize * (self.count - 1)
         return self._slots * itemsize * (self.count - 1) // self.count

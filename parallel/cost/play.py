@@ -1,16 +1,17 @@
-"""How long a compiled program takes: its schedule, played at the rates of a machine (pace.py) instead of run on it.
+"""How long a compiled program takes: its schedule, played at the rates of a machine (rates.py) instead of run on it.
 
 One stream computes, in the order of the text. Each axis of the mesh is a stream that carries one message after another;
-fsdp and tensor are one where they share links. What has a start and a done travels while that computes which stands
-between them; for everything else, and at its done, is waited. A matrix product or a kernel takes what its FLOPs or its
-bytes take, whichever is longer; all else its bytes through the chip's memory. Copies into a TPU's own fast memory are
-messages of a stream, too.
+those that do not leave a host are one, for they share its links. What has a start and a done travels while that
+computes which stands between them; for everything else, and at its done, is waited. A matrix product or a kernel takes
+what its FLOPs or its bytes take, whichever is longer; all else its bytes through the chip's memory. Copies into a TPU's
+own fast memory are messages of a stream, too.
 
 Loops are played turn by turn, until a turn begins as the one before it did: the others take as long. Of a conditional
 the branch that takes longest is played. What kernels take to start is not in it, nor that streams share a memory.
 """
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from parallel.cost import loops, pace, schedule, wire
+from parallel.cost import loops, rates, schedule, wire
 from parallel.cost.hlo import Instruction, Program
 from parallel.cost.link import Link
 from parallel.cost.targets import Target
@@ -103,7 +104,7 @@ class _Clock:
 class _Player:
     def __init__(self, program: Program, mesh: Mesh, target: Target, link: Link | None):
         self._program, self._places, self._sizes = program, wire.places_of(mesh), dict(mesh.shape)
-        self._target, self._link, self._share = target, link, pace.share(target.chip)
+        self._target, self._link, self._share = target, link, rates.share(target.chip)
         self._flops, self._turns = schedule.Flops(program), loops.Loops(program)
         self._known: dict[str, list[_Event]] = {}
 
@@ -184,17 +185,17 @@ class _Player:
 
     def _messages(self, found: list[wire.Collective]) -> tuple[_Message, ...]:
         """One of each collective, of all its arrays."""
-        sizes: dict[tuple[str, str, str], float] = {}
+        sizes: dict[tuple[str, tuple[str, ...], str], float] = {}
         for c in found:
-            key = (c.name, c.axis, c.kind)
+            key = (c.name, c.axes, c.kind)
             sizes[key] = sizes.get(key, 0.0) + c.sent
-        return tuple(self._message(axis, kind, size) for (_, axis, kind), size in sizes.items())
+        return tuple(self._message(axes, kind, size) for (_, axes, kind), size in sizes.items())
 
-    def _message(self, axis: str, kind: str, size: float) -> _Message:
-        hops = 1 if axis == SLOW or kind == "collective-permute" else self._sizes[axis] - 1
-        shared = axis != SLOW and pace.is_shared(self._target, self._sizes)
-        took = pace.seconds(self._target, self._sizes, axis, size, hops, self._link)
-        return _Message("inside" if shared else axis, axis, took)
+    def _message(self, axes: tuple[str, ...], kind: str, size: float) -> _Message:
+        steps = math.prod(self._sizes[axis] for axis in axes) - 1
+        hops = 1 if axes[0] == SLOW or kind == "collective-permute" else steps
+        took = rates.seconds(self._target, self._sizes, axes, size, hops, self._link)
+        return _Message(rates.stream(self._target, self._sizes, axes), axes[0], took)
 
     def _computing(self, computation: str, x: Instruction) -> float:
         multiplied = self._flops.of(computation, x) / (self._share.products * self._target.chip.bf16)

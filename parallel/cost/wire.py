@@ -28,16 +28,22 @@ SLICE = 100_000  # device j of slice s, which megascale counts from 1, has the i
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of the program. `sent` is the bytes that one device sends per call, loops included."""
+    """One collective of the program. axes: along which devices of a group differ, slowest first. `sent` is the bytes
+    that one device sends per call, loops included."""
 
     kind: str
-    axis: str
+    axes: tuple[str, ...]
     dtype: str
     sent: float
     scope: str  # the op_name that JAX gave it: what in our code it comes from
     channel: str = ""
     frame: str = ""  # its number in the table of source lines at the program's head
     name: str = ""  # the instruction's, a transfer's recv's
+
+    @property
+    def axis(self) -> str:
+        """What it counts on."""
+        return self.axes[0]
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,11 @@ class Places:
     of_partition: np.ndarray
     of_id: dict[int, int]
 
-    def axes(self, positions: np.ndarray) -> list[str]:
+    def axes(self, positions: np.ndarray) -> tuple[str, ...]:
         """The axes along which devices of one group differ, slowest first. positions: [group, member]."""
         coordinates = np.stack(np.unravel_index(positions, self.shape))  # [axis, group, member]
         differs = (coordinates != coordinates[:, :, :1]).any(axis=(1, 2))
-        return [name for name, d in zip(self.names, differs, strict=True) if d]
+        return tuple(name for name, d in zip(self.names, differs, strict=True) if d)
 
 
 def places_of(mesh: Mesh) -> Places:
@@ -143,9 +149,9 @@ def _collective(x: Instruction, kind: str, places: Places, scattered: bool) -> I
     n = groups.shape[1]
     share = _share(kind, n) / (2 if scattered else 1)
     marks = [re.search(mark, x.rest) for mark in (r'op_name="([^"]*)"', r"channel_id=(\d+)", r"stack_frame_id=(\d+)")]
-    axis, kind = places.axes(groups)[0], "reduce-scatter" if scattered else kind
+    axes, kind = places.axes(groups), "reduce-scatter" if scattered else kind
     for a in arrays:
-        yield Collective(kind, axis, a.dtype, share * a.bytes, *(m[1] if m else "" for m in marks), name=x.name)
+        yield Collective(kind, axes, a.dtype, share * a.bytes, *(m[1] if m else "" for m in marks), name=x.name)
 
 
 def _share(kind: str, n: int) -> float:
@@ -181,7 +187,7 @@ def _across_slices(program: Program, computation: str, x: Instruction, places: P
     sender = next(y for y in both if y.op == "send")
     sent = _share(_TRANSFERS[kind[1]], n) * first.bytes
     scope = _origin(program, computation, sender)
-    return Collective(_TRANSFERS[kind[1]], places.axes(groups)[0], first.dtype, sent, scope, name=x.name)
+    return Collective(_TRANSFERS[kind[1]], places.axes(groups), first.dtype, sent, scope, name=x.name)
 
 
 def _origin(program: Program, computation: str, x: Instruction | None, depth: int = 8) -> str:

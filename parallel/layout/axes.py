@@ -12,9 +12,10 @@ AXES: tuple[str, ...] = ("replica", "stage", "fsdp", "expert", "context", "tenso
 SLOW = "replica"
 STAGE = "stage"  # by layers
 EXPERT = "expert"
+CONTEXT = "context"
 LATER = (STAGE, EXPERT)  # where they are 1, nothing is named, drawn or remembered otherwise than before they were
 FAST = tuple(axis for axis in AXES if axis != SLOW)
-# Among these the planner chooses, so far; the others are spoken of where they are not 1.
+# Always spoken of; the others are where they are not 1.
 COMMON: tuple[str, ...] = ("replica", "fsdp", "tensor")
 
 

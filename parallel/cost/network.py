@@ -1,0 +1,212 @@
+"""A network and how it is laid over a mesh, as the planner's closed forms read them (work.py, sent.py, held.py)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from parallel.layout import rules
+from parallel.layout.axes import AXES, STAGE
+from parallel.layout.pipeline import ticks
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Weight:
+    """name: the last two of its path. shape, axes: of a layer's, without its dimension of layers. model: the mesh axes
+    that cut its model dimension, over which it is gathered for use. others: those that cut it besides, but stages."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    model: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @cached_property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def cut(self) -> tuple[str, ...]:
+        """All mesh axes that cut it, but stages."""
+        return (*self.others, *self.model)
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) > 1 and not self.name.endswith("bias")
+
+    @property
+    def is_routed(self) -> bool:
+        """An expert's, of which each has one."""
+        return "experts" in self.axes
+
+
+@dataclass(frozen=True)
+class Network:
+    """layer: the weights of one. trained_…: the same, or adapters beside weights that lie in the compute dtype. hidden:
+    arrays of F that the feed-forward half begins with. visible: keys that a query sees on average. itemsize: of the
+    compute dtype. experts, chosen: of a layer and of a token; 0: one feed-forward half for all. dispatch: moe.dispatch
+    and moe.rows."""
+
+    layer: tuple[Weight, ...]
+    ends: tuple[Weight, ...]
+    trained_layer: tuple[Weight, ...]
+    trained_ends: tuple[Weight, ...]
+    layers: int
+    dim: int
+    mlp_dim: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    seq_len: int
+    visible: float
+    itemsize: int
+    experts: int = 0
+    chosen: int = 0
+    dispatch: tuple[str, str] = ("", "")
+
+    @classmethod
+    def of(cls, weights: tuple, trained: tuple, model: Any, seq_len: int, compute: Any) -> "Network":
+        """weights, trained: (shapes, axes), `blocks` with a leading dimension of layers. model, compute: its
+        ModelConfig and Compute."""
+        layer, ends = _weights(*weights)
+        window = min(seq_len, model.sliding_window or seq_len)
+        return cls(
+            layer, ends, *_weights(*trained), layers=model.num_layers, dim=model.model_dim, mlp_dim=model.mlp_dim,
+            hidden=sum(w.name.split("/")[0] == "mlp" and w.axes[-1] == "mlp" and w.is_matrix for w in layer),
+            seq_len=seq_len, itemsize=compute.dtype.itemsize, heads=model.num_heads, kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim, vocab=model.vocab_size, visible=window - window**2 / (2 * seq_len),
+            experts=model.moe.experts if model.moe else 0, chosen=model.moe.chosen if model.moe else 0,
+            dispatch=compute.dispatch,
+        )  # fmt: skip
+
+    @property
+    def queries(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def head(self) -> Weight:
+        """What makes logits: a weight of its own, or the embedding."""
+        return next((w for w in self.ends if w.name == "head"), self.ends[0])
+
+
+def _weights(shapes: Any, axes: Any) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
+    """Of a layer, and of the ends."""
+    flat = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple)))
+    layer, ends = [], []
+    for path, x in jax.tree_util.tree_leaves_with_path(shapes):
+        names, own = [part.key for part in path], tuple(flat[path])
+        inside = names[0] == "blocks"
+        model = {name for i, axis in enumerate(own) if axis == "embed" for name in rules.over(own, i)}
+        others = set(rules.of(rules.spec(own))) - model - ({STAGE} if inside else set())
+        at = Weight("/".join(names[-2:]), tuple(x.shape)[inside:], own[inside:], _ordered(model), _ordered(others))
+        (layer if inside else ends).append(at)
+    return tuple(layer), tuple(ends)
+
+
+def _ordered(axes: set[str]) -> tuple[str, ...]:
+    return tuple(axis for axis in AXES if axis in axes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network is trained. sizes: of the mesh's axes. rows: windows of a device in a micro-step. remat, chunk:
+    compute.remat (matmuls or full), and bytes of float32 logits at a time. is_splash: attention is the TPU's kernel.
+    way: attention.context, as resolved. pipeline: pipeline.remat and pipeline.gather."""
+
+    sizes: Mapping[str, int]
+    rows: int
+    accumulate: int
+    remat: str
+    chunk: int
+    is_splash: bool = False
+    way: str = ""
+    pipeline: tuple[str, str] = ("layer", "tick")
+
+    _counts: dict[tuple[str, ...], int] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def cut(self, axis: str) -> int:
+        """Into how many parts a logical axis is cut."""
+        return self.count(rules.RULES[axis])
+
+    def over(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """Of these mesh axes those that have several devices, slowest first."""
+        return tuple(axis for axis in AXES if axis in axes and self.sizes.get(axis, 1) > 1)
+
+    def count(self, axes: tuple[str, ...]) -> int:
+        """Devices of a group over these mesh axes."""
+        if axes not in self._counts:
+            self._counts[axes] = rules.shards(axes, self.sizes)
+        return self._counts[axes]
+
+    def own(self, w: Weight, whole: bool = False) -> float:
+        """Elements that a device has of a weight; `whole`: once its model dimension is gathered."""
+        return w.size / self.count(w.others if whole else w.cut)
+
+    @property
+    def stages(self) -> int:
+        return self.sizes.get(STAGE, 1)
+
+    @property
+    def ticks(self) -> int:
+        """In which a device's layers are computed in a step."""
+        return ticks(self.accumulate, self.stages)
+
+    @property
+    def repeats_stages(self) -> bool:
+        """Whether the backward pass works out a whole stage once more, before its layers."""
+        return self.stages > 1 and self.pipeline[0] == "stage"
+
+    @property
+    def gathers_once(self) -> bool:
+        """Whether a stage's weights are gathered once in a step, and kept."""
+        return self.stages > 1 and self.pipeline[1] == "step"
+
+    @property
+    def slots(self) -> int:
+        """Micro-batches of a device at the ends, where they are cut over stages."""
+        return -(-self.accumulate // self.stages)
+
+    @property
+    def end_calls(self) -> int:
+        """In which the ends are computed in a step: stages take all micro-batches at once."""
+        return 1 if self.stages > 1 else self.accumulate
+
+    def chunks(self, tokens: int, vocab: int) -> int:
+        """Into how many parts logits are cut, one after another."""
+        return max(1, math.ceil(tokens * vocab * FLOAT32 / self.cut("mlp") / self.chunk))
+
+
+def tokens(net: Network, lay: Layout) -> int:
+    """Of a device and micro-step, in its layers."""
+    return lay.rows * net.seq_len // lay.cut("positions")
+
+
+def end_tokens(net: Network, lay: Layout) -> int:
+    """Of a device at the ends, in a call."""
+    return tokens(net, lay) * (lay.slots if lay.stages > 1 else 1)
+
+
+def layers(net: Network, lay: Layout) -> int:
+    """Of a device."""
+    return net.layers // lay.stages
+
+
+def turns(net: Network, lay: Layout) -> int:
+    """In which a device computes a layer, in a step."""
+    return layers(net, lay) * lay.ticks
+
+
+def activation(net: Network, lay: Layout) -> float:
+    """Bytes of a device between two layers, of a micro-step."""
+    return tokens(net, lay) * net.dim * net.itemsize / lay.cut("vocab")

@@ -1,0 +1,208 @@
+"""What a device sends in a training step over the fast axes, in closed form: rows, of each axis and part of the step.
+
+A collective over several axes counts on the slowest of them, as where compiled programs are read (wire.py).
+docs/planner.md has the reasons, and how near this comes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from parallel.cost.context import Cut
+from parallel.cost.network import FLOAT32, Layout, Network, Weight, activation, end_tokens, layers, tokens, turns
+from parallel.cost.pipeline import Pipeline
+from parallel.cost.work import BACKWARD, ENDS, FORWARD, routed
+from parallel.layout import rules
+from parallel.layout.axes import CONTEXT, EXPERT, STAGE
+
+# Of weights.
+WEIGHTS, AGAIN, GRADIENTS = "weights", "weights again", "gradients"
+HEAD, HEADS_GRADIENT, EMBEDDINGS = "head", "head's gradient", "embeddings and their gradients"
+IDS = "token ids"
+ACTIVATIONS, IN_PARTS = "activations", "activations in parts"  # over tensor
+HANDED_ON, ATTENTION, ROUTED = "micro-batches handed on", "attention", "tokens and what experts made of them"
+(TENSOR,) = rules.RULES["vocab"]
+LANES = 128  # of a TPU
+MOST = 32  # chips over which libtpu scatters gradients; over more it adds them up whole
+# Gathers and scatters over `tensor` of a layer: two halves, each gathers its input and scatters its output. The
+# recomputation leaves out the last scatter; the backward pass gathers and scatters the cotangents of both.
+CROSSINGS = {"forward": 4, "recomputed": 3, "backward": 4}
+ENDS_CROSSINGS = 4  # the embedding's scatter, the head's gather, and the cotangents of both
+SUMS = 3  # float32 of a token that the loss adds up over the vocabulary: maximum, sum, target
+
+
+class Sent(NamedTuple):
+    """Bytes that a device sends over axes of the mesh, slowest first, in a step, in so many collectives."""
+
+    axes: tuple[str, ...]
+    part: str
+    what: str
+    bytes: float
+    times: int
+
+    @property
+    def axis(self) -> str:
+        return self.axes[0]
+
+
+class Habits(NamedTuple):
+    """Of a compiler, where it sends more than is asked. most, heads_most: chips over which gradients of layers, or the
+    head's, are scattered; over more they are added up whole, which is twice the bytes. lanes: where a last dimension is
+    cut into parts of so many columns, they are scattered all the same; 0: never. narrow: weights that are cut into
+    parts of less of the model dimension are gathered by adding up, which is twice the bytes, too. by_parts: gradients
+    are scattered part by part while they are multiplied: n + 1 parts for n − 1. in_parts: so are scatters over `tensor`
+    of a layer's forward pass, and of what is worked out again: so many."""
+
+    most: float = math.inf
+    heads_most: float = math.inf
+    lanes: int = 0
+    narrow: int = 0
+    by_parts: bool = False
+    in_parts: tuple[int, int] = (0, 0)
+
+
+def habits(platform: str) -> Habits:
+    """Of a platform's compiler. What it makes in parts over `tensor` is not told here."""
+    return {"tpu": Habits(MOST, MOST - 1, LANES, LANES // 2, True), "cpu": Habits(0, 0)}.get(platform, Habits())
+
+
+def in_parts(size: float, n: int) -> float:
+    """Bytes that a scatter over n chips sends where it would be this size."""
+    return size * (n + 1) / max(1, n - 1)
+
+
+def sent(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
+    found = [*_weights(net, lay, habits), *_ends(net, lay, habits), *_over_tensor(net, lay, habits)]
+    found += [*_over_stages(net, lay), *_over_context(net, lay), *_over_experts(net, lay)]
+    return [row for row in found if row.axes and row.bytes]
+
+
+# ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Gathers(NamedTuple):
+    """How often each of a device's layers is gathered in a step: forward, backward; and its gradient scattered. kept:
+    whole from the forward pass on, for all ticks."""
+
+    forward: int
+    again: int
+    gradients: int
+    kept: bool = False
+
+
+def gathers(lay: Layout) -> Gathers:
+    """Over ticks of a pipeline, the weights of which do not change, JAX gathers them before all of them in a forward
+    pass that is not worked out again, and keeps them."""
+    if lay.stages == 1:
+        return Gathers(lay.accumulate, lay.accumulate, lay.accumulate)
+    if lay.gathers_once:
+        return Gathers(1, 0, 1, True)
+    n = lay.ticks
+    return Gathers(n, 2 * n, n) if lay.repeats_stages else Gathers(1, n, n, True)
+
+
+def _weights(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
+    how, own = gathers(lay), layers(net, lay)
+    for axes, is_routed in dict.fromkeys((lay.over(w.model), w.is_routed) for w in net.layer):
+        weights = [w for w in net.layer if (lay.over(w.model), w.is_routed) == (axes, is_routed)]
+        n, layer = lay.count(axes), own * _gathered(weights, net, lay)
+        gradients, by_hand = layer, is_routed or lay.gathers_once
+        if not by_hand:
+            gradients += own * _more(weights, n, net, lay, habits)
+            layer *= 1 + _is_narrow(n, net, habits)
+        yield Sent(axes, FORWARD, WEIGHTS, how.forward * layer, how.forward * own)
+        yield Sent(axes, BACKWARD, AGAIN, how.again * layer, how.again * own)
+        yield Sent(axes, BACKWARD, GRADIENTS, how.gradients * gradients, how.gradients * own)
+
+
+def _is_narrow(n: int, net: Network, habits: Habits) -> bool:
+    return n > 1 and net.dim // n < habits.narrow
+
+
+def _more(weights: Sequence[Weight], n: int, net: Network, lay: Layout, habits: Habits) -> float:
+    """Bytes that a layer's gradients over n chips take more than scattering them."""
+    if n > habits.most:
+        return _gathered([w for w in weights if not _fills_lanes(w, n, habits.lanes)], net, lay)
+    once = _gathered(weights, net, lay)
+    return habits.by_parts * (in_parts(once, n) - once)
+
+
+def _gathered(weights: Sequence[Weight], net: Network, lay: Layout) -> float:
+    """Bytes that gathering them once sends."""
+    return sum((1 - 1 / lay.count(w.model)) * lay.own(w, whole=True) * net.itemsize for w in weights)
+
+
+def _fills_lanes(w: Weight, n: int, lanes: int) -> bool:
+    return lanes > 0 and w.axes[-1] == "embed" and w.shape[-1] // n >= lanes
+
+
+def _ends(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
+    """Rows and positions change places with the model dimension at the embedding: over context, then over what cuts
+    rows."""
+    rows, A = lay.over(rules.RULES["rows"]), lay.end_calls
+    n, C, positions = lay.count(rows), lay.cut("positions"), A * end_tokens(net, lay)
+    head, whole, parts = A * _gathered([net.head], net, lay), lay.over(net.head.model), lay.count(net.head.model)
+    wide = positions * net.dim * net.itemsize / lay.cut("vocab")
+    yield Sent(whole, ENDS, HEAD, head * (1 + _is_narrow(parts, net, habits)), A)
+    yield Sent(whole, ENDS, HEADS_GRADIENT, head * (1 + (parts > habits.heads_most)), A)
+    yield Sent(rows, ENDS, EMBEDDINGS, 2 * (1 - 1 / n) * wide, 2 * A)
+    yield Sent(rows, ENDS, IDS, (n - 1) * positions * C * 4, A)
+    over_context = lay.over((CONTEXT,))
+    yield Sent(over_context, ENDS, EMBEDDINGS, 2 * (1 - 1 / C) * wide, 2 * A)
+    yield Sent(over_context, ENDS, IDS, (C - 1) * positions * 4, A)
+
+
+def first(net: Network, lay: Layout) -> float:
+    """Of the bytes of a layer's weights, the share of those that it multiplies with first: queries, keys and values."""
+    own = {w.name: lay.own(w) for w in net.layer}
+    return sum(own.get(f"attention/{name}", 0.0) for name in "qkv") / sum(own.values())
+
+
+# ── activations ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _over_tensor(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
+    axes, n, layer_turns = lay.over((TENSOR,)), lay.cut("vocab"), turns(net, lay)
+    crossing = (n - 1) * activation(net, lay)
+    once, again = habits.in_parts
+    parts = [layer_turns * once, layer_turns * (again + lay.repeats_stages * once)]
+    backward = CROSSINGS["recomputed"] + CROSSINGS["backward"] + lay.repeats_stages * CROSSINGS["forward"]
+    forward, backward = layer_turns * CROSSINGS["forward"] - parts[0], layer_turns * backward - parts[1]
+    longer = in_parts(crossing, n)
+    ends, A = crossing * end_tokens(net, lay) / tokens(net, lay), lay.end_calls
+    sums = 2 * (n - 1) / n * A * end_tokens(net, lay) * SUMS * FLOAT32
+    yield Sent(axes, FORWARD, ACTIVATIONS, crossing * forward, forward)
+    yield Sent(axes, FORWARD, IN_PARTS, longer * parts[0], parts[0])
+    yield Sent(axes, BACKWARD, ACTIVATIONS, crossing * backward, backward)
+    yield Sent(axes, BACKWARD, IN_PARTS, longer * parts[1], parts[1])
+    yield Sent(axes, ENDS, ACTIVATIONS, A * ends * ENDS_CROSSINGS, A * ENDS_CROSSINGS)
+    yield Sent(axes, ENDS, "sums of the loss", sums, SUMS * A)
+
+
+def _over_stages(net: Network, lay: Layout) -> Iterator[Sent]:
+    axes = lay.over((STAGE,))
+    half = Pipeline(lay.stages, lay.accumulate, int(activation(net, lay))).sent / 2
+    for part in (FORWARD, BACKWARD):
+        yield Sent(axes, part, HANDED_ON, half, 2 * lay.ticks)
+
+
+def _over_context(net: Network, lay: Layout) -> Iterator[Sent]:
+    if lay.way:
+        t, C = lay.cut("heads"), lay.cut("positions")
+        own = Cut(tokens(net, lay), net.heads // t, net.kv_heads // t, net.head_dim, net.itemsize, C, lay.remat)
+        yield from _both(lay, net, CONTEXT, ATTENTION, own.forward(lay.way), own.sent(lay.way), C - 1)
+
+
+def _over_experts(net: Network, lay: Layout) -> Iterator[Sent]:
+    if net.experts:
+        own = routed(net, lay)
+        yield from _both(lay, net, EXPERT, ROUTED, own.forward, own.sent, 3)
+
+
+def _both(lay: Layout, net: Network, axis: str, what: str, forward: float, every: float, times: int) -> Iterator[Sent]:
+    """Of a layer that sends so many bytes forward, and in all. A stage that is worked out again sends once more; XLA
+    leaves that out where it has one layer."""
+    axes, layer_turns = lay.over((axis,)), turns(net, lay)
+    again = forward * (lay.repeats_stages and layers(net, lay) > 1)
+    yield Sent(axes, FORWARD, what, layer_turns * forward, layer_turns * times)
+    yield Sent(axes, BACKWARD, what, layer_turns * (every - forward + again), 2 * layer_turns * times)

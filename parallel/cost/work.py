@@ -1,0 +1,140 @@
+"""What a training step computes on a device, in closed form: products, and what is read and written beside them.
+
+docs/planner.md has the reasons, and how near this comes to compiled programs. All figures are of one device and step.
+D model dimension, F feed-forward, V vocabulary, T positions, L layers.
+"""
+
+from parallel.cost.experts import Routed
+from parallel.cost.network import FLOAT32, Layout, Network, Weight, end_tokens, layers, tokens, turns
+from parallel.layout.axes import EXPERT
+
+FORWARD, BACKWARD, ENDS = "forward", "backward", "ends"  # parts of a step; ends: the embedding, the head and its loss
+# Of a fused attention's backward pass, beside the forward pass's two products: cuDNN's kernel has five; the two of
+# splash attention have seven, for each makes the scores anew.
+SCORES_BACKWARD, SPLASH_BACKWARD = 2.5, 3.5
+HOPS = ("ring", "gather")  # ways of attention.context in which one device's keys after another's are seen
+# Reads and writes of an array of a layer that no product makes: (norms and sums, of D; of queries and keys; of hidden).
+PASSES = (10, 2, 3)
+HOP_PASSES = 32  # over queries, of what a ring's products are merged from, in all passes
+# Over the rows of experts, of D, by moe.dispatch: what brings rows together, and their sums; and over experts' weights,
+# when they are gathered.
+ROW_PASSES, LAID_ANEW = {"capacity": 2, "grouped": 55}, 2
+LOGIT_PASSES = 5  # over a chunk of float32 logits
+COPIED = 6  # passes in which XLA lays out anew what `tensor` has gathered, or will scatter, of cotangents
+STACKED = 3  # passes over what the backward pass finds in stacks of all layers: cleared, and copied there
+# Of a float32 parameter with two moments. Four arrays are read and three written; before that its gradient is read and
+# written in float32, and read for its norm; and the weight is read and written in the compute dtype.
+UPDATE_BYTES = 28 + 6 + 4 + 6
+# Of a gradient that is added to those of earlier micro-steps; or in a pipeline that gathers once, of whole layers.
+ADDED_BYTES, ADDED_WHOLE = 10, 24
+
+
+def routed(net: Network, lay: Layout) -> Routed:
+    """A layer's experts."""
+    way, rows = net.dispatch
+    own, count = tokens(net, lay), lay.sizes.get(EXPERT, 1)
+    return Routed(own, net.dim, net.chosen, net.experts, net.itemsize, count, way, rows, lay.remat)
+
+
+def rows_of_token(net: Network, lay: Layout) -> float:
+    """That experts multiply, full or not, for each token of a device; 1: no experts."""
+    return routed(net, lay).multiplied / tokens(net, lay) if net.experts else 1.0
+
+
+def hidden_of_token(net: Network, lay: Layout) -> float:
+    """Features that feed-forward halves have of a token."""
+    shared = sum(w.shape[-1] for w in net.layer if w.name == "shared/up")
+    return rows_of_token(net, lay) * net.mlp_dim + shared
+
+
+# ── products ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def flops(net: Network, lay: Layout) -> dict[str, float]:
+    """By part; what is worked out again counts as often."""
+    each = {w.name: _elements(w, net, lay) for w in net.layer if w.is_matrix}
+    # The output of the last product nothing asks for a second time.
+    last = each["mlp/down"] + each.get("shared/down", 0.0)
+    again = {"full": sum(each.values()) - last, "matmuls": each["attention/out"]}[lay.remat]
+    once = 2 * sum(each.values())
+    layer = {FORWARD: once, BACKWARD: 2 * once + 2 * again + lay.repeats_stages * once}
+    share = turns(net, lay) * tokens(net, lay) / lay.cut("mlp")
+    ends = lay.end_calls * end_tokens(net, lay) / lay.cut("mlp")
+    seen = scores(net, lay)
+    return {part: share * layer[part] + seen[part] for part in layer} | {ENDS: ends * 6 * net.dim * net.vocab}
+
+
+def scores(net: Network, lay: Layout) -> dict[str, float]:
+    """Of them, those of attention's kernels. Where hops are merged, a window hides nothing from the kernel."""
+    visible = net.seq_len / 2 if lay.way in HOPS else net.visible
+    once = turns(net, lay) * tokens(net, lay) * 4 * net.queries * visible / lay.cut("heads")
+    backward = SPLASH_BACKWARD if lay.is_splash else SCORES_BACKWARD
+    return {FORWARD: once, BACKWARD: (1 + backward + lay.repeats_stages) * once}
+
+
+def gradient_flops(net: Network, lay: Layout) -> float:
+    """Of the products that make the gradients of layers' weights."""
+    each = sum(_elements(w, net, lay) for w in net.layer if w.is_matrix)
+    return 2 * turns(net, lay) * each * tokens(net, lay) / lay.cut("mlp")
+
+
+def loss_products(net: Network, lay: Layout) -> list[tuple[float, float]]:
+    """(FLOPs, bytes of memory) of each product of the loss: logits, the features' gradient, the head's. All of the head
+    is read for every chunk of logits, and its gradient is read and written in float32."""
+    n, t, calls = end_tokens(net, lay), lay.cut("mlp"), lay.end_calls
+    head, logits, chunks = net.head.size / t, n * net.vocab / t, lay.chunks(n, net.vocab)
+    features = n * net.dim * net.itemsize
+    moved = (
+        chunks * head * net.itemsize + features + logits * FLOAT32,
+        chunks * head * net.itemsize + features + logits * net.itemsize,
+        chunks * head * FLOAT32 * 2 + features + logits * net.itemsize,
+    )
+    return [(calls * 2 * logits * net.dim, calls * size) for size in moved]
+
+
+def _elements(w: Weight, net: Network, lay: Layout) -> float:
+    """Of a weight, those that a token is multiplied with."""
+    return w.size / net.experts * rows_of_token(net, lay) if w.is_routed else w.size
+
+
+# ── memory that is read and written ───────────────────────────────────────────────────────────────────────────────────
+
+
+def passed(net: Network, lay: Layout) -> dict[str, float]:
+    """Bytes of the chip's memory beside the products, by part."""
+    wide, heads, hidden = PASSES
+    once = wide * net.dim + heads * (net.queries + net.keys) + hidden * hidden_of_token(net, lay)
+    cut, gathered = lay.cut("mlp"), COPIED * net.dim * (lay.cut("sequence") > lay.cut("positions"))
+    hops = lay.cut("positions") - 1 if lay.way in HOPS else 0
+    merged = HOP_PASSES * net.queries / cut * hops
+    layer = {
+        FORWARD: once / cut + STACKED * (kept(net, lay) + net.dim / lay.cut("vocab")) + merged / 3,
+        # Worked out again; and the cotangents, which are read beside it.
+        BACKWARD: (3 + lay.repeats_stages) * once / cut + gathered + merged * 2 / 3,
+    }
+    if net.experts:
+        rows = ROW_PASSES[net.dispatch[0]] * rows_of_token(net, lay) * net.dim
+        layer = {part: size + rows / 2 for part, size in layer.items()}
+        weights = sum(lay.own(w, whole=True) for w in net.layer if w.is_routed)
+        layer[BACKWARD] += LAID_ANEW * weights / tokens(net, lay)
+    share = turns(net, lay) * tokens(net, lay) * net.itemsize
+    logits = lay.end_calls * end_tokens(net, lay) * LOGIT_PASSES * FLOAT32 * net.vocab / cut
+    return {part: share * size for part, size in layer.items()} | {ENDS: logits}
+
+
+def kept(net: Network, lay: Layout) -> float:
+    """Elements that rematerialisation keeps of a token and layer, besides the layer's input."""
+    begun = net.hidden * hidden_of_token(net, lay)
+    matmuls = 2 * (net.queries + net.keys) + begun  # queries, keys, values, context; hidden
+    return {"full": 0.0, "matmuls": matmuls / lay.cut("mlp")}[lay.remat]
+
+
+def updated(net: Network, lay: Layout) -> float:
+    """Bytes of memory that the optimizer reads and writes, and what adds up micro-steps."""
+    layer, ends = (sum(map(lay.own, weights)) for weights in (net.trained_layer, net.trained_ends))
+    several = lambda calls: calls * (calls > 1)
+    added = ADDED_BYTES * layer
+    if lay.gathers_once:
+        added = ADDED_WHOLE * sum(lay.own(w, whole=True) for w in net.trained_layer)
+    ends *= UPDATE_BYTES + ADDED_BYTES * several(lay.end_calls)
+    return layers(net, lay) * (UPDATE_BYTES * layer + several(lay.ticks) * added) + ends
