@@ -114,6 +114,7 @@ def get_config() -> Any:
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.momentum = 0.95  # sgd, muon, signum
+    c.optimizer.moment_dtype = "float32"  # bfloat16: half of the memory, stochastically rounded
     c.optimizer.freeze_steps = 100  # onebit_adam: exact steps before the variance is frozen
     c.optimizer.z_loss = 0.0  # weight of logsumexp²: keeps logits from drifting
 

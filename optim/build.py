@@ -41,9 +41,11 @@ def optimizer(
     weight_decay: float,
     clip_norm: float,
     balance_rate: float,
+    kind: type[Optimizer] = Optimizer,
 ) -> Optimizer:
     """adamw, sgd (with momentum), lion, muon or sign (of the mean gradient). axes: the logical axes of the params.
-    balance_rate: of a step of weights that follow counts, as their axes say.
+    balance_rate: of a step of weights that follow counts, as their axes say. kind: Optimizer, or what keeps its
+    moments in another way.
 
     Weight decay is decoupled, and spares biases and norm scales. clip_norm 0: no clipping.
     """
@@ -70,4 +72,4 @@ def optimizer(
     if "counts" in jax.tree.leaves(labels):
         against = optax.chain(optax.scale_by_sign(), optax.scale(-balance_rate))
         core = optax.partition({"core": core, "counts": against}, labels)
-    return Optimizer(schedule, core, clip_norm, constant_size=name in ("lion", "muon", "sign"))
+    return kind(schedule, core, clip_norm, constant_size=name in ("lion", "muon", "sign"))

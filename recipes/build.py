@@ -83,6 +83,10 @@ def build_optimizer(c: Any, axes: Any) -> Optimizer:
         return OneBitAdam(schedule=schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     names = ("b1", "b2", "eps", "momentum", "weight_decay", "clip_norm")
     options = {name: o[name] for name in names} | {"balance_rate": c.moe.balance_rate}
+    if o.moment_dtype == "bfloat16":
+        from optim.narrow import Narrow  # which no other run reads
+
+        options["kind"] = Narrow
     return optim.optimizer(o.name, schedule, axes, **options)
 
 

@@ -37,8 +37,13 @@ class Candidate:
         return self.state_bytes + self.temporary_bytes
 
     @property
+    def needed_bytes(self) -> float:
+        """With the margin."""
+        return self.state_bytes + MARGIN * self.temporary_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.state_bytes + MARGIN * self.temporary_bytes <= self.memory
+        return self.needed_bytes <= self.memory
 
     @property
     def seconds(self) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,13 +30,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """typed: keys that are not for choosing. gaps: by which time to a loss is ranked by; None: tokens per second."""
+    """typed: keys that are not for choosing. gaps: by which time to a loss is ranked by; None: tokens per second.
+    taken: (key, value) of `config` that are not the user's, and have to be said."""
 
     config: Any
     target: Target
     link: Link | None
     typed: tuple[str, ...] = ()
     gaps: Gaps | None = None
+    taken: tuple[tuple[str, Any], ...] = ()
 
     @cached_property
     def base(self) -> build.Parts:
@@ -59,6 +61,9 @@ class Case:
         for i in range(places.size):
             places[i] = Place(i, i // host, platform, chip.kind)
         return Mesh(places.reshape([sizes[axis] for axis in AXES]), AXES)
+
+    def taking(self, key: str, value: Any) -> "Case":
+        return replace(self, config=changed(self.config, {key: value}), taken=(*self.taken, (key, value)))
 
     def value(self, key: str) -> Any:
         """That the config has."""

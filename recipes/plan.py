@@ -22,6 +22,7 @@ from runtime.console import human_bytes
 CLOSE = 1.02  # of the shortest time: who is as near, and changes less of what is trained, is picked
 TRIED_CODECS = ("none", "bf16", "int8", "int4")  # what is tried of them, mildest first
 MESHES = 6  # for which exchanges are tried: the fastest without any
+NARROW = "optimizer.moment_dtype"  # bfloat16 is tried where nothing fits
 LARGEST = 12  # doublings of a machine that is too small
 
 
@@ -67,9 +68,19 @@ def search(case: Case) -> Found:
     others = sorted((c for c in [*bare, *exchanging] if not c.fits), key=lambda c: c.peak_bytes)
     if not fitting and several:
         raise UsageError(f"hardware={case.target.text}: no exchange can be planned for: {'; '.join(more)}")
+    if not fitting and _may_be_narrow(case):
+        found = search(case.taking(NARROW, "bfloat16"))
+        return found._replace(notes=[f"{NARROW}=bfloat16: nothing fits with float32", *notes, *found.notes])
     if not fitting:
-        raise UsageError(too_small(case, min(bare, key=lambda c: c.peak_bytes)))
+        raise UsageError(too_small(case, min(bare, key=lambda c: c.needed_bytes)))
     return Found(fitting, picked(fitting), others, len(bare) + len(exchanging), notes + more, case.gaps is not None)
+
+
+def _may_be_narrow(case: Case) -> bool:
+    """Whether moments are float32, and need not be."""
+    is_asked = NARROW in case.typed or case.value(NARROW) != "float32"
+    has_none = "sign", "signum", "onebit_adam"
+    return not is_asked and case.config.optimizer.name not in has_none
 
 
 def picked(fitting: Sequence[Candidate]) -> Candidate:
@@ -155,7 +166,7 @@ def counted(
     changes |= {"optimizer.accumulate": layout.accumulate, "compute.remat": layout.remat}
     if layout.stages > 1:
         changes |= dict(zip(("pipeline.remat", "pipeline.gather"), layout.pipeline, strict=True))
-    changes |= {"data.batch_size": case.config.data.batch_size} | method(case, strategy, codec)
+    changes |= {"data.batch_size": case.config.data.batch_size, **dict(case.taken)} | method(case, strategy, codec)
     tokens = case.config.data.batch_size * net.seq_len
     moments = held(net, layout, flight)
     by_axis = dict.fromkeys(FAST, 0.0) | {SLOW: exchange.bytes}
@@ -175,10 +186,10 @@ def worth(case: Case, sizes: Mapping[str, int]) -> list[str]:
 
 def too_small(case: Case, least: Candidate) -> str:
     """One sentence. least: the candidate that needs least."""
-    need = f"{human_bytes(least.peak_bytes)} of each chip's {human_bytes(case.target.memory)}"
-    keys = ("mesh.", "optimizer.accumulate", "compute.remat", "pipeline.")
+    need = f"{human_bytes(least.needed_bytes)} of each chip's {human_bytes(case.target.memory)}"
+    keys = ("mesh.", "optimizer.", "compute.remat", "pipeline.")
     best = ", ".join(f"{key}={value}" for key, value in least.changes.items() if key.startswith(keys))
-    said = f"hardware={case.target.text}: the model needs {need} at best ({best})"
+    said = f"hardware={case.target.text}: the model may need {need} at best ({best})"
     for doublings in range(1, LARGEST):
         more = targets.wider(case.target, 2**doublings)
         if more is None:

@@ -11,7 +11,7 @@ from parallel.cost.targets import Target
 from parallel.layout.axes import SLOW, shown
 from recipes import aot, programs
 from recipes import target as targeted
-from recipes.candidate import MARGIN, Candidate
+from recipes.candidate import Candidate
 from recipes.case import Case
 from recipes.plan import CLOSE, Found, picked
 from runtime import config as configuration
@@ -129,7 +129,7 @@ def _memory(found: Found) -> str:
     if not faster:
         return f"{said}; more of it would gain nothing"
     best = min(faster, key=lambda c: c.seconds)
-    gain, short = pick.seconds / best.seconds - 1, human_bytes(best.state_bytes + MARGIN * best.temporary_bytes)
+    gain, short = pick.seconds / best.seconds - 1, human_bytes(best.needed_bytes)
     how = f"{mesh(best)}, {micro_steps(best)}, remat {remat(best)}"
     return f"{said}; memory binds, too: {how} would be {gain:.0%} faster, and may need {short}"
 

@@ -221,7 +221,7 @@ def _check_same_arrays(step: int, saved: dict[str, Any], wanted: dict[str, Any],
     rows = differing(saved, wanted, adapted.missing if adapted else sorted(saved.keys() | wanted.keys()))
     if rows:
         raise CheckpointError(
-            f"checkpoint step {step} is of another model or optimizer; {len(rows)} arrays differ:\n"
+            f"checkpoint step {step} is of another model or optimizer:\n"
             + "\n".join(rows)
             + "\nUse the config it was made with (config.json in its workdir), or another --workdir."
         )

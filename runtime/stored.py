@@ -162,14 +162,15 @@ def wrong_digests(recorded: Mapping[str, Any], arrays: dict[str, jax.Array]) -> 
 
 
 def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """One line for each of these arrays that is not the same in both."""
-    rows = []
-    for name in names:
-        ours = f"{list(wanted[name].shape)} {wanted[name].dtype}" if name in wanted else "absent"
-        theirs = f"{saved[name]['shape']} {saved[name]['dtype']}" if name in saved else "absent"
+    """What is not the same in both: a line for all arrays that differ in one way, with the first of them."""
+    by_kind: dict[tuple, list[str]] = {}
+    for name in dict.fromkeys(names):
+        theirs = (saved[name]["dtype"], f"{saved[name]['shape']} ") if name in saved else ("absent", "")
+        ours = (str(wanted[name].dtype), f"{list(wanted[name].shape)} ") if name in wanted else ("absent", "")
         if ours != theirs:
-            rows.append(f"  {name}: {theirs} in the checkpoint, {ours} in this config")
-    return rows
+            said = f"{name}: {theirs[1]}{theirs[0]} in the checkpoint, {ours[1]}{ours[0]} in this config"
+            by_kind.setdefault((theirs[0], ours[0], theirs[1] == ours[1]), []).append(said)
+    return [f"  {same[0]}" if len(same) == 1 else f"  {len(same)} arrays, as {same[0]}" for same in by_kind.values()]
 
 
 def damage(step: int, problems: list[str]) -> str:

@@ -1,6 +1,7 @@
 """optim/optimizer.py against NumPy float64 (tests/oracle.py): optimizers, schedules and the guard."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import oracle
 import pytest
 
-from optim import build, optimizer
+from optim import build, narrow, optimizer
 from optim import guard as guards
 from parallel.layout.rules import Constrain
 
@@ -274,6 +275,47 @@ def test_zscore_0_lets_spikes_through_but_not_nan():
     applied, counters = feed(guards.Guard(zscore=0.0, window=4), [*CALM, 1e6, math.nan, 1e9, math.inf])
     assert applied == [1] * 5 + [0, 1, 0]
     assert (counters.applied, counters.skipped, counters.in_a_row) == (6, 2, 1)
+
+
+def test_rounding_to_bfloat16_loses_nothing_on_average():
+    """Each value becomes one of its two neighbours, as often as it is near: the mean is the value, within 5 sigma."""
+    value, below, above = 1.0 + 3 / 1024, 1.0, 1.0 + 8 / 1024
+    drawn = np.asarray(narrow.rounded(jnp.full((200_000,), value, jnp.float32), jax.random.key(0)), np.float64)
+    assert set(drawn) == {below, above}
+    assert abs(np.mean(drawn == above) - 3 / 8) < 5 * math.sqrt(3 / 8 * 5 / 8 / drawn.size)
+    same = jnp.asarray([0.0, -2.5, 2.0**-100, jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+    np.testing.assert_array_equal(np.asarray(narrow.rounded(same, jax.random.key(1)), np.float32), same)
+
+
+@pytest.mark.parametrize("name", ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "sgd", "muon"))])
+def test_moments_in_bfloat16_follow_those_in_float32(name):
+    """Of many equal weights, on average: a second moment of 1 − β2 = 0.001 a step, which rounding to the nearest would
+    leave at 1 for ever."""
+    params = {"blocks": {"mlp": {"up": jnp.ones((1, 64, 64))}}, "embed": jnp.ones((64, 64))}
+    axes = {"blocks": {"mlp": {"up": AXES["blocks"]["mlp"]["up"]}}, "embed": AXES["embed"]}
+    options = DEFAULTS | {"b2": 0.999, "clip_norm": 0.0}
+    grads, states = jax.tree.map(lambda x: 0.5 * x, params), []
+    for kind in (optimizer.Optimizer, narrow.Narrow):
+        own = build.optimizer(name, lambda step: 1e-3, axes, **options, kind=kind)
+        state = jax.tree.map(lambda x: jnp.ones_like(x) if x.ndim else x, own.init(params))
+        step = jax.jit(own.apply)
+        for _ in range(200):
+            state = step(grads, state, params)[1]
+        states.append(state)
+    exact, ours = states
+    moments = [x for x in jax.tree.leaves(ours) if x.ndim]
+    assert moments and all(x.dtype == jnp.bfloat16 for x in moments)
+    for x, like in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
+        assert np.mean(float64(x)) == pytest.approx(np.mean(float64(like)), rel=2e-3)
+
+
+def test_what_is_drawn_is_the_same_on_any_mesh():
+    x, key = jax.random.normal(jax.random.key(2), (64, 64)), jax.random.key(3)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    program = jax.jit(narrow.rounded, in_shardings=(cut, None), out_shardings=cut).lower(x, key).compile()
+    assert not re.search("all-|collective", program.as_text())
+    np.testing.assert_array_equal(program(jax.device_put(x, cut), key), narrow.rounded(x, key))
 
 
 def test_an_optimizer_s_state_has_our_names_whatever_the_chain_is():

@@ -570,9 +570,20 @@ def test_a_machine_that_is_too_small_is_refused_with_the_smallest_that_is_not():
     with pytest.raises(UsageError) as error:
         plan.search(case("70b", "h100:8"))
     said = str(error.value)
-    assert "166.6" in said and "of each chip's 71.20 GiB" in said
+    assert "147.40 GiB of each chip's 71.20 GiB" in said and "optimizer.moment_dtype=bfloat16" in said
     named = said.split("--hardware=")[1].split(" ")[0]
     assert named == "h100:4x8" and plan.search(case("70b", named)).fitting
+
+
+def test_moments_are_bfloat16_where_nothing_else_fits():
+    found = plan.search(case("8b", "h100:2", data__batch_size=4, **WHOLE))
+    assert found.notes == ["optimizer.moment_dtype=bfloat16: nothing fits with float32"]
+    assert {c.changes["optimizer.moment_dtype"] for c in found.fitting} == {"bfloat16"}
+    assert found.pick.state_bytes == pytest.approx(8 * 8.03e9 / 2, rel=0.01)  # of a parameter 4 + 2 + 2
+    smaller = plan.search(case("8b", "h100:2", data__batch_size=2, **WHOLE))
+    assert all("optimizer.moment_dtype" not in c.changes for c in smaller.fitting)
+    with pytest.raises(UsageError, match="is the smallest of these chips"):
+        plan.search(case("8b", "h100:2", data__batch_size=4, optimizer__moment_dtype="float32", **WHOLE))
 
 
 def test_a_batch_that_no_mesh_cuts_is_replaced_by_the_nearest():

@@ -87,6 +87,16 @@ def test_every_key_of_the_group_is_read_by_a_method_or_by_all():
 # ── the same on every mesh ───────────────────────────────────────────────────────────────────────────────────────
 
 
+@SLOW
+@pytest.mark.parametrize("strategy", OPTIONS)
+def test_with_moments_in_bfloat16_every_strategy_trains_as_with_float32(strategy):
+    narrow, exact = (
+        trained(strategy, (2, 2, 2), optimizer__moment_dtype=dtype)[0] for dtype in ("bfloat16", "float32")
+    )
+    np.testing.assert_allclose(narrow, exact, rtol=5e-3)
+    assert not np.array_equal(narrow, exact)
+
+
 @SLOW  # in the default run: the strategies against NumPy, below
 @pytest.mark.parametrize("strategy", OPTIONS)
 @pytest.mark.parametrize("mesh", [(4, 2, 1), (2, 2, 2), (1, 1, 1)])

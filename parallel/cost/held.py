@@ -80,20 +80,22 @@ def _in_a_pipeline(
 ) -> dict[str, dict[str, float]]:
     """The forward and the backward pass there. whole: bytes of a stage's layers, gathered. layer: elements of them that
     a device trains."""
+    own = layers(net, lay)
     tick = {
-        "layer inputs of a tick": layers(net, lay) * activation(net, lay),
+        "layer inputs of a tick": own * activation(net, lay),
+        "kept of a tick": 0.0 if lay.repeats_stages else own * tokens(net, lay) * net.itemsize * kept(net, lay),
         "micro-batches": (lay.slots + 2) * activation(net, lay),
     }
     n, once = tokens(net, lay) * net.itemsize, lay.gathers_once
     hidden = FORWARD_HIDDEN * hidden_of_token(net, lay) / lay.cut("mlp")
     forward = {
         "head, gathered": net.head.size / lay.cut("vocab") * net.itemsize,
-        "layers' weights, gathered": whole / layers(net, lay),
+        "layers' weights, gathered": whole / own,
         "a layer's activations": n * (FORWARD_WIDE * net.dim + hidden),
     }
     if gathers(lay).kept:
         forward["layers' weights, kept"] = whole
-    backward = backward | tick | {"layers' weights, gathered": GATHERED_IN_A_TICK * whole / layers(net, lay)}
+    backward = backward | tick | {"layers' weights, gathered": GATHERED_IN_A_TICK * whole / own}
     if once:  # gradients of whole layers add up in float32, each tick's beside them
         backward |= {"layers' weights, kept": whole, "gradients": whole}
         backward |= {"gradients of ticks": whole / net.itemsize * FLOAT32}

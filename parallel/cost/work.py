@@ -16,9 +16,9 @@ HOPS = ("ring", "gather")  # ways of attention.context in which one device's key
 # Reads and writes of an array of a layer that no product makes: (norms and sums, of D; of queries and keys; of hidden).
 PASSES = (10, 2, 3)
 HOP_PASSES = 32  # over queries, of what a ring's products are merged from, in all passes
-# Over the rows of experts, of D, by moe.dispatch: what brings rows together, and their sums; and over experts' weights,
-# when they are gathered.
-ROW_PASSES, LAID_ANEW = {"capacity": 2, "grouped": 55}, 2
+# Of experts: over their rows, of D, in all passes, by moe.dispatch, what brings them together and their sums; over their
+# hidden features, in each pass; and over their weights, when they are gathered.
+ROW_PASSES, ROUTED_HIDDEN, LAID_ANEW = {"capacity": 21, "grouped": 75}, 1.6, 2
 LOGIT_PASSES = 5  # over a chunk of float32 logits
 COPIED = 6  # passes in which XLA lays out anew what `tensor` has gathered, or will scatter, of cotangents
 STACKED = 3  # passes over what the backward pass finds in stacks of all layers: cleared, and copied there
@@ -103,6 +103,7 @@ def _elements(w: Weight, net: Network, lay: Layout) -> float:
 def passed(net: Network, lay: Layout) -> dict[str, float]:
     """Bytes of the chip's memory beside the products, by part."""
     wide, heads, hidden = PASSES
+    hidden = ROUTED_HIDDEN if net.experts else hidden
     once = wide * net.dim + heads * (net.queries + net.keys) + hidden * hidden_of_token(net, lay)
     cut, gathered = lay.cut("mlp"), COPIED * net.dim * (lay.cut("sequence") > lay.cut("positions"))
     hops = lay.cut("positions") - 1 if lay.way in HOPS else 0

@@ -36,6 +36,7 @@ CHOICES = {
     "data.changed": ("refuse", "accept"),
     "optimizer.name": ("adamw", "sgd", "muon", "lion", "sign", "signum", "onebit_adam"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
     "sync.algorithm": ("auto", "gather", "two_stage", "psum"),
     "sync.exchange": ("after", "backward"),
     "sync.error_feedback": ("auto", "on", "off"),
@@ -146,9 +147,11 @@ UNREAD: dict[str, dict[Any, str]] = {
         "lion": "optimizer.momentum optimizer.eps optimizer.freeze_steps",
         "muon": "optimizer.freeze_steps",
         "sgd": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.freeze_steps",
-        "sign": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.momentum optimizer.freeze_steps",
-        "signum": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.clip_norm optimizer.freeze_steps",
-        "onebit_adam": "optimizer.momentum optimizer.clip_norm",
+        "sign": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.momentum optimizer.freeze_steps "
+        "optimizer.moment_dtype",
+        "signum": "optimizer.b1 optimizer.b2 optimizer.eps optimizer.clip_norm optimizer.freeze_steps "
+        "optimizer.moment_dtype",
+        "onebit_adam": "optimizer.momentum optimizer.clip_norm optimizer.moment_dtype",
     },
     "mesh.stage": {1: "pipeline.remat pipeline.gather"},
     "mesh.context": {1: "attention.context"},
