@@ -179,3 +179,38 @@ def test_on_the_way_to_experts_goes_the_closed_form_and_little_is_multiplied_in_
     assert {c.axis for c in named} == {"expert"}
     assert sum(c.sent for c in named) - more == pytest.approx(sent(config, parts), rel=0.05)
     assert own.multiplied <= 1.3 * own.tokens * own.chosen
+
+
+@pytest.mark.slow
+@pytest.mark.prove
+@pytest.mark.parametrize("machine", ["h100:8x8", "2xv5p-64"])
+def test_all_six_axes_at_two_send_the_closed_form(machine):
+    """With a ring, tokens to experts, and a pipeline: over `replica` the exchange and nothing else; over stages two
+    activations a tick and pass; what attention and experts send as in closed form."""
+    target = targets.parse(machine, hardware.by_name(hardware.CHIPS))
+    try:
+        compilers.check_compiler(target.chip)
+    except ImportError as error:
+        pytest.skip(str(error))
+    compilers.prepare(target.chip)
+    config = helpers.tiny(
+        model__model_dim=256, model__head_dim=128, model__num_heads=4, model__num_kv_heads=4, model__mlp_dim=256,
+        model__num_layers=4, model__experts=4, model__experts_per_token=1, data__seq_len=512, data__batch_size=32,
+        compute__remat="full", optimizer__accumulate=2, attention__context="ring", sync__codec="int4",
+    )  # fmt: skip
+    sizes = dict.fromkeys(meshes.AXES, 2)
+    parts = recipes.build.build(config, meshes.build(sizes, compilers.devices(target)))
+    ((name, lower),) = programs.steps(parts).items()
+    text = lower().compile(compiler_options=parts.xla_options).as_text()
+    assert helpers.exchanged(text, parts.mesh) == aot.predicted(name, parts)["replica"]
+    found = wire.collectives(text, parts.mesh)
+    handed = sum(c.sent for c in found if c.kind == "collective-permute" and c.axis == "stage")
+    activation = 32 // (2 * 2 * 2 * 2) * 512 // 2 * 256 * 2 // 2
+    assert handed == 4 * 3 * activation
+    hops = sum(c.sent for c in found if c.kind == "collective-permute" and c.axis == "context")
+    # XLA:GPU sends the only hop of gradients that is float32 as bfloat16, which it is made of: 4 of 5.
+    wanted = context.sent(config, parts) * (1.0 if target.chip.is_tpu else 4 / 5)
+    assert hops == pytest.approx(wanted, rel=0.001)
+    if not target.chip.is_tpu:  # where nothing says whose an all-to-all is
+        routed = sum(c.sent for c in found if experts.SCOPE in c.scope)
+        assert routed == pytest.approx(sent(config, parts), rel=0.05)
