@@ -45,10 +45,10 @@ def main() -> None:
     usage.parser(__doc__, "python bench/published.py").parse_args()
     import jax
 
-    from bench import plan
+    from bench import planned
     from parallel.cost import flops, hardware, targets
     from recipes import methods
-    from recipes.plan import Case
+    from recipes.case import Case
 
     jax.config.update("jax_platforms", "cpu")  # nothing is run
     for row in ROWS:
@@ -56,7 +56,7 @@ def main() -> None:
         typed = row.changes | {"mesh.fsdp": target.chips, "mesh.replica": 1, "mesh.tensor": 1}
         flags = [f"--config.{key}={value}" for key, value in typed.items()]
         config, _ = methods.parse(["bench/published.py", f"--config=configs/{row.config}.py", *flags], "")
-        found, case = plan.predicted(config, target), Case(config, target, None)
+        found, case = planned.predicted(config, target), Case(config, target, None)
         task: Any = case.base.task
         token = flops.per_token(case.base.param_shapes, task.model.config, config.data.seq_len, causal=True)
         constant = token * config.data.batch_size * config.data.seq_len / (MFU * target.chips * target.chip.bf16)

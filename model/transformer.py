@@ -25,6 +25,7 @@ from model.fused import PRODUCTS
 from model.gpt2 import GELU, LayerNorm
 from model.layers import RMSNorm, SwiGLU, Weights
 from model.loss import cross_entropy
+from model.remat import POLICIES
 
 Params = dict[str, Any]
 
@@ -77,15 +78,6 @@ class Ends(nnx.Module):
         self.final_norm = NORMS[c.norm](c, weight.sub("final_norm"), D, "norm")
         if not c.tie_embeddings:
             self.head = weight("head", (D, V), ("embed", "vocab"), normal(c.init_std))
-
-
-REMAT = {
-    "none": None,
-    # Keep the outputs of weight matmuls, recompute attention scores, norms and activations.
-    "matmuls": lambda: jax.checkpoint_policies.save_only_these_names("qkv", "context", "hidden"),
-    "dots": lambda: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": lambda: jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Transformer:
@@ -156,8 +148,8 @@ class Transformer:
             weights = jax.tree.map(whole, self.used(self.cast(weights)), axes)
             return nnx.merge(self._block, weights)(x_BTD, ctx)
 
-        policy = REMAT[self.compute.remat]
-        return jax.checkpoint(layer, policy=policy(), prevent_cse=self.compute.unroll) if policy else layer
+        policy = POLICIES[self.compute.remat]
+        return jax.checkpoint(layer, policy=policy, prevent_cse=self.compute.unroll) if policy else layer
 
     def _run(self, constrain, layer: Callable, x_BTD: jax.Array, blocks: Params) -> tuple[jax.Array, Any]:
         if not self.compute.unroll:

@@ -52,6 +52,7 @@ class Reading:
     not_counted: str = ""  # why its collectives could not be
     read_from: str = ""  # a larger machine, whose program this was read from: its own was refused
     stray: Traffic | None = None  # what of it crosses `replica` and is not ours
+    host_bytes: float = 0.0  # of the host's memory that holds what this device put there
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,10 @@ def peak(program: Any, parts: Parts, name: str) -> tuple[float, float]:
         temporaries = math.inf if program.temporaries is None else program.temporaries
         return temporaries, state + temporaries
     found = program.memory_analysis()
-    used = found.peak_memory_in_bytes or (
-        found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    )
+    used = found.peak_memory_in_bytes
+    if not used or memory.on_host(program):  # which is in it
+        used = found.argument_size_in_bytes + found.temp_size_in_bytes
+        used += found.output_size_in_bytes - found.alias_size_in_bytes
     only_params = name in ("evaluation", "sample")
     params = memory.tree_bytes(parts.whole, parts.mesh.shape)
     return found.temp_size_in_bytes, used + (state - params if only_params else 0)
@@ -120,7 +122,7 @@ def read(
         if other is None:
             return Reading(**about)
         about["read_from"], program = other
-    about["stray"] = stray_of(name, program, parts)
+    about |= {"stray": stray_of(name, program, parts), "host_bytes": memory.on_host(program)}
     read = hlo.Program.read(program.as_text())
     flops, moved = _or_nan(schedule.flops, read), _or_nan(schedule.bytes_moved, read)
     sent, why = _sent(read, parts)

@@ -122,6 +122,11 @@ def of_program(program: Any) -> tuple[float, float]:
         return math.nan, math.nan
 
 
+def on_host(program: Any) -> int:
+    """Bytes of the host's memory that a compiled program takes for a device."""
+    return getattr(program.memory_analysis(), "host_temp_size_in_bytes", 0)
+
+
 def shard_bytes(x: Any, sizes: Mapping[str, int]) -> int:
     """Of an abstract array on a device of a mesh of these sizes."""
     entries = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]

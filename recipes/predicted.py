@@ -17,7 +17,7 @@ from recipes.build import Parts
 from recipes.language import Language
 from runtime.console import human_bytes, human_count
 
-REMAT = ("matmuls", "full")  # what is counted of compute.remat
+REMAT = ("matmuls", "offload", "full")  # what is counted of compute.remat
 
 
 def network(parts: Parts) -> Network:

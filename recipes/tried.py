@@ -11,9 +11,9 @@ from parallel.layout import mesh as meshes
 from parallel.layout.axes import AXES, CONTEXT, EXPERT, SLOW, STAGE
 from recipes import build, context, experts, memory, pipeline
 from recipes.case import Case
-from recipes.predicted import REMAT
 from runtime.config import UsageError, changed
 
+REMAT = ("matmuls", "full")  # how fast a host's memory is reached is not known
 POSITIONS = 1024  # of a sequence that a device has at least, where it is cut over context
 
 

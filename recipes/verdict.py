@@ -84,7 +84,8 @@ def _memory(x: Reading) -> str:
     if math.isinf(x.peak_bytes):
         return f"refused; state {human_bytes(x.state_bytes)}"
     temporary = "refused: " * bool(x.read_from) + f"temporary {human_bytes(x.temporary_bytes)}"
-    return f"{human_bytes(x.peak_bytes)} at most (state {human_bytes(x.state_bytes)}, {temporary})"
+    beside = f"; {human_bytes(x.host_bytes)} in the host's memory, there and back in a step" if x.host_bytes else ""
+    return f"{human_bytes(x.peak_bytes)} at most (state {human_bytes(x.state_bytes)}, {temporary}){beside}"
 
 
 def _wire(found: Sequence[Sent]) -> str:

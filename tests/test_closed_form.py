@@ -20,7 +20,7 @@ from parallel.exchange.codecs.base import is_round
 from parallel.exchange.exchange import Feedback
 from parallel.layout import experts
 from parallel.layout import mesh as meshes
-from recipes import aot, context, methods, programs
+from recipes import aot, context, memory, methods, programs
 from recipes.experts import described, sent
 
 EVERY = [pytest.mark.slow, pytest.mark.prove]
@@ -214,3 +214,18 @@ def test_all_six_axes_at_two_send_the_closed_form(machine):
     if not target.chip.is_tpu:  # where nothing says whose an all-to-all is
         routed = sum(c.sent for c in found if experts.SCOPE in c.scope)
         assert routed == pytest.approx(sent(config, parts), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.prove
+def test_what_is_kept_with_the_host_is_what_matmuls_keeps_on_the_device(chips):
+    found = {}
+    for remat in ("matmuls", "offload", "full"):
+        parts = build(chips, compute__remat=remat)
+        ((_, lower),) = programs.steps(parts).items()
+        program = lower().compile(compiler_options=parts.xla_options)
+        found[remat] = memory.on_host(program)
+    tokens, heads, layers = 32 // (2 * 2) * 256, 128 // 2, 2
+    kept = layers * tokens * (2 * (4 + 2) * heads + 2 * 512 // 2) * 2
+    padded = 1.5 if chips[0].platform == "tpu" else 1.0  # few heads, to whole tiles
+    assert found == {"matmuls": 0, "offload": padded * kept, "full": 0}

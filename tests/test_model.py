@@ -16,10 +16,11 @@ import oracle
 import pytest
 from jax.nn.initializers import normal
 
-from model import attention, transformer
+from model import attention
 from model.config import Compute, ModelConfig, RopeScaling
 from model.layers import Weights
 from model.loss import cross_entropy
+from model.remat import POLICIES
 from model.transformer import Transformer
 from parallel.cost import flops
 from parallel.layout.rules import Constrain
@@ -370,7 +371,7 @@ def executed(remat: str, unroll: bool):
     return total, grads, program.memory_analysis().temp_size_in_bytes
 
 
-EXECUTIONS = [(remat, False) for remat in transformer.REMAT if remat != "none"] + [("none", True), ("full", True)]
+EXECUTIONS = [(remat, False) for remat in POLICIES if remat != "none"] + [("none", True), ("full", True)]
 
 
 @pytest.mark.parametrize("remat, unroll", EXECUTIONS)
@@ -383,7 +384,7 @@ def test_remat_and_unrolling_change_nothing(remat, unroll):
 
 
 def test_remat_saves_memory():
-    memory = {remat: executed(remat, False)[2] for remat in transformer.REMAT}
+    memory = {remat: executed(remat, False)[2] for remat in POLICIES}
     assert memory["full"] < memory["matmuls"] < memory["none"]
     assert memory["full"] < memory["none"] / 2
     assert executed("full", True)[2] < executed("none", True)[2]

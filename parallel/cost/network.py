@@ -121,7 +121,7 @@ def _ordered(axes: set[str]) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Layout:
     """How a network is trained. sizes: of the mesh's axes. rows: windows of a device in a micro-step. remat, chunk:
-    compute.remat (matmuls or full), and bytes of float32 logits at a time. is_splash: attention is the TPU's kernel.
+    compute.remat (matmuls, offload, full), and bytes of float32 logits at a time. is_splash: attention by a TPU kernel.
     way: attention.context, as resolved. pipeline: pipeline.remat and pipeline.gather."""
 
     sizes: Mapping[str, int]

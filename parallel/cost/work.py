@@ -55,7 +55,7 @@ def flops(net: Network, lay: Layout) -> dict[str, float]:
     each = {w.name: _elements(w, net, lay) for w in net.layer if w.is_matrix}
     # The output of the last product nothing asks for a second time.
     last = each["mlp/down"] + each.get("shared/down", 0.0)
-    again = {"full": sum(each.values()) - last, "matmuls": each["attention/out"]}[lay.remat]
+    again = sum(each.values()) - last if lay.remat == "full" else each["attention/out"]
     once = 2 * sum(each.values())
     layer = {FORWARD: once, BACKWARD: 2 * once + 2 * again + lay.repeats_stages * once}
     share = turns(net, lay) * tokens(net, lay) / lay.cut("mlp")
@@ -124,10 +124,11 @@ def passed(net: Network, lay: Layout) -> dict[str, float]:
 
 
 def kept(net: Network, lay: Layout) -> float:
-    """Elements that rematerialisation keeps of a token and layer, besides the layer's input."""
-    begun = net.hidden * hidden_of_token(net, lay)
-    matmuls = 2 * (net.queries + net.keys) + begun  # queries, keys, values, context; hidden
-    return {"full": 0.0, "matmuls": matmuls / lay.cut("mlp")}[lay.remat]
+    """Elements that rematerialisation keeps on the device of a token and layer, besides the layer's input."""
+    if lay.remat != "matmuls":
+        return 0.0
+    queries_keys_values_context = 2 * (net.queries + net.keys)
+    return (queries_keys_values_context + net.hidden * hidden_of_token(net, lay)) / lay.cut("mlp")
 
 
 def updated(net: Network, lay: Layout) -> float:

@@ -31,7 +31,7 @@ CHOICES = {
     "pipeline.remat": ("layer", "stage"),
     "pipeline.gather": ("tick", "step"),
     "attention.context": ("auto", "ring", "gather", "heads"),
-    "compute.remat": ("none", "matmuls", "dots", "full"),
+    "compute.remat": ("none", "matmuls", "dots", "offload", "full"),
     "data.corpus": ("stdlib", "asv"),
     "data.changed": ("refuse", "accept"),
     "optimizer.name": ("adamw", "sgd", "muon", "lion", "sign", "signum", "onebit_adam"),
