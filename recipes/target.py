@@ -12,7 +12,7 @@ from parallel.cost.link import Link
 from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
-from recipes import aot, begin, build, describe, memory, over_link, programs, summary, verdict
+from recipes import aot, begin, build, describe, memory, over_link, programs, sharding, summary, verdict
 from recipes.aot import Reading, Refused
 from recipes.build import Parts
 from runtime import library_log
@@ -56,6 +56,7 @@ def dry_run(config: Any, flags: Any, times: Phases) -> int:
     if folder:
         about = summary.describe(target, parts, readings, remedies, compilers.compiler(target.chip))
         summary.write(folder, about)
+        sharding.draw(config, parts, folder / "sharding.png")
         console.say(f"what was compiled is in {flags.save}")
     return FITS if fits else DOES_NOT_FIT
 

@@ -20,7 +20,7 @@ from parallel.cost.bytes import exchange_bytes
 from parallel.cost.hardware import GiB
 from parallel.cost.link import Link
 from parallel.layout.axes import AXES, COMMON
-from recipes import build, candidate, describe, gaps, memory, methods, plan, planned, predicted, sites, tried
+from recipes import build, candidate, describe, gaps, memory, methods, plan, planned, predicted, sharding, sites, tried
 from recipes.case import Case
 from runtime.config import UsageError, changed, flatten
 
@@ -243,6 +243,33 @@ def test_a_network_with_a_tied_head_gathers_its_embedding():
     network = case("tiny", "h100:8").network
     assert network.head.name == "embed" and network.head.shape == (256, 64)
     assert case("8b", "h100:8").network.head.shape == (4096, 128256)
+
+
+# ── a picture of it ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_picture_shows_what_the_first_device_has_of_each_array(tmp_path):
+    """Each cut as the shardings of the run cut it, to the byte; what lies alike is drawn once."""
+    of = case("tiny_moe", "h100:8x2")
+    sizes = dict.fromkeys(AXES, 1) | {"stage": 2, "expert": 2, "context": 2, "tensor": 2}
+    more = {f"mesh.{axis}": size for axis, size in sizes.items()} | {"optimizer.accumulate": 2}
+    config = changed(of.config, more)
+    parts = build.build(config, of.mesh(sizes))
+    found = sharding.weights(parts, sizes)
+    (down,) = [array for array in found if array.names[0].endswith("mlp/down")]
+    assert down.dims == ("layers", "experts", "mlp", "embed") and down.cuts == (
+        ("stage",),
+        ("expert",),
+        ("tensor",),
+        ("context",),
+    )
+    for array in found:
+        assert array.bytes * math.prod(sizes[a] for cut in array.cuts for a in cut) == 4 * math.prod(array.shape)
+    assert [array.names[0].split("/")[-1] for array in found].count("scale") == 1
+    inside = sharding.activations(config, sizes)[1]
+    assert inside.cuts == (("expert",), ("context",), ("tensor",), ())
+    sharding.draw(config, parts, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ── links ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
