@@ -125,13 +125,13 @@ def with_batch(case: Case) -> tuple[Case, list[str]]:
 def layouts(case: Case, sizes: dict[str, int], rows: int) -> Iterator[Layout]:
     """rows: of a device in a step."""
     chunk, way = memory.chunk_mib(case.base) << 20, context.choose(case.config, sizes, case.network.itemsize)[0]
-    micro = [2**n for n in range(rows.bit_length()) if not rows % 2**n]
+    micro, known = [2**n for n in range(rows.bit_length()) if not rows % 2**n], {}
     for accumulate, remat, form in itertools.product(
         case.fixed("optimizer.accumulate", micro), case.fixed("compute.remat", REMAT), _pipelines(case, sizes)
     ):
         if not rows % accumulate:
             is_tpu = case.target.chip.is_tpu
-            yield Layout(sizes, rows // accumulate, accumulate, remat, chunk, is_tpu, way, form)
+            yield Layout(sizes, rows // accumulate, accumulate, remat, chunk, is_tpu, way, form, known)
 
 
 def _pipelines(case: Case, sizes: dict[str, int]) -> list[tuple[str, str]]:

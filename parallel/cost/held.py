@@ -3,7 +3,17 @@ hold most. docs/planner.md has the reasons, and how near this comes to compiled 
 
 from typing import NamedTuple
 
-from parallel.cost.network import FLOAT32, Layout, Network, activation, end_tokens, layers, tokens
+from parallel.cost.network import (
+    FLOAT32,
+    Layout,
+    Network,
+    activation,
+    end_elements,
+    end_tokens,
+    layer_elements,
+    layers,
+    tokens,
+)
 from parallel.cost.sent import gathers
 from parallel.cost.work import hidden_of_token, kept, routed, rows_of_token
 
@@ -29,9 +39,9 @@ class Flight(NamedTuple):
 def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float]]:
     """Temporary bytes: {moment: {array: bytes}}. The state lies beside them."""
     n, own = tokens(net, lay), layers(net, lay)
-    layer = own * sum(map(lay.own, net.trained_layer))
-    weights = layer + sum(map(lay.own, net.trained_ends))
-    whole = sum(lay.own(w, whole=True) * net.itemsize for w in net.layer)
+    trained, gathered, _ = layer_elements(net, lay)
+    layer, whole = own * trained, gathered * net.itemsize
+    weights = layer + end_elements(net, lay)
     always = {
         "gradients of micro-steps": weights * FLOAT32 * (lay.end_calls > 1),
         "of the exchange meanwhile": flight.meanwhile,

@@ -1,10 +1,11 @@
 """A network and how it is laid over a mesh, as the planner's closed forms read them (work.py, sent.py, held.py)."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -13,6 +14,7 @@ from parallel.layout.axes import AXES, STAGE
 from parallel.layout.pipeline import ticks
 
 FLOAT32 = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class Layout:
     way: str = ""
     pipeline: tuple[str, str] = ("layer", "tick")
 
-    _counts: dict[tuple[str, ...], int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # What follows of the mesh alone, worked out once for all layouts on it.
+    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def cut(self, axis: str) -> int:
         """Into how many parts a logical axis is cut."""
@@ -145,9 +148,9 @@ class Layout:
 
     def count(self, axes: tuple[str, ...]) -> int:
         """Devices of a group over these mesh axes."""
-        if axes not in self._counts:
-            self._counts[axes] = rules.shards(axes, self.sizes)
-        return self._counts[axes]
+        if axes not in self.known:
+            self.known[axes] = rules.shards(axes, self.sizes)
+        return self.known[axes]
 
     def own(self, w: Weight, whole: bool = False) -> float:
         """Elements that a device has of a weight; `whole`: once its model dimension is gathered."""
@@ -185,6 +188,33 @@ class Layout:
     def chunks(self, tokens: int, vocab: int) -> int:
         """Into how many parts logits are cut, one after another."""
         return max(1, math.ceil(tokens * vocab * FLOAT32 / self.cut("mlp") / self.chunk))
+
+
+def of_mesh(f: Callable[[Network, Layout], T]) -> Callable[[Network, Layout], T]:
+    """f, which reads of a layout its sizes alone."""
+
+    @functools.wraps(f)
+    def once(net: Network, lay: Layout) -> T:
+        if f not in lay.known:
+            lay.known[f] = f(net, lay)
+        return lay.known[f]
+
+    return once
+
+
+@of_mesh
+def layer_elements(net: Network, lay: Layout) -> tuple[float, float, float]:
+    """(Of a layer's trained weights, those of a device; of all of its weights, once they are gathered; of these those
+    of experts)."""
+    whole = {w: lay.own(w, whole=True) for w in net.layer}
+    routed = sum(size for w, size in whole.items() if w.is_routed)
+    return sum(map(lay.own, net.trained_layer)), sum(whole.values()), routed
+
+
+@of_mesh
+def end_elements(net: Network, lay: Layout) -> float:
+    """Of the trained weights at the ends, those of a device."""
+    return sum(map(lay.own, net.trained_ends))
 
 
 def tokens(net: Network, lay: Layout) -> int:

@@ -9,7 +9,18 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from parallel.cost.context import Cut
-from parallel.cost.network import FLOAT32, Layout, Network, Weight, activation, end_tokens, layers, tokens, turns
+from parallel.cost.network import (
+    FLOAT32,
+    Layout,
+    Network,
+    Weight,
+    activation,
+    end_tokens,
+    layers,
+    of_mesh,
+    tokens,
+    turns,
+)
 from parallel.cost.pipeline import Pipeline
 from parallel.cost.work import BACKWARD, ENDS, FORWARD, routed
 from parallel.layout import rules
@@ -103,8 +114,7 @@ def gathers(lay: Layout) -> Gathers:
 
 def _weights(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
     how, own = gathers(lay), layers(net, lay)
-    for axes, is_routed in dict.fromkeys((lay.over(w.model), w.is_routed) for w in net.layer):
-        weights = [w for w in net.layer if (lay.over(w.model), w.is_routed) == (axes, is_routed)]
+    for (axes, is_routed), weights in _groups(net, lay).items():
         n, layer = lay.count(axes), own * _gathered(weights, net, lay)
         gradients, by_hand = layer, is_routed or lay.gathers_once
         if not by_hand:
@@ -113,6 +123,15 @@ def _weights(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
         yield Sent(axes, FORWARD, WEIGHTS, how.forward * layer, how.forward * own)
         yield Sent(axes, BACKWARD, AGAIN, how.again * layer, how.again * own)
         yield Sent(axes, BACKWARD, GRADIENTS, how.gradients * gradients, how.gradients * own)
+
+
+@of_mesh
+def _groups(net: Network, lay: Layout) -> dict[tuple[tuple[str, ...], bool], list[Weight]]:
+    """A layer's weights, by the axes over which they are gathered and by whether they are experts'."""
+    found: dict[tuple[tuple[str, ...], bool], list[Weight]] = {}
+    for w in net.layer:
+        found.setdefault((lay.over(w.model), w.is_routed), []).append(w)
+    return found
 
 
 def _is_narrow(n: int, net: Network, habits: Habits) -> bool:
@@ -152,6 +171,7 @@ def _ends(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
     yield Sent(over_context, ENDS, IDS, (C - 1) * positions * 4, A)
 
 
+@of_mesh
 def first(net: Network, lay: Layout) -> float:
     """Of the bytes of a layer's weights, the share of those that it multiplies with first: queries, keys and values."""
     own = {w.name: lay.own(w) for w in net.layer}

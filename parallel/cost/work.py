@@ -5,7 +5,18 @@ D model dimension, F feed-forward, V vocabulary, T positions, L layers.
 """
 
 from parallel.cost.experts import Routed
-from parallel.cost.network import FLOAT32, Layout, Network, Weight, end_tokens, layers, tokens, turns
+from parallel.cost.network import (
+    FLOAT32,
+    Layout,
+    Network,
+    Weight,
+    end_elements,
+    end_tokens,
+    layer_elements,
+    layers,
+    tokens,
+    turns,
+)
 from parallel.layout.axes import EXPERT
 
 FORWARD, BACKWARD, ENDS = "forward", "backward", "ends"  # parts of a step; ends: the embedding, the head and its loss
@@ -116,8 +127,7 @@ def passed(net: Network, lay: Layout) -> dict[str, float]:
     if net.experts:
         rows = ROW_PASSES[net.dispatch[0]] * rows_of_token(net, lay) * net.dim
         layer = {part: size + rows / 2 for part, size in layer.items()}
-        weights = sum(lay.own(w, whole=True) for w in net.layer if w.is_routed)
-        layer[BACKWARD] += LAID_ANEW * weights / tokens(net, lay)
+        layer[BACKWARD] += LAID_ANEW * layer_elements(net, lay)[2] / tokens(net, lay)
     share = turns(net, lay) * tokens(net, lay) * net.itemsize
     logits = lay.end_calls * end_tokens(net, lay) * LOGIT_PASSES * FLOAT32 * net.vocab / cut
     return {part: share * size for part, size in layer.items()} | {ENDS: logits}
@@ -133,10 +143,8 @@ def kept(net: Network, lay: Layout) -> float:
 
 def updated(net: Network, lay: Layout) -> float:
     """Bytes of memory that the optimizer reads and writes, and what adds up micro-steps."""
-    layer, ends = (sum(map(lay.own, weights)) for weights in (net.trained_layer, net.trained_ends))
+    (layer, whole, _), ends = layer_elements(net, lay), end_elements(net, lay)
     several = lambda calls: calls * (calls > 1)
-    added = ADDED_BYTES * layer
-    if lay.gathers_once:
-        added = ADDED_WHOLE * sum(lay.own(w, whole=True) for w in net.trained_layer)
+    added = ADDED_WHOLE * whole if lay.gathers_once else ADDED_BYTES * layer
     ends *= UPDATE_BYTES + ADDED_BYTES * several(lay.end_calls)
     return layers(net, lay) * (UPDATE_BYTES * layer + several(lay.ticks) * added) + ends

@@ -4,7 +4,7 @@ Shapes: k replicas on this device, P pieces, N elements of what is sent of each.
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -21,8 +21,14 @@ def pieces(shape: tuple[int, ...], inside: int = 1) -> int:
     are not cut, each."""
     wanted = -(-math.prod(shape) * inside // PIECE)
     before = [math.prod(shape[:i]) for i in range(len(shape))]
-    counts = {m * part for m, n in zip(before, shape, strict=True) for part in range(1, n + 1) if n % part == 0}
+    counts = {m * part for m, n in zip(before, shape, strict=True) for part in _divisors(n)}
     return min((n for n in counts if wanted <= n <= 4 * wanted), default=max(n for n in counts if n <= wanted))
+
+
+def _divisors(n: int) -> Iterator[int]:
+    """In pairs: of a vocabulary's size one by one they would take longer than all else of a plan."""
+    for part in (part for part in range(1, math.isqrt(n) + 1) if n % part == 0):
+        yield from (part, n // part)
 
 
 def in_lockstep(runs: dict[str, Generator[Any, Any, Any]]) -> dict[str, Any]:
