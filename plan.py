@@ -27,7 +27,7 @@ import jax
 from parallel.cost import compilers, hardware, targets
 from parallel.cost.link import Link
 from parallel.cost.targets import Target
-from recipes import gaps, methods, plan, planned, planned_sites, sites
+from recipes import gaps, methods, plan, planned, planned_sites, sites, tried
 from recipes.build import num_parameters
 from recipes.case import Case
 from runtime import config as configuration
@@ -40,7 +40,8 @@ BEST = 3  # that are compiled
 
 def main(argv: list[str]) -> int:
     args, changes = parse(argv)
-    config, flags = methods.parse(["plan.py", f"--config={args.config}", *changes], "")
+    known = methods.known()._replace(chosen=tuple(tried.READ_BY))
+    config, flags = configuration.parse(["plan.py", f"--config={args.config}", *changes], "", known)
     methods.validate(config)
     if "+" in args.hardware:
         return unequal(args, config, flags)
@@ -67,7 +68,9 @@ def main(argv: list[str]) -> int:
     )
     print(planned.table(found), end="\n\n")
     print("\n".join(planned.explained(found, case)))
-    typed = [word for word in changes if word.split("=")[0].removeprefix("--config.") not in found.pick.changes]
+    key_of = lambda word: word.split("=")[0].removeprefix("--config.")
+    idle = tried.idle(found.pick.layout.sizes)
+    typed = [word for word in changes if key_of(word) not in (*found.pick.changes, *idle)]
     print(" ".join(["python train.py", f"--config={args.config}", *typed, found.pick.flags]))
 
     checked = {}

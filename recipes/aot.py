@@ -125,13 +125,15 @@ def read(
     about |= {"stray": stray_of(name, program, parts), "host_bytes": memory.on_host(program)}
     read = hlo.Program.read(program.as_text())
     flops, moved = _or_nan(schedule.flops, read), _or_nan(schedule.bytes_moved, read)
-    sent, why = _sent(read, parts)
-    total = lambda axis: sum(x.bytes for x in sent if x.axis == axis)
+    sent, by_group, why = _sent(read, parts)
     axes = [axis for axis in parts.mesh.axis_names if parts.mesh.shape[axis] > 1]
+    wire = dict.fromkeys(axes, 0.0)
+    for group, size in by_group.items():
+        wire[group[0]] += group_seconds(size, target, parts, group, link)
     seconds = {
         "compute": flops / target.chip.bf16,
         "memory": moved / target.chip.bandwidth,
-        "wire": {axis: axis_seconds(total(axis), target, parts, axis, link) for axis in axes},
+        "wire": wire,
     }
     about |= {"seconds": seconds, "played": _played(read, parts, target, link)}
     return Reading(**about, flops=flops, largest=schedule.largest(read), wire=sent, not_counted=why)
@@ -152,18 +154,19 @@ def _or_nan(count: Callable[[hlo.Program], float], read: hlo.Program) -> float:
         return math.nan
 
 
-def _sent(read: hlo.Program, parts: Parts) -> tuple[list[Sent], str]:
-    """(what it sends, why that could not be counted)."""
+def _sent(read: hlo.Program, parts: Parts) -> tuple[list[Sent], dict[tuple[str, ...], float], str]:
+    """(what it sends, bytes by the axes of a group, why that could not be counted)."""
     try:
         found = wire.collectives(read, parts.mesh)
     except Exception as error:  # whatever a text of unknown form does to a parser
-        return [], f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-    behind, sums = schedule.hidden(read), {}
+        return [], {}, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    behind, sums, by_group = schedule.hidden(read), {}, {}
     for c in found:
+        by_group[c.axes] = by_group.get(c.axes, 0.0) + c.sent
         key = (c.axis, c.dtype, c.kind)
         bytes_, hidden = sums.get(key, (0.0, 0.0))
         sums[key] = bytes_ + c.sent, hidden + c.sent * (c.name in behind)
-    return [Sent(*key, *sums[key]) for key in sorted(sums)], ""
+    return [Sent(*key, *sums[key]) for key in sorted(sums)], by_group, ""
 
 
 def stray_of(name: str, program: Any, parts: Parts) -> Traffic:
@@ -174,12 +177,13 @@ def stray_of(name: str, program: Any, parts: Parts) -> Traffic:
     return describe.traffic_beside(parts, {known: program})[known]
 
 
-def axis_seconds(size: float, target: Target, parts: Parts, axis: str, link: Link | None = None) -> float:
-    """That bytes of a chip take along an axis of the mesh, at best."""
-    if axis == SLOW and link:
-        return rates.seconds(target, parts.mesh.shape, (axis,), size, 0, link)
-    devices = np.moveaxis(parts.mesh.devices, parts.mesh.axis_names.index(axis), -1)
-    return size / target.rate(devices.reshape(-1, devices.shape[-1]))
+def group_seconds(size: float, target: Target, parts: Parts, axes: tuple[str, ...], link: Link | None = None) -> float:
+    """That bytes of a chip take in collectives over these axes of the mesh, at best."""
+    if axes[0] == SLOW and link:
+        return rates.seconds(target, parts.mesh.shape, axes, size, 0, link)
+    places = [parts.mesh.axis_names.index(axis) for axis in axes]
+    devices = np.moveaxis(parts.mesh.devices, places, range(-len(places), 0))
+    return size / target.rate(devices.reshape(-1, math.prod(parts.mesh.shape[axis] for axis in axes)))
 
 
 def predicted(name: str, parts: Parts) -> dict[str, dict[str, float]]:

@@ -75,6 +75,12 @@ def build_schedule(c: Any) -> Schedule:
     return optim.schedule(o.schedule, o.lr, o.warmup_steps, c.steps, o.final_lr_fraction)
 
 
+def has_moments(c: Any) -> bool:
+    """That can be kept in bfloat16."""
+    o = c.optimizer
+    return o.name not in ("sign", "signum", "onebit_adam") and not (o.name == "sgd" and not o.momentum)
+
+
 def build_optimizer(c: Any, axes: Any) -> Optimizer:
     o, schedule = c.optimizer, build_schedule(c)
     if o.name == "signum":
@@ -83,6 +89,10 @@ def build_optimizer(c: Any, axes: Any) -> Optimizer:
         return OneBitAdam(schedule=schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     names = ("b1", "b2", "eps", "momentum", "weight_decay", "clip_norm")
     options = {name: o[name] for name in names} | {"balance_rate": c.moe.balance_rate}
+    if o.moment_dtype == "bfloat16" and not has_moments(c):
+        raise ValueError(
+            f"optimizer.moment_dtype=bfloat16 with optimizer.name={o.name}: it has no moments: leave it out"
+        )
     if o.moment_dtype == "bfloat16":
         from optim.narrow import Narrow  # which no other run reads
 

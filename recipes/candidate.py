@@ -6,6 +6,7 @@ from typing import Any
 from parallel.cost.network import Layout
 from parallel.cost.pace import Step
 from parallel.exchange.codecs import CODECS
+from parallel.layout.axes import SLOW
 from recipes import over_link
 
 MARGIN = 1.2  # by which temporaries may be more than predicted, for what is called fitting
@@ -48,6 +49,11 @@ class Candidate:
     @property
     def seconds(self) -> float:
         return self.step.seconds
+
+    @property
+    def bare_seconds(self) -> float:
+        """Without what the exchange takes."""
+        return self.seconds - self.step.exposed[SLOW]
 
     @property
     def to_loss(self) -> float:

@@ -66,11 +66,12 @@ def search(case: Case) -> Found:
     found = [c for c in bare if c.layout.sizes[SLOW] == 1 and c.fits] + exchanging
     fitting = sorted((c for c in found if c.fits), key=lambda c: c.to_loss)
     others = sorted((c for c in [*bare, *exchanging] if not c.fits), key=lambda c: c.peak_bytes)
-    if not fitting and several:
-        raise UsageError(f"hardware={case.target.text}: no exchange can be planned for: {'; '.join(more)}")
-    if not fitting and _may_be_narrow(case):
+    if not fitting and not (several and not exchanging) and _may_be_narrow(case):
         found = search(case.taking(NARROW, "bfloat16"))
         return found._replace(notes=[f"{NARROW}=bfloat16: nothing fits with float32", *notes, *found.notes])
+    if not fitting and several:
+        more = more or ["what fits without one does not fit with any"]
+        raise UsageError(f"hardware={case.target.text}: no exchange can be planned for: {'; '.join(more)}")
     if not fitting:
         raise UsageError(too_small(case, min(bare, key=lambda c: c.needed_bytes)))
     return Found(fitting, picked(fitting), others, len(bare) + len(exchanging), notes + more, case.gaps is not None)
@@ -79,8 +80,7 @@ def search(case: Case) -> Found:
 def _may_be_narrow(case: Case) -> bool:
     """Whether moments are float32, and need not be."""
     is_asked = NARROW in case.typed or case.value(NARROW) != "float32"
-    has_none = "sign", "signum", "onebit_adam"
-    return not is_asked and case.config.optimizer.name not in has_none
+    return not is_asked and build.has_moments(case.config)
 
 
 def picked(fitting: Sequence[Candidate]) -> Candidate:

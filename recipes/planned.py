@@ -125,11 +125,11 @@ def _memory(found: Found) -> str:
         f"memory: {human_bytes(pick.peak_bytes)} of {human_bytes(pick.memory)}, "
         f"{human_bytes(pick.state_bytes)} of it state; most in {moment}, where {array} are {human_bytes(size)}"
     )
-    faster = [c for c in found.others if CLOSE * c.seconds < pick.seconds]
+    faster = [c for c in found.others if CLOSE * c.bare_seconds < pick.bare_seconds]  # counted without an exchange
     if not faster:
         return f"{said}; more of it would gain nothing"
-    best = min(faster, key=lambda c: c.seconds)
-    gain, short = pick.seconds / best.seconds - 1, human_bytes(best.needed_bytes)
+    best = min(faster, key=lambda c: c.bare_seconds)
+    gain, short = pick.bare_seconds / best.bare_seconds - 1, human_bytes(best.needed_bytes)
     how = f"{mesh(best)}, {micro_steps(best)}, remat {remat(best)}"
     return f"{said}; memory binds, too: {how} would be {gain:.0%} faster, and may need {short}"
 

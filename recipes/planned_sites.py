@@ -33,7 +33,7 @@ def table(found: sites.Found) -> str:
         c = share.candidate
         own = " × ".join(f"{axis} {size}" for axis, size in shown(c.layout.sizes).items() if axis != SLOW)
         held = f"{human_bytes(c.peak_bytes)} of {human_bytes(c.memory)}"
-        step = planned.seconds(sites.bare(c))
+        step = planned.seconds(c.bare_seconds)
         rows.append(("", share.target.text, own, str(c.layout.accumulate), planned.remat(c), step, held))
     return f"{aligned([head, *rounds])}\n\n{aligned(rows)}"
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from parallel.cost import work
 from parallel.cost.held import Flight, held
 from parallel.cost.network import Layout, Network
@@ -25,7 +28,8 @@ def network(parts: Parts) -> Network:
     task: Any = parts.task
     trained = (parts.param_shapes, task.axes)
     weights = task.frozen[0] if task.frozen else trained
-    return Network.of(weights, trained, task.model.config, task.units, task.model.compute)
+    is_narrow = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(parts.state.opt))
+    return Network.of(weights, trained, task.model.config, task.units, task.model.compute, is_narrow)
 
 
 @dataclass(frozen=True)

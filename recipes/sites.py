@@ -40,7 +40,7 @@ class Share:
 
     @property
     def busy(self) -> float:
-        return self.steps * bare(self.candidate)
+        return self.steps * self.candidate.bare_seconds
 
     @property
     def flags(self) -> str:
@@ -98,16 +98,12 @@ class Found:
     notes: list[str]
 
 
-def bare(c: Candidate) -> float:
-    """Seconds of a step, without what the exchange takes."""
-    return c.step.compute + sum(seconds for axis, seconds in c.step.exposed.items() if axis != SLOW)
-
-
 def cases(case: Case, targets: Sequence[Target]) -> list[Case]:
     """Of each site, as if all were like it. Raises UsageError."""
     count = len(targets)
     if SLOW_KEY in case.typed and case.config.mesh[SLOW] not in (count, -1):
         raise UsageError(f"{SLOW_KEY}={case.config.mesh[SLOW]}: {count} sites are named, and each is one replica")
+    tried.check_typed(case)
     typed = tuple(key for key in case.typed if key != SLOW_KEY)
     return [replace(case, target=replace(target, slices=count), typed=typed) for target in targets]
 
@@ -123,7 +119,7 @@ def alone(case: Case) -> dict[int, list[Candidate]]:
         found = list(_on_mesh(case, sizes, batch))
         if any(c.fits for _, c in found):
             by_mesh[tuple(sizes.values())] = [(rows, c) for rows, c in found if c.fits]
-    fastest = lambda found: max(rows / bare(c) for rows, c in found)
+    fastest = lambda found: max(rows / c.bare_seconds for rows, c in found)
     rows_of: dict[int, list[Candidate]] = {}
     for same in sorted(by_mesh.values(), key=fastest, reverse=True)[:TRIED_MESHES]:
         for rows, c in same:
@@ -133,7 +129,7 @@ def alone(case: Case) -> dict[int, list[Candidate]]:
             f"hardware={case.target.text}: no mesh of this site holds the model with {batch} windows or fewer: name a "
             "larger site, or leave it out"
         )
-    return {rows: sorted(found, key=bare) for rows, found in sorted(rows_of.items())}
+    return {rows: sorted(found, key=lambda c: c.bare_seconds) for rows, found in sorted(rows_of.items())}
 
 
 def _on_mesh(case: Case, sizes: dict[str, int], batch: int) -> Iterator[tuple[int, Candidate]]:
@@ -167,7 +163,7 @@ def _with_exchange(
 def rates_alone(case: Case, targets: Sequence[Target]) -> dict[str, float]:
     """Tokens a second of each kind of site by itself, without an exchange, where it holds the model."""
     found: dict[str, float] = {}
-    typed = tuple(key for key in case.typed if not key.startswith("sync.") and key != SLOW_KEY)
+    typed = (plan.NARROW, *(key for key in case.typed if not key.startswith("sync.") and key != SLOW_KEY))
     for target in {target.text: target for target in targets}.values():
         with contextlib.suppress(UsageError):
             only = replace(case, target=target, link=None, typed=typed)
@@ -185,7 +181,7 @@ def by_rows(best: Sequence[Mapping[int, Candidate]], batch: int) -> list[int] | 
         further: dict[int, tuple[float, list[int]]] = {}
         for total, (slowest, given) in shared.items():
             for rows, c in able.items():
-                time, sum_ = max(slowest, bare(c)), total + rows
+                time, sum_ = max(slowest, c.bare_seconds), total + rows
                 if sum_ <= batch and time < further.get(sum_, (math.inf, []))[0]:
                     further[sum_] = time, [*given, rows]
         shared = further
@@ -242,7 +238,7 @@ def _round(
         steps = [1] * len(sites)
     else:
         given = [min(rows, key=lambda n: abs(n - batch / len(sites))) for rows in best]
-        seconds = [bare(rows[n]) for rows, n in zip(best, given, strict=True)]
+        seconds = [rows[n].bare_seconds for rows, n in zip(best, given, strict=True)]
         steps = by_steps(seconds, exchange.interval, "sync.interval" in sites[0].typed)
     if given is None:
         return None

@@ -3,7 +3,7 @@ rematerialisation, and form of a pipeline."""
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from parallel.cost.network import Layout
@@ -11,10 +11,17 @@ from parallel.layout import mesh as meshes
 from parallel.layout.axes import AXES, CONTEXT, EXPERT, SLOW, STAGE
 from recipes import build, context, experts, memory, pipeline
 from recipes.case import Case
-from runtime.config import UsageError, changed
+from runtime.config import UNREAD, UsageError, changed
 
 REMAT = ("matmuls", "full")  # how fast a host's memory is reached is not known
+# What is read where an axis has several devices.
+READ_BY = {f"mesh.{axis}": UNREAD[f"mesh.{axis}"][1].split() for axis in (STAGE, CONTEXT)}
 POSITIONS = 1024  # of a sequence that a device has at least, where it is cut over context
+
+
+def idle(sizes: Mapping[str, int]) -> list[str]:
+    """Keys that nothing reads on such a mesh."""
+    return [key for axis, keys in READ_BY.items() if sizes[axis.removeprefix("mesh.")] == 1 for key in keys]
 
 
 def check_typed(case: Case) -> None:
@@ -23,6 +30,10 @@ def check_typed(case: Case) -> None:
     if "compute.remat" in case.typed and remat not in REMAT:
         raise UsageError(
             f"compute.remat={remat} cannot be planned with: {' and '.join(REMAT)} can, and are what is tried"
+        )
+    if case.config.compute.attention == context.PLAIN:
+        raise UsageError(
+            f"compute.attention={context.PLAIN} cannot be planned with: its scores are not counted: leave it out"
         )
     if case.config.sync.exchange != "after":
         raise UsageError(
@@ -55,9 +66,11 @@ def unfit(case: Case, sizes: dict[str, int]) -> str:
         pipeline.check(c, sizes)
         experts.check(c, sizes)
         build.check_cut(case.base.task, case.base.param_shapes, sizes)
-        context.choose(c, sizes, case.network.itemsize)
-    except ValueError as error:
+        way = context.choose(c, sizes, case.network.itemsize)[0]
+    except (ValueError, UsageError) as error:
         return str(error)
+    if context.kernel(c, way, sizes)[0] == context.PLAIN:
+        return f"attention.context={way} with documents or a window takes plain products, whose scores are not counted"
     return "" if _pipelines(case, sizes) else "pipeline.gather=step with mesh.context is not planned: leave it out"
 
 
@@ -105,10 +118,11 @@ def with_batch(case: Case) -> tuple[Case, list[str]]:
     units = [sizes[SLOW] * meshes.cut("batch", sizes)[1] for sizes in divisible(case)]
     if not units:
         wanted = ", ".join(f"{key}={case.value(key)}" for key in case.typed if key.startswith("mesh."))
-        why = next(filter(None, (unfit(case, sizes) for sizes in _sizes(case))), "")
+        reasons = (why for sizes in _sizes(case) if (why := unfit(case, sizes)))
+        why = next((why for why in reasons if any(key in why for key in case.typed)), "")
         raise UsageError(
             f"no mesh of {case.target.chips} chips{f' with {wanted}' if wanted else ''} will do for this model"
-            + (f": {why}" if why else ": their product has to divide the chips")
+            + (f": {why}" if why else ": what they cut, or the chips, cannot be cut so")
         )
     nearest = min((max(1, round(batch / unit)) * unit for unit in units), key=lambda n: abs(n - batch))
     if "data.batch_size" in case.typed:

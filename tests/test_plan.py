@@ -329,8 +329,7 @@ def stepped(config: str, machine: str, **typed) -> tuple[plan.Candidate, dict[st
     target, wire = targets.parse(machine, CHIPS), {}
     network = case(config, machine).network
     for row in sent.sent(network, found.layout, pace.habits(network, found.layout, target)):
-        hops = row.times * (found.layout.sizes[row.axis] - 1)
-        wire[row.what] = rates.seconds(target, found.layout.sizes, row.axes, row.bytes, hops)
+        wire[row.what] = rates.seconds(target, found.layout.sizes, row.axes, row.bytes, row.hops)
     return found, wire
 
 
@@ -493,9 +492,7 @@ def joined(config: str, machine: str, link: str | None, **typed) -> sites.Found:
 
 
 def test_rows_and_steps_are_shared_so_that_the_slowest_is_fastest():
-    timed: Any = lambda each: {
-        n: SimpleNamespace(step=SimpleNamespace(compute=each * n, exposed={"replica": 99.0})) for n in range(4, 61, 4)
-    }
+    timed: Any = lambda each: {n: SimpleNamespace(bare_seconds=each * n) for n in range(4, 61, 4)}
     assert sites.by_rows([timed(1.0), timed(3.0)], 64) == [48, 16]
     assert sites.by_rows([timed(1.0), timed(1.0), timed(2.0)], 60) == [24, 24, 12]
     assert sites.by_rows([timed(1.0), timed(3.0)], 63) is None  # which is not cut into fours
@@ -578,6 +575,11 @@ def test_a_plan_of_unequal_sites_says_who_is_idle_and_promises_no_run(tmp_path, 
         (["--hardware=h100:8", "--config.mesh.context=8", "--config.data.seq_len=20"], "data.seq_len=20 cannot be cut"),
         (["--hardware=h100:8", "--config.data.batch_size=3", "--config.mesh.fsdp=8"], "data.batch_size=8 is"),
         (["--hardware=h100:8", "--config.compute.remat=none"], "compute.remat=none cannot be planned with"),
+        (["--hardware=h100:8+l4:4", "--config.compute.remat=none"], "compute.remat=none cannot be planned with"),
+        (
+            ["--hardware=h100:8", "--config.compute.attention=reference"],
+            "compute.attention=reference cannot be planned",
+        ),
         (["--hardware=h100:8", "--config.sync.exchange=backward"], "sync.exchange=backward cannot be planned with"),
         (["--hardware=h100:8", "--config.mesh.tensr=3"], "mesh.tensr"),
         (["--hardware=h100:8", "--steps=3"], "--steps=3: not an option of plan.py"),
@@ -600,6 +602,41 @@ def test_a_machine_that_is_too_small_is_refused_with_the_smallest_that_is_not():
     assert "147.40 GiB of each chip's 71.20 GiB" in said and "optimizer.moment_dtype=bfloat16" in said
     named = said.split("--hardware=")[1].split(" ")[0]
     assert named == "h100:4x8" and plan.search(case("70b", named)).fitting
+
+
+@pytest.mark.parametrize(
+    ("typed", "never"),
+    [
+        ({"compute__unroll": True}, {"stage"}),
+        ({"data__seq_len": 24, "attention__context": "heads", "mesh__context": -1}, set()),
+        ({"mesh__stage": 2, "pipeline__gather": "step"}, set()),
+        ({"data__document_mask": True, "mesh__context": -1, "attention__context": "ring"}, {"context"}),
+    ],
+)
+def test_meshes_that_cannot_be_are_left_out_and_the_others_planned(typed, never):
+    found = plan.search(case("tiny", "h100:4", **typed))
+    sizes = [c.layout.sizes for c in found.fitting]
+    assert all(s[axis] == 1 for s in sizes for axis in never)
+    assert "mesh__stage" not in typed or {s["stage"] for s in sizes} == {2}
+    assert "pipeline__gather" not in typed or {c.layout.pipeline[1] for c in found.fitting} == {"step"}
+
+
+def test_a_command_has_no_key_that_its_mesh_does_not_read(monkeypatch, capsys):
+    """Typed for meshes with stages, of which the pick is none."""
+    monkeypatch.chdir(helpers.ROOT)
+    assert command.main(["--config=configs/tiny.py", "--hardware=h100:2", "--config.pipeline.remat=stage"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python train.py")]
+    config, _ = methods.parse(line.split()[1:], "")
+    methods.validate(config)
+    assert ("mesh.stage" in line) == ("pipeline.remat" in line)
+
+
+def test_a_hop_is_one_of_a_permute_and_all_but_one_of_a_collective():
+    layout = only("8b", "h100:8x8", "full", mesh__context=8, attention__context="ring").layout
+    of = case("8b", "h100:8x8")
+    hops = {(row.axis, row.what, row.part): row.hops for row in sent.sent(of.network, layout, sent.Habits())}
+    assert hops["context", sent.ATTENTION, "forward"] == 32 * 7
+    assert hops["fsdp", sent.WEIGHTS, "forward"] == 32 * 63
 
 
 def test_moments_are_bfloat16_where_nothing_else_fits():

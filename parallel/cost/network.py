@@ -51,7 +51,8 @@ class Weight:
 class Network:
     """layer: the weights of one. trained_…: the same, or adapters beside weights that lie in the compute dtype. hidden:
     arrays of F that the feed-forward half begins with. visible: keys that a query sees on average. itemsize: of the
-    compute dtype. experts, chosen: of a layer and of a token; 0: one feed-forward half for all. dispatch: moe.dispatch
+    compute dtype. experts, chosen: of a layer and of a token; 0: one feed-forward half for all. is_narrow: the
+    optimizer's moments are bfloat16. dispatch: moe.dispatch
     and moe.rows."""
 
     layer: tuple[Weight, ...]
@@ -71,10 +72,13 @@ class Network:
     itemsize: int
     experts: int = 0
     chosen: int = 0
+    is_narrow: bool = False
     dispatch: tuple[str, str] = ("", "")
 
     @classmethod
-    def of(cls, weights: tuple, trained: tuple, model: Any, seq_len: int, compute: Any) -> "Network":
+    def of(
+        cls, weights: tuple, trained: tuple, model: Any, seq_len: int, compute: Any, is_narrow: bool = False
+    ) -> "Network":
         """weights, trained: (shapes, axes), `blocks` with a leading dimension of layers. model, compute: its
         ModelConfig and Compute."""
         layer, ends = _weights(*weights)
@@ -85,7 +89,7 @@ class Network:
             seq_len=seq_len, itemsize=compute.dtype.itemsize, heads=model.num_heads, kv_heads=model.num_kv_heads,
             head_dim=model.head_dim, vocab=model.vocab_size, visible=window - window**2 / (2 * seq_len),
             experts=model.moe.experts if model.moe else 0, chosen=model.moe.chosen if model.moe else 0,
-            dispatch=compute.dispatch,
+            dispatch=compute.dispatch, is_narrow=is_narrow,
         )  # fmt: skip
 
     @property

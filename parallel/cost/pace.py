@@ -82,9 +82,8 @@ def step(
     wire: dict[tuple[str, str, str], float] = {}
     byte = {axes: seconds(target, lay.sizes, axes, 1, 0) for axes in {row.axes for row in rows}}
     for row in rows:
-        hops = row.times * (lay.count(row.axes) - 1)
         key = (row.axis, row.part, row.what)
-        wire[key] = wire.get(key, 0.0) + row.bytes * byte[row.axes] + hops * HOP
+        wire[key] = wire.get(key, 0.0) + row.bytes * byte[row.axes] + row.hops * HOP
     exposed = (waiting.on_tpu if target.chip.is_tpu else waiting.on_gpu)(net, lay, target, wire, compute)
     total = sum(compute.values()) + moved(update_bytes) + moved(exchange.moved / exchange.interval)
     on_wire = exchange_seconds(exchange, target, lay.sizes, link)

@@ -27,7 +27,7 @@ from parallel.layout import rules
 from parallel.layout.axes import CONTEXT, EXPERT, STAGE
 
 # Of weights.
-WEIGHTS, AGAIN, GRADIENTS = "weights", "weights again", "gradients"
+WEIGHTS, AGAIN, GRADIENTS, BY_HAND = "weights", "weights again", "gradients", "gradients scattered by hand"
 HEAD, HEADS_GRADIENT, EMBEDDINGS = "head", "head's gradient", "embeddings and their gradients"
 IDS = "token ids"
 ACTIVATIONS, IN_PARTS = "activations", "activations in parts"  # over tensor
@@ -43,13 +43,14 @@ SUMS = 3  # float32 of a token that the loss adds up over the vocabulary: maximu
 
 
 class Sent(NamedTuple):
-    """Bytes that a device sends over axes of the mesh, slowest first, in a step, in so many collectives."""
+    """Bytes that a device sends over axes of the mesh, slowest first, in a step, in so many hops from one device to the
+    next."""
 
     axes: tuple[str, ...]
     part: str
     what: str
     bytes: float
-    times: int
+    hops: int
 
     @property
     def axis(self) -> str:
@@ -120,9 +121,10 @@ def _weights(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
         if not by_hand:
             gradients += own * _more(weights, n, net, lay, habits)
             layer *= 1 + _is_narrow(n, net, habits)
-        yield Sent(axes, FORWARD, WEIGHTS, how.forward * layer, how.forward * own)
-        yield Sent(axes, BACKWARD, AGAIN, how.again * layer, how.again * own)
-        yield Sent(axes, BACKWARD, GRADIENTS, how.gradients * gradients, how.gradients * own)
+        yield Sent(axes, FORWARD, WEIGHTS, how.forward * layer, how.forward * own * (n - 1))
+        yield Sent(axes, BACKWARD, AGAIN, how.again * layer, how.again * own * (n - 1))
+        label = BY_HAND if by_hand else GRADIENTS
+        yield Sent(axes, BACKWARD, label, how.gradients * gradients, how.gradients * own * (n - 1))
 
 
 @of_mesh
@@ -162,13 +164,13 @@ def _ends(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
     n, C, positions = lay.count(rows), lay.cut("positions"), A * end_tokens(net, lay)
     head, whole, parts = A * _gathered([net.head], net, lay), lay.over(net.head.model), lay.count(net.head.model)
     wide = positions * net.dim * net.itemsize / lay.cut("vocab")
-    yield Sent(whole, ENDS, HEAD, head * (1 + _is_narrow(parts, net, habits)), A)
-    yield Sent(whole, ENDS, HEADS_GRADIENT, head * (1 + (parts > habits.heads_most)), A)
-    yield Sent(rows, ENDS, EMBEDDINGS, 2 * (1 - 1 / n) * wide, 2 * A)
-    yield Sent(rows, ENDS, IDS, (n - 1) * positions * C * 4, A)
+    yield Sent(whole, ENDS, HEAD, head * (1 + _is_narrow(parts, net, habits)), A * (parts - 1))
+    yield Sent(whole, ENDS, HEADS_GRADIENT, head * (1 + (parts > habits.heads_most)), A * (parts - 1))
+    yield Sent(rows, ENDS, EMBEDDINGS, 2 * (1 - 1 / n) * wide, 2 * A * (n - 1))
+    yield Sent(rows, ENDS, IDS, (n - 1) * positions * C * 4, A * (n - 1))
     over_context = lay.over((CONTEXT,))
-    yield Sent(over_context, ENDS, EMBEDDINGS, 2 * (1 - 1 / C) * wide, 2 * A)
-    yield Sent(over_context, ENDS, IDS, (C - 1) * positions * 4, A)
+    yield Sent(over_context, ENDS, EMBEDDINGS, 2 * (1 - 1 / C) * wide, 2 * A * (C - 1))
+    yield Sent(over_context, ENDS, IDS, (C - 1) * positions * 4, A * (C - 1))
 
 
 @of_mesh
@@ -191,18 +193,19 @@ def _over_tensor(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
     longer = in_parts(crossing, n)
     ends, A = crossing * end_tokens(net, lay) / tokens(net, lay), lay.end_calls
     sums = 2 * (n - 1) / n * A * end_tokens(net, lay) * SUMS * FLOAT32
-    yield Sent(axes, FORWARD, ACTIVATIONS, crossing * forward, forward)
-    yield Sent(axes, FORWARD, IN_PARTS, longer * parts[0], parts[0])
-    yield Sent(axes, BACKWARD, ACTIVATIONS, crossing * backward, backward)
-    yield Sent(axes, BACKWARD, IN_PARTS, longer * parts[1], parts[1])
-    yield Sent(axes, ENDS, ACTIVATIONS, A * ends * ENDS_CROSSINGS, A * ENDS_CROSSINGS)
-    yield Sent(axes, ENDS, "sums of the loss", sums, SUMS * A)
+    hops = n - 1
+    yield Sent(axes, FORWARD, ACTIVATIONS, crossing * forward, forward * hops)
+    yield Sent(axes, FORWARD, IN_PARTS, longer * parts[0], parts[0] * hops)
+    yield Sent(axes, BACKWARD, ACTIVATIONS, crossing * backward, backward * hops)
+    yield Sent(axes, BACKWARD, IN_PARTS, longer * parts[1], parts[1] * hops)
+    yield Sent(axes, ENDS, ACTIVATIONS, A * ends * ENDS_CROSSINGS, A * ENDS_CROSSINGS * hops)
+    yield Sent(axes, ENDS, "sums of the loss", sums, SUMS * A * hops)
 
 
 def _over_stages(net: Network, lay: Layout) -> Iterator[Sent]:
     axes = lay.over((STAGE,))
     half = Pipeline(lay.stages, lay.accumulate, int(activation(net, lay))).sent / 2
-    for part in (FORWARD, BACKWARD):
+    for part in (FORWARD, BACKWARD):  # to a neighbour each
         yield Sent(axes, part, HANDED_ON, half, 2 * lay.ticks)
 
 
@@ -210,19 +213,21 @@ def _over_context(net: Network, lay: Layout) -> Iterator[Sent]:
     if lay.way:
         t, C = lay.cut("heads"), lay.cut("positions")
         own = Cut(tokens(net, lay), net.heads // t, net.kv_heads // t, net.head_dim, net.itemsize, C, lay.remat)
-        yield from _both(lay, net, CONTEXT, ATTENTION, own.forward(lay.way), own.sent(lay.way), C - 1)
+        collectives = {"ring": 1, "gather": 2, "heads": 4}[lay.way]  # a ring's hops one after another
+        hops = collectives * (C - 1)
+        yield from _both(lay, net, CONTEXT, ATTENTION, own.forward(lay.way), own.sent(lay.way), hops)
 
 
 def _over_experts(net: Network, lay: Layout) -> Iterator[Sent]:
     if net.experts:
         own = routed(net, lay)
-        yield from _both(lay, net, EXPERT, ROUTED, own.forward, own.sent, 3)
+        yield from _both(lay, net, EXPERT, ROUTED, own.forward, own.sent, 3 * (own.count - 1))
 
 
-def _both(lay: Layout, net: Network, axis: str, what: str, forward: float, every: float, times: int) -> Iterator[Sent]:
+def _both(lay: Layout, net: Network, axis: str, what: str, forward: float, every: float, hops: int) -> Iterator[Sent]:
     """Of a layer that sends so many bytes forward, and in all. A stage that is worked out again sends once more; XLA
     leaves that out where it has one layer."""
     axes, layer_turns = lay.over((axis,)), turns(net, lay)
     again = forward * (lay.repeats_stages and layers(net, lay) > 1)
-    yield Sent(axes, FORWARD, what, layer_turns * forward, layer_turns * times)
-    yield Sent(axes, BACKWARD, what, layer_turns * (every - forward + again), 2 * layer_turns * times)
+    yield Sent(axes, FORWARD, what, layer_turns * forward, layer_turns * hops)
+    yield Sent(axes, BACKWARD, what, layer_turns * (every - forward + again), 2 * layer_turns * hops)

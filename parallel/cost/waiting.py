@@ -36,7 +36,7 @@ def on_gpu(net: Network, lay: Layout, target: Target, wire: Wire, compute: Mappi
         elif what in (sent.ACTIVATIONS, sent.ATTENTION) and part == BACKWARD:
             late = time - min(COTANGENTS * time, covered)
         exposed[axis] += late
-        if part in waited and what != sent.GRADIENTS:
+        if part in waited and what not in (sent.GRADIENTS, sent.BY_HAND):
             waited[part][links[axis]] = waited[part].get(links[axis], 0.0) + late
     first, kept = sent.first(net, lay), sent.gathers(lay).kept
     for (axis, part, what), time in wire.items():

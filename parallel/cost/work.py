@@ -36,6 +36,7 @@ STACKED = 3  # passes over what the backward pass finds in stacks of all layers:
 # Of a float32 parameter with two moments. Four arrays are read and three written; before that its gradient is read and
 # written in float32, and read for its norm; and the weight is read and written in the compute dtype.
 UPDATE_BYTES = 28 + 6 + 4 + 6
+NARROW_BYTES = 8  # less, where moments are bfloat16
 # Of a gradient that is added to those of earlier micro-steps; or in a pipeline that gathers once, of whole layers.
 ADDED_BYTES, ADDED_WHOLE = 10, 24
 
@@ -146,5 +147,6 @@ def updated(net: Network, lay: Layout) -> float:
     (layer, whole, _), ends = layer_elements(net, lay), end_elements(net, lay)
     several = lambda calls: calls * (calls > 1)
     added = ADDED_WHOLE * whole if lay.gathers_once else ADDED_BYTES * layer
-    ends *= UPDATE_BYTES + ADDED_BYTES * several(lay.end_calls)
-    return layers(net, lay) * (UPDATE_BYTES * layer + several(lay.ticks) * added) + ends
+    each = UPDATE_BYTES - NARROW_BYTES * net.is_narrow
+    ends *= each + ADDED_BYTES * several(lay.end_calls)
+    return layers(net, lay) * (each * layer + several(lay.ticks) * added) + ends

@@ -54,6 +54,7 @@ class Methods(NamedTuple):
     strategies: dict[str, frozenset[str]]
     codecs: dict[str, frozenset[str]]
     optimizer: str = ""
+    chosen: tuple[str, ...] = ()  # keys that are decided later: whatever they decide may be read
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         """CHOICES, and these."""
@@ -68,7 +69,8 @@ class Methods(NamedTuple):
         strategies = _unread(self.strategies)
         for name in strategies:
             strategies[name] += f" {UNREAD_BY_ISLANDS if name == ISLAND else UNREAD_BY_OTHERS}"
-        return UNREAD | own | {"sync.strategy": strategies, "sync.codec": _unread(self.codecs)}
+        known = UNREAD | own | {"sync.strategy": strategies, "sync.codec": _unread(self.codecs)}
+        return {key: cases for key, cases in known.items() if key not in self.chosen}
 
 
 def _unread(kinds: dict[str, frozenset[str]]) -> dict[Any, str]:
