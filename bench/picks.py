@@ -6,6 +6,7 @@ from typing import Any
 from bench.planned import Row
 
 WITHIN, MOST = 1.5, 24  # of a pick's predicted time, candidates that are judged beside it
+KEPT, SIDES = ("seconds", "peak", "fits"), ("predicted", "compiled")
 CLOSE = 1.05  # of the best's time, what a pick may take
 
 
@@ -32,4 +33,7 @@ def judge(config: str, machine: str, workers: Any) -> dict[str, Any]:
     slower = seconds[pick] / seconds[best] - 1 if pick in seconds else math.inf
     said = f"{slower:+.1%} beside the best, {best}" if pick in seconds else "does not fit"
     print(f"  pick {pick}: {said}; {'met' if slower <= CLOSE - 1 else 'MISSED'}; {len(rows) - len(seconds)} do not fit")
-    return {"pick": pick, "best": best, "slower": slower, "left_out": left_out, "rows": found}
+    return {
+        "pick": pick, "best": best, "slower": slower, "left_out": left_out,
+        "rows": {name: {side: {key: x[side][key] for key in KEPT} for side in SIDES} for name, x in found.items()},
+    }  # fmt: skip
