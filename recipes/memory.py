@@ -23,6 +23,7 @@ EXHAUSTED = "RESOURCE_EXHAUSTED: "  # how XLA begins, in exceptions of several t
 SAVES = 0.99  # of what is needed now; less than that is worth a turn
 TRIES = 5  # of a key: each is a compilation
 FSDP = "mesh.fsdp"
+OFFLOAD = "offload"  # of compute.remat: never advised, for how long it takes is not known
 KEYS = ("optimizer.accumulate", "compute.remat", "compute.loss_chunk_mib")  # on the devices there are
 ENDS = "docs/memory.md says what each of them costs"
 
@@ -181,7 +182,7 @@ def values(config: Any, parts: Parts) -> dict[str, Sequence[Any]]:
     remat, chunk = CHOICES["compute.remat"], chunk_mib(parts)
     found: list[Sequence[Any]] = [
         _doubling([n for n in range(config.optimizer.accumulate + 1, rows + 1) if not rows % n]),
-        remat[remat.index(config.compute.remat) + 1 :],
+        tuple(name for name in remat[remat.index(config.compute.remat) + 1 :] if name != OFFLOAD),
         [chunk // 4**n for n in range(1, TRIES) if chunk >= 4**n],
     ]
     return dict(zip(KEYS, found[:1] if parts.own.task else found, strict=False))

@@ -147,9 +147,10 @@ EXCHANGES = helpers.EXCHANGES | {
 STAGED = "diloco int4"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == STAGED else [SLOW]) for n in EXCHANGES])
+@SLOW  # in the default run: all six axes at once, whose gradients cross `replica` by the exchange alone
+@pytest.mark.parametrize("name", EXCHANGES)
 def test_over_replica_goes_the_exchange_alone_and_the_loss_falls(name):
-    """In the default run with stages, too."""
+    """Once with stages, too."""
     config = helpers.tiny(attention__context="ring", optimizer__accumulate=1 + (name == STAGED), **EXCHANGES[name])
     parts = helpers.build(config, (2, 2, 1, 2, 1) if name == STAGED else (2, 1, 2, 2))
     helpers.check_exchange_alone(config, parts)

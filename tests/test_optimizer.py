@@ -309,6 +309,7 @@ def test_moments_in_bfloat16_follow_those_in_float32(name):
         assert np.mean(float64(x)) == pytest.approx(np.mean(float64(like)), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_the_same_on_any_mesh():
     x, key = jax.random.normal(jax.random.key(2), (64, 64)), jax.random.key(3)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
