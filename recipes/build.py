@@ -30,7 +30,7 @@ from parallel.strategies.sync import Sync
 from parallel.strategies.warmed import Warmed
 from recipes import experts, methods, pipeline, tuned, xla
 from recipes.task import Trainable
-from runtime.config import UsageError, check_batch
+from runtime.config import UNREAD, UsageError, check_batch
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def build_schedule(c: Any) -> Schedule:
 def has_moments(c: Any) -> bool:
     """That can be kept in bfloat16."""
     o = c.optimizer
-    return o.name not in ("sign", "signum", "onebit_adam") and not (o.name == "sgd" and not o.momentum)
+    return "optimizer.moment_dtype" not in UNREAD["optimizer.name"][o.name] and (o.name != "sgd" or o.momentum > 0)
 
 
 def build_optimizer(c: Any, axes: Any) -> Optimizer:

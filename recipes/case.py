@@ -50,6 +50,11 @@ class Case:
         return build.build(changed(self.config, alone), self.mesh(dict.fromkeys(AXES, 1)))
 
     @cached_property
+    def checked(self) -> Any:
+        """The config by which a mesh is judged: how weights are gathered over stages is chosen on each."""
+        return changed(self.config, {"pipeline.gather": self.fixed("pipeline.gather", ("tick",))[0]})
+
+    @cached_property
     def network(self) -> Network:
         return predicted.network(self.base)
 

@@ -62,11 +62,11 @@ def search(case: Case) -> Found:
     case, notes = tried.with_batch(case)
     bare = [candidate for sizes in tried.legal(case) for candidate in without_exchange(case, sizes)]
     several = [c for c in bare if c.layout.sizes[SLOW] > 1 and c.fits]
-    exchanging, more = over_slow(case, several)
-    found = [c for c in bare if c.layout.sizes[SLOW] == 1 and c.fits] + exchanging
+    with_one, more = over_slow(case, several)
+    found = [c for c in bare if c.layout.sizes[SLOW] == 1 and c.fits] + with_one
     fitting = sorted((c for c in found if c.fits), key=lambda c: c.to_loss)
-    others = sorted((c for c in [*bare, *exchanging] if not c.fits), key=lambda c: c.peak_bytes)
-    if not fitting and not (several and not exchanging) and _may_be_narrow(case):
+    others = sorted((c for c in [*bare, *with_one] if not c.fits), key=lambda c: c.peak_bytes)
+    if not fitting and not (several and not with_one) and _may_be_narrow(case):
         found = search(case.taking(NARROW, "bfloat16"))
         return found._replace(notes=[f"{NARROW}=bfloat16: nothing fits with float32", *notes, *found.notes])
     if not fitting and several:
@@ -74,7 +74,7 @@ def search(case: Case) -> Found:
         raise UsageError(f"hardware={case.target.text}: no exchange can be planned for: {'; '.join(more)}")
     if not fitting:
         raise UsageError(too_small(case, min(bare, key=lambda c: c.needed_bytes)))
-    return Found(fitting, picked(fitting), others, len(bare) + len(exchanging), notes + more, case.gaps is not None)
+    return Found(fitting, picked(fitting), others, len(bare) + len(with_one), notes + more, case.gaps is not None)
 
 
 def _may_be_narrow(case: Case) -> bool:

@@ -3,7 +3,7 @@ start tests the model. Closed form: it takes a few milliseconds."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -58,8 +58,8 @@ def of(config: Any, parts: Parts) -> Predicted | None:
         return None
     accumulate, shards = config.optimizer.accumulate, cut("batch", sizes)[1]
     rows = config.data.batch_size // (sizes[SLOW] * shards * accumulate)
-    layout = Layout(sizes, rows, accumulate, compute.remat, compute.loss_chunk_mib << 20, platform == "tpu")
-    layout = replace(layout, way=compute.context, pipeline=compute.pipeline)
+    chunk, how = compute.loss_chunk_mib << 20, (platform == "tpu", compute.context, compute.pipeline)
+    layout = Layout(sizes, rows, accumulate, compute.remat, chunk, *how)
     wire: dict[str, float] = {}
     for row in sent(net, layout, habits(platform)):
         if platform != "cpu" or row.axis != "tensor":  # whose sums XLA's program for CPUs sends otherwise

@@ -58,7 +58,7 @@ def divisible(case: Case) -> Iterator[dict[str, int]]:
 
 def unfit(case: Case, sizes: dict[str, int]) -> str:
     """Why the model cannot be cut for a mesh; "": it can."""
-    c = changed(case.config, {"pipeline.gather": case.fixed("pipeline.gather", ("tick",))[0]})
+    c = case.checked
     over, count = meshes.cut("sequence", sizes)
     if c.data.seq_len % count:
         return f"data.seq_len={c.data.seq_len} cannot be cut over {over}={count}"

@@ -342,9 +342,11 @@ def test_on_gpus_gradients_are_waited_for_and_weights_but_for_a_layers_first():
 
 def test_on_tpus_collectives_are_waited_for_but_gradients_in_parts():
     found, wire = stepped("8b", "v5p-64")
-    assert found.step.exposed["fsdp"] == pytest.approx(found.step.wire["fsdp"] - wire["gradients"], rel=1e-6)
+    assert found.step.exposed["fsdp"] == pytest.approx(found.step.wire["fsdp"] - wire[sent.BY_PARTS], rel=1e-6)
     whole = only("8b", "v5p-128", "full")
     assert whole.step.exposed["fsdp"] == whole.step.wire["fsdp"]
+    by_hand = only("8b", "v5p-64", "full", **IN_TICKS | {"mesh__fsdp": 8, "pipeline__remat": "layer"} | ONCE)
+    assert by_hand.step.exposed["fsdp"] == by_hand.step.wire["fsdp"] > 0  # once, after all products
     scattered = only("70b", "v5p-512", "full", mesh__tensor=4)  # some of its gradients fill a TPU's lanes
     assert scattered.sent["fsdp"] / GiB == pytest.approx(116.14, rel=0.001)
 

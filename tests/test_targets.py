@@ -310,6 +310,16 @@ def test_a_plugin_for_gpus_elsewhere_is_no_error_here(monkeypatch, caplog, tmp_p
     assert len(caplog.records) == 1
 
 
+def test_a_group_over_several_axes_is_rated_by_all_its_members_in_a_host():
+    """Of hosts of four: a pair of devices of a host has two adapters, four have four."""
+    target = targets.parse("h100:2x4", hardware.by_name(hardware.CHIPS))
+    run = helpers.build(helpers.tiny(data__batch_size=64), (1, 4, 2))
+    seconds = lambda *axes: aot.group_seconds(1e9, target, run, axes)
+    assert seconds("fsdp") == pytest.approx(1e9 / (2 * target.chip.outside))
+    assert seconds("fsdp", "tensor") == pytest.approx(1e9 / (4 * target.chip.outside))
+    assert seconds("tensor") == pytest.approx(1e9 / target.chip.inside)
+
+
 def test_the_whole_state_lies_beside_what_reads_the_parameters_alone():
     """Of AdamW two more arrays for each: the evaluation's own peak knows nothing of them."""
     analysis = types.SimpleNamespace(temp_size_in_bytes=10, peak_memory_in_bytes=10**6)

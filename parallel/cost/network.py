@@ -51,9 +51,8 @@ class Weight:
 class Network:
     """layer: the weights of one. trained_…: the same, or adapters beside weights that lie in the compute dtype. hidden:
     arrays of F that the feed-forward half begins with. visible: keys that a query sees on average. itemsize: of the
-    compute dtype. experts, chosen: of a layer and of a token; 0: one feed-forward half for all. is_narrow: the
-    optimizer's moments are bfloat16. dispatch: moe.dispatch
-    and moe.rows."""
+    compute dtype. experts, chosen: of a layer and of a token; 0: one feed-forward half for all. dispatch:
+    moe.dispatch and moe.rows. is_narrow: the optimizer's moments are bfloat16."""
 
     layer: tuple[Weight, ...]
     ends: tuple[Weight, ...]
@@ -72,8 +71,8 @@ class Network:
     itemsize: int
     experts: int = 0
     chosen: int = 0
-    is_narrow: bool = False
     dispatch: tuple[str, str] = ("", "")
+    is_narrow: bool = False
 
     @classmethod
     def of(
@@ -138,7 +137,6 @@ class Layout:
     is_splash: bool = False
     way: str = ""
     pipeline: tuple[str, str] = ("layer", "tick")
-
     # What follows of the mesh alone, worked out once for all layouts on it.
     known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -27,7 +27,8 @@ from parallel.layout import rules
 from parallel.layout.axes import CONTEXT, EXPERT, STAGE
 
 # Of weights.
-WEIGHTS, AGAIN, GRADIENTS, BY_HAND = "weights", "weights again", "gradients", "gradients scattered by hand"
+WEIGHTS, AGAIN = "weights", "weights again"
+GRADIENTS, BY_PARTS = "gradients", "gradients in parts, while they are multiplied"
 HEAD, HEADS_GRADIENT, EMBEDDINGS = "head", "head's gradient", "embeddings and their gradients"
 IDS = "token ids"
 ACTIVATIONS, IN_PARTS = "activations", "activations in parts"  # over tensor
@@ -117,13 +118,13 @@ def _weights(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
     how, own = gathers(lay), layers(net, lay)
     for (axes, is_routed), weights in _groups(net, lay).items():
         n, layer = lay.count(axes), own * _gathered(weights, net, lay)
-        gradients, by_hand = layer, is_routed or lay.gathers_once
-        if not by_hand:
+        gradients, label = layer, GRADIENTS
+        if not is_routed and not lay.gathers_once:  # which are scattered by hand
+            label = BY_PARTS if habits.by_parts and n <= habits.most else GRADIENTS
             gradients += own * _more(weights, n, net, lay, habits)
             layer *= 1 + _is_narrow(n, net, habits)
         yield Sent(axes, FORWARD, WEIGHTS, how.forward * layer, how.forward * own * (n - 1))
         yield Sent(axes, BACKWARD, AGAIN, how.again * layer, how.again * own * (n - 1))
-        label = BY_HAND if by_hand else GRADIENTS
         yield Sent(axes, BACKWARD, label, how.gradients * gradients, how.gradients * own * (n - 1))
 
 

@@ -36,7 +36,7 @@ def on_gpu(net: Network, lay: Layout, target: Target, wire: Wire, compute: Mappi
         elif what in (sent.ACTIVATIONS, sent.ATTENTION) and part == BACKWARD:
             late = time - min(COTANGENTS * time, covered)
         exposed[axis] += late
-        if part in waited and what not in (sent.GRADIENTS, sent.BY_HAND):
+        if part in waited and what != sent.GRADIENTS:
             waited[part][links[axis]] = waited[part].get(links[axis], 0.0) + late
     first, kept = sent.first(net, lay), sent.gathers(lay).kept
     for (axis, part, what), time in wire.items():
@@ -55,6 +55,6 @@ def on_tpu(net: Network, lay: Layout, target: Target, wire: Wire, compute: Mappi
     in_parts = sum(time for key, time in wire.items() if key[2] == sent.IN_PARTS)
     exposed["tensor"] -= in_parts * (1 - 2 / (lay.cut("vocab") + 1))
     for (axis, _, what), time in wire.items():
-        if what == sent.GRADIENTS and lay.count(net.layer[0].model) <= sent.MOST:
+        if what == sent.BY_PARTS:
             exposed[axis] -= min(time, compute[BACKWARD])
     return exposed

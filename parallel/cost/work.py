@@ -18,12 +18,12 @@ from parallel.cost.network import (
     turns,
 )
 from parallel.layout.axes import EXPERT
+from parallel.layout.ring import WAYS
 
 FORWARD, BACKWARD, ENDS = "forward", "backward", "ends"  # parts of a step; ends: the embedding, the head and its loss
 # Of a fused attention's backward pass, beside the forward pass's two products: cuDNN's kernel has five; the two of
 # splash attention have seven, for each makes the scores anew.
 SCORES_BACKWARD, SPLASH_BACKWARD = 2.5, 3.5
-HOPS = ("ring", "gather")  # ways of attention.context in which one device's keys after another's are seen
 # Reads and writes of an array of a layer that no product makes: (norms and sums, of D; of queries and keys; of hidden).
 PASSES = (10, 2, 3)
 HOP_PASSES = 32  # over queries, of what a ring's products are merged from, in all passes
@@ -78,7 +78,7 @@ def flops(net: Network, lay: Layout) -> dict[str, float]:
 
 def scores(net: Network, lay: Layout) -> dict[str, float]:
     """Of them, those of attention's kernels. Where hops are merged, a window hides nothing from the kernel."""
-    visible = net.seq_len / 2 if lay.way in HOPS else net.visible
+    visible = net.seq_len / 2 if lay.way in WAYS else net.visible
     once = turns(net, lay) * tokens(net, lay) * 4 * net.queries * visible / lay.cut("heads")
     backward = SPLASH_BACKWARD if lay.is_splash else SCORES_BACKWARD
     return {FORWARD: once, BACKWARD: (1 + backward + lay.repeats_stages) * once}
@@ -118,7 +118,7 @@ def passed(net: Network, lay: Layout) -> dict[str, float]:
     hidden = ROUTED_HIDDEN if net.experts else hidden
     once = wide * net.dim + heads * (net.queries + net.keys) + hidden * hidden_of_token(net, lay)
     cut, gathered = lay.cut("mlp"), COPIED * net.dim * (lay.cut("sequence") > lay.cut("positions"))
-    hops = lay.cut("positions") - 1 if lay.way in HOPS else 0
+    hops = lay.cut("positions") - 1 if lay.way in WAYS else 0
     merged = HOP_PASSES * net.queries / cut * hops
     layer = {
         FORWARD: once / cut + STACKED * (kept(net, lay) + net.dim / lay.cut("vocab")) + merged / 3,
