@@ -118,11 +118,9 @@ def with_batch(case: Case) -> tuple[Case, list[str]]:
     units = [sizes[SLOW] * meshes.cut("batch", sizes)[1] for sizes in divisible(case)]
     if not units:
         wanted = ", ".join(f"{key}={case.value(key)}" for key in case.typed if key.startswith("mesh."))
-        reasons = (why for sizes in _sizes(case) if (why := unfit(case, sizes)))
-        why = next((why for why in reasons if any(key in why for key in case.typed)), "")
         raise UsageError(
-            f"no mesh of {case.target.chips} chips{f' with {wanted}' if wanted else ''} will do for this model"
-            + (f": {why}" if why else ": what they cut, or the chips, cannot be cut so")
+            f"no mesh of {case.target.chips} chips{f' with {wanted}' if wanted else ''} will do for this model: "
+            f"{_why_none(case)}"
         )
     nearest = min((max(1, round(batch / unit)) * unit for unit in units), key=lambda n: abs(n - batch))
     if "data.batch_size" in case.typed:
@@ -131,6 +129,17 @@ def with_batch(case: Case) -> tuple[Case, list[str]]:
         )
     note = f"data.batch_size={nearest}: {batch} windows cannot be cut for {case.target.chips} chips of this model"
     return replace(case, config=changed(case.config, {"data.batch_size": nearest})), [note]
+
+
+def _why_none(case: Case) -> str:
+    """No mesh can be: a reason, of what was typed if there is one."""
+    chips, typed = case.target.chips, [case.value(f"mesh.{a}") for a in AXES if f"mesh.{a}" in case.typed]
+    if chips % abs(math.prod(typed)):  # of which one may be -1: whatever is left
+        return f"the product of these does not divide {chips}"
+    reasons = [unfit(case, sizes) for sizes in _sizes(case)]
+    if not reasons:
+        return "a replica is one slice or site; of a single site, whole hosts"
+    return next((why for why in reasons if any(key in why for key in case.typed)), reasons[0])
 
 
 # ── on a mesh ─────────────────────────────────────────────────────────────────────────────────────────────────────────
