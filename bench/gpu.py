@@ -81,7 +81,7 @@ def ask_ours(config: Any, name: str, steps: int) -> dict[str, Any]:
 def time_ours(config: Any, steps: int) -> dict[str, Any]:
     parts = build.build(config, meshes.build({}, jax.devices()[:1]))
     assert isinstance(parts.task, language.Language)
-    model = parts.task.model
+    model, weights = parts.task.model, (parts.param_shapes, parts.task.axes)
     try:
         start, ours = common.clock(step.Ours, parts, step.random_batches(config))
         for _ in range(3):
@@ -99,8 +99,8 @@ def time_ours(config: Any, steps: int) -> dict[str, Any]:
         "attention": model.compute.attention,
         "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "flops per token": {
-            "full": flops.per_token(parts.param_shapes, model.config, config.data.seq_len, causal=False),
-            "causal": flops.per_token(parts.param_shapes, model.config, config.data.seq_len, causal=True),
+            "full": flops.per_token(*weights, model.config, config.data.seq_len, causal=False),
+            "causal": flops.per_token(*weights, model.config, config.data.seq_len, causal=True),
         },
     }
 

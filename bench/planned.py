@@ -10,8 +10,9 @@ GIB = 2**30
 B1, B8, B70 = "llama3_1b", "llama3_8b", "llama3_70b"
 MIXTRAL, QWEN3 = "mixtral_8x7b", "qwen3_30b_a3b"
 TYPED = ("mesh.replica", "mesh.stage", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
-         "optimizer.accumulate", "compute.remat", "pipeline.remat", "pipeline.gather", "data.batch_size",
-         "sync.strategy", "sync.codec", "sync.interval", "sync.fragments", "sync.overlap")  # fmt: skip
+         "optimizer.accumulate", "compute.remat", "pipeline.remat", "pipeline.gather", "pipeline.interleave",
+         "data.batch_size", "sync.strategy", "sync.codec", "sync.interval", "sync.fragments",
+         "sync.overlap")  # fmt: skip
 
 
 @dataclass(frozen=True)

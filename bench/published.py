@@ -58,7 +58,7 @@ def main() -> None:
         config, _ = methods.parse(["bench/published.py", f"--config=configs/{row.config}.py", *flags], "")
         found, case = planned.predicted(config, target), Case(config, target, None)
         task: Any = case.base.task
-        token = flops.per_token(case.base.param_shapes, task.model.config, config.data.seq_len, causal=True)
+        token = flops.per_token(case.base.param_shapes, task.axes, task.model.config, config.data.seq_len, causal=True)
         constant = token * config.data.batch_size * config.data.seq_len / (MFU * target.chips * target.chip.bf16)
         own, other = found["seconds"] / row.seconds - 1, constant / row.seconds - 1
         print(f"{row.name:<32} {row.seconds:7.3f} s  predicted {found['seconds']:7.3f} ({own:+.0%})", end="")

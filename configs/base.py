@@ -73,6 +73,7 @@ def get_config() -> Any:
     c.moe.z_loss = 0.0  # weight of the router's logsumexp²
 
     c.pipeline = ConfigDict()  # over mesh.stage
+    c.pipeline.interleave = 1  # times that a micro-batch goes through all stages: a stage has so many runs of layers
     c.pipeline.remat = "layer"  # worked out again in the backward pass: layer (as compute.remat says); stage: all of it
     c.pipeline.gather = "tick"  # weights over mesh.fsdp: tick (each layer's in every tick), step (once, and kept)
 

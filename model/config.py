@@ -50,7 +50,7 @@ class Compute:
     attention: str
     context: str  # attention.context: in which way sequences that are cut over devices attend
     remat: str
-    pipeline: tuple[str, str]  # pipeline.remat and gather
+    pipeline: tuple[str, str, int]  # pipeline.remat, gather and interleave
     dispatch: tuple[str, str]  # moe.dispatch, as resolved, and moe.rows
     unroll: bool
     loss_chunk_mib: int

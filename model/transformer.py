@@ -92,14 +92,18 @@ class Transformer:
         self._ends, ends_state = nnx.split(nnx.eval_shape(partial(Ends, config), key))
         self._block, block_state = nnx.split(nnx.eval_shape(partial(Block, config), key))
         self.axes: Params = _axes(ends_state, ())  # same tree as params, a tuple of logical axes for each weight
-        self.axes["blocks"] = _axes(block_state, ("layers",))
+        self.repeats = compute.pipeline[2]
+        self._leading = ("repeats", "layers")[self.repeats == 1 :]
+        self.axes["blocks"] = _axes(block_state, self._leading)
 
     def init(self, key: jax.Array) -> Params:
         """Random params, float32. Layer l draws from fold_in(key, l): the same for scanned and unrolled layers."""
         c = self.config
         params = nnx.to_pure_dict(nnx.state(Ends(c, Weights(key).sub("ends"))))
         keys_L = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(c.num_layers))
-        params["blocks"] = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(c, k))))(keys_L)
+        blocks = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(c, k))))(keys_L)
+        grouped = lambda w: w.reshape(self.repeats, -1, *w.shape[1:]) if self.repeats > 1 else w
+        params["blocks"] = jax.tree.map(grouped, blocks)
         return params
 
     def features(
@@ -117,7 +121,8 @@ class Transformer:
         ends = {name: w for name, w in params.items() if name != "blocks"}
         ends, layer = nnx.merge(self._ends, self.cast(ends)), partial(self._layer, cut)
         if stages:
-            x_BTD, found = stages.run(layer, known, x_BTD, params["blocks"], self.axes["blocks"], self.cast)
+            weights, policy = (params["blocks"], self.axes["blocks"], self.cast), POLICIES[self.compute.remat]
+            x_BTD, found = stages.run(layer, known, x_BTD, *weights, policy)
         else:
             x_BTD, found = self._run(constrain, layer(constrain, known), x_BTD, params["blocks"])
         x_BTD = constrain(ends.final_norm(x_BTD), (*OUTSIDE, None))
@@ -139,7 +144,9 @@ class Transformer:
         kept = lambda *arrays: checkpoint_name(KERNELS[name](*arrays), "context")
         attention = cut.attention(KERNELS[name], PRODUCTS[name]) if cut else kept
         ctx = Context(constrain, attention, rope, segments_BT, self.compute.dispatch)
-        axes = jax.tree.map(lambda axes: axes[1:], self.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple))
+        axes = jax.tree.map(
+            lambda axes: axes[len(self._leading) :], self.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple)
+        )
         # Weights are gathered before they are used: XLA:TPU would make products of their parts, even of small ones.
         parts = lambda axes: [None if axis == "embed" and axes[0] != "experts" else axis for axis in axes]
         whole = lambda w, axes: constrain.both_ways(w, parts(axes), axes)

@@ -9,7 +9,7 @@ from optax import contrib
 
 from optim.optimizer import is_vector
 
-STACKS = ("layers", "experts")  # dimensions that count matrices
+STACKS = ("repeats", "layers", "experts")  # dimensions that count matrices
 
 
 def muon(

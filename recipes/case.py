@@ -46,13 +46,14 @@ class Case:
         alone = dict.fromkeys((f"mesh.{axis}" for axis in AXES), 1) | {"sync.strategy": "sync", "sync.codec": "none"}
         alone |= {"optimizer.accumulate": 1, "data.batch_size": 1, "sync.warm_steps": 0, "sync.algorithm": "auto"}
         alone |= {"sync.replicas": 0, "compute.xla_options": ""}  # which a place has no compiler for
-        alone |= {"pipeline.gather": "tick"}  # which one device has nothing to gather over
+        alone |= {"pipeline.gather": "tick", "pipeline.interleave": 1}  # nothing to gather, or to repeat, on one device
         return build.build(changed(self.config, alone), self.mesh(dict.fromkeys(AXES, 1)))
 
     @cached_property
     def checked(self) -> Any:
-        """The config by which a mesh is judged: how weights are gathered over stages is chosen on each."""
-        return changed(self.config, {"pipeline.gather": self.fixed("pipeline.gather", ("tick",))[0]})
+        """The config by which a mesh is judged: how weights go through stages is chosen on each."""
+        chosen = {"pipeline.gather": "tick", "pipeline.interleave": 1}
+        return changed(self.config, {key: self.fixed(key, (value,))[0] for key, value in chosen.items()})
 
     @cached_property
     def network(self) -> Network:

@@ -9,8 +9,8 @@ from model import fused
 from parallel.cost.context import Cut
 from parallel.layout import ring
 from parallel.layout.mesh import cut
-from parallel.layout.pipeline import ticks
 from parallel.layout.ring import WAYS
+from recipes import pipeline
 from runtime.config import UsageError, nearest_multiples
 from runtime.console import human_bytes
 
@@ -86,21 +86,15 @@ def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
 
 
 def sent(c: Any, parts: Any) -> int:
-    """Bytes of a step. A pipeline's stages attend in every tick, and once more where they are worked out again: XLA
-    leaves that out where a stage has one layer."""
+    """Bytes of a step. A pipeline's stages attend in every tick."""
     sizes, compute = parts.mesh.shape, parts.task.model.compute
-    cut, layers = described(c, sizes, compute.dtype.itemsize), c.model.num_layers // sizes["stage"]
-    again = cut.forward(compute.context) * (sizes["stage"] > 1 and layers > 1 and c.pipeline.remat == "stage")
-    return (cut.sent(compute.context) + again) * layers * ticks(c.optimizer.accumulate, sizes["stage"])
+    cut, way = described(c, sizes, compute.dtype.itemsize), compute.context
+    return (cut.sent(way) + cut.forward(way) * pipeline.sends_again(c, sizes)) * pipeline.turns(c, sizes)
 
 
 def described(c: Any, sizes: Mapping[str, int], itemsize: int) -> Cut:
     """A layer's attention on one device, of all its replicas."""
     heads, kv_heads = (c.model[key] // sizes["tensor"] for key in ("num_heads", "num_kv_heads"))
-    return Cut(tokens(c, sizes), heads, kv_heads, c.model.head_dim, itemsize, sizes["context"], c.compute.remat)
-
-
-def tokens(c: Any, sizes: Mapping[str, int]) -> int:
-    """Of a micro-step, on one device."""
-    rows = c.data.batch_size // (sizes["replica"] * cut("batch", sizes)[1] * c.optimizer.accumulate)
-    return max(rows, 1) * c.data.seq_len // sizes["context"]
+    return Cut(
+        pipeline.tokens(c, sizes), heads, kv_heads, c.model.head_dim, itemsize, sizes["context"], c.compute.remat
+    )

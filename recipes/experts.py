@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from parallel.cost.experts import Routed
-from parallel.layout.axes import EXPERT, STAGE
+from parallel.layout.axes import EXPERT
 from parallel.layout.experts import WORST
 from parallel.layout.mesh import legal
-from parallel.layout.pipeline import ticks
-from recipes import context
+from recipes import pipeline
 from runtime.config import UsageError
 from runtime.console import human_bytes
 
@@ -83,16 +82,14 @@ def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
 
 
 def sent(c: Any, parts: Any) -> int:
-    """Bytes of a step. A pipeline's stages send in every tick, and once more where they are worked out again: XLA
-    leaves that out where a stage has one layer."""
-    sizes, stages = parts.mesh.shape, parts.mesh.shape[STAGE]
-    own, layers = described(c, sizes, parts.task.model.compute), c.model.num_layers // stages
-    again = own.forward * (stages > 1 and layers > 1 and c.pipeline.remat == "stage")
-    return (own.sent + again) * layers * ticks(c.optimizer.accumulate, stages)
+    """Bytes of a step. A pipeline's stages send in every tick."""
+    sizes = parts.mesh.shape
+    own = described(c, sizes, parts.task.model.compute)
+    return (own.sent + own.forward * pipeline.sends_again(c, sizes)) * pipeline.turns(c, sizes)
 
 
 def described(c: Any, sizes: Mapping[str, int], compute: Any) -> Routed:
     """A layer's experts on one device, of all its replicas."""
-    m, (way, rows), tokens = c.model, compute.dispatch, context.tokens(c, sizes)
+    m, (way, rows), tokens = c.model, compute.dispatch, pipeline.tokens(c, sizes)
     size = compute.dtype.itemsize
     return Routed(tokens, m.model_dim, m.experts_per_token, m.experts, size, sizes[EXPERT], way, rows, compute.remat)

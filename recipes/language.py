@@ -22,7 +22,7 @@ from model.transformer import Transformer
 from parallel.cost import flops
 from parallel.layout.axes import AXES
 from parallel.layout.mesh import cut
-from recipes import context, experts
+from recipes import context, experts, pipeline
 from recipes.task import AllTrained
 from runtime import config as configuration
 from runtime.config import UsageError, nearest_multiples
@@ -49,7 +49,8 @@ def build_model(c: Any, device_kind: str, sizes: Mapping[str, int] = WHOLE) -> t
         raise UsageError(str(error)) from error
     options = {k: v for k, v in c.compute.items() if k not in ("dtype", "attention", "xla_options")}
     options["loss_chunk_mib"] = c.compute.loss_chunk_mib or chunk_of(device_kind)
-    options |= {"pipeline": (c.pipeline.remat, c.pipeline.gather), "dispatch": experts.dispatch(c, device_kind)}
+    form = c.pipeline.remat, c.pipeline.gather, pipeline.repeats(c, sizes)
+    options |= {"pipeline": form, "dispatch": experts.dispatch(c, device_kind)}
     compute = Compute(dtype=dtype, attention=kernel, context=way, **options)
     why = "; ".join((f"auto: {kernel}", *passed.values())) if asked == "auto" else f"{kernel}, as asked"
     why = "; ".join(filter(None, (why, why_way)))
@@ -119,7 +120,7 @@ class Language(AllTrained):
 
     def flops(self) -> float:
         shapes = jax.eval_shape(self.model.init, jax.eval_shape(lambda: jax.random.key(0)))
-        return flops.per_token(shapes, self.model.config, self.units, causal=False)
+        return flops.per_token(shapes, self.model.axes, self.model.config, self.units, causal=False)
 
     def about(self) -> list[tuple[str, str]]:
         return [("attention", self.attention)]

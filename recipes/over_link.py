@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 def rows(link: Link, parts: Parts, sent: float, step_seconds: float | None) -> list[tuple[str, str]]:
     """Rows of a table. sent: bytes that a device sends over the slow axis per step. step_seconds: of computing; None:
     not known."""
-    layers = num_layers(parts.param_shapes)
+    layers = num_layers(parts.param_shapes, parts.task.axes)
     through = sent * senders(parts.mesh)
     wire = link.seconds(through, HOPS / parts.strategy.interval if sent else 0)
     found = [("on the wire", f"{human_seconds(wire)} a step, {human_bytes(through)}")]

@@ -165,7 +165,9 @@ def counted(
     changes: dict[str, Any] = {f"mesh.{axis}": sizes[axis] for axis in worth(case, sizes)}
     changes |= {"optimizer.accumulate": layout.accumulate, "compute.remat": layout.remat}
     if layout.stages > 1:
-        changes |= dict(zip(("pipeline.remat", "pipeline.gather"), layout.pipeline, strict=True))
+        remat, gather, runs = layout.pipeline
+        changes |= {"pipeline.remat": remat, "pipeline.gather": gather}
+        changes |= {"pipeline.interleave": runs} if runs > 1 or case.config.pipeline.interleave > 1 else {}
     changes |= {"data.batch_size": case.config.data.batch_size, **dict(case.taken)} | method(case, strategy, codec)
     tokens = case.config.data.batch_size * net.seq_len
     moments = held(net, layout, flight)

@@ -83,7 +83,8 @@ def mesh(c: Candidate) -> str:
 
 def remat(c: Candidate) -> str:
     """compute.remat; of a pipeline, its own and its gather, too."""
-    return ", ".join([c.layout.remat, *c.layout.pipeline]) if c.layout.stages > 1 else c.layout.remat
+    *form, runs = c.layout.pipeline if c.layout.stages > 1 else (1,)
+    return ", ".join([c.layout.remat, *form, *[f"{runs} runs"] * (runs > 1)])
 
 
 def micro_steps(c: Candidate) -> str:

@@ -2,6 +2,7 @@
 a language model on text is one (recipes/language.py), a caller's own model, loss and data another (Task)."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -218,13 +219,14 @@ class Task(AllTrained):
         return Arrays(self.data, self.eval_data)
 
     def layers(self) -> int:
-        return num_layers(jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0))))
+        return num_layers(jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0))), self.axes)
 
 
-def num_layers(shapes: Any) -> int:
-    """Of params["blocks"], 1 without any. shapes: of the parameters."""
+def num_layers(shapes: Any, axes: Any) -> int:
+    """Of params["blocks"], 1 without any. shapes, axes: of the parameters."""
     blocks = jax.tree.leaves(shapes.get("blocks", ()))
-    return blocks[0].shape[0] if blocks and blocks[0].shape else 1
+    own = jax.tree.leaves(axes.get("blocks", ()), is_leaf=lambda x: isinstance(x, tuple))
+    return math.prod(blocks[0].shape[: 1 + (own[0][0] == "repeats")]) if blocks and blocks[0].shape else 1
 
 
 def arrays(what: str, found: Any) -> dict[str, np.ndarray]:

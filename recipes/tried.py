@@ -15,6 +15,7 @@ from runtime.config import UNREAD, UsageError, changed
 
 REMAT = ("matmuls", "full")  # how fast a host's memory is reached is not known
 # What is read where an axis has several devices.
+RUNS = (1, 2, 4)  # of layers of a stage
 READ_BY = {f"mesh.{axis}": UNREAD[f"mesh.{axis}"][1].split() for axis in (STAGE, CONTEXT)}
 POSITIONS = 1024  # of a sequence that a device has at least, where it is cut over context
 
@@ -152,16 +153,20 @@ def layouts(case: Case, sizes: dict[str, int], rows: int) -> Iterator[Layout]:
     for accumulate, remat, form in itertools.product(
         case.fixed("optimizer.accumulate", micro), case.fixed("compute.remat", REMAT), _pipelines(case, sizes)
     ):
-        if not rows % accumulate:
+        whole = form[2] == 1 or not accumulate % sizes[STAGE] or "pipeline.interleave" in case.typed  # groups
+        if whole and not rows % accumulate:
             is_tpu = case.target.chip.is_tpu
             yield Layout(sizes, rows // accumulate, accumulate, remat, chunk, is_tpu, way, form, known)
 
 
-def _pipelines(case: Case, sizes: dict[str, int]) -> list[tuple[str, str]]:
-    """pipeline.remat and pipeline.gather."""
+def _pipelines(case: Case, sizes: dict[str, int]) -> list[tuple[str, str, int]]:
+    """pipeline.remat, pipeline.gather and pipeline.interleave."""
     if sizes[STAGE] == 1:
-        return [("layer", "tick")]
+        return [("layer", "tick", 1)]
     c = case.config
     can_gather = meshes.cut("batch", sizes)[1] > 1 and sizes[CONTEXT] == 1 and not c.model.experts and not c.lora.rank
     remat, gather = case.fixed("pipeline.remat", ("layer", "stage")), case.fixed("pipeline.gather", ("tick", "step"))
-    return [(a, b) for a in remat for b in gather if b == "tick" or can_gather]
+    can_repeat = not c.lora.rank and c.sync.strategy not in pipeline.OF_LAYERS_IN_ORDER
+    runs = [n for n in RUNS[: 1 if not can_repeat else None] if not c.model.num_layers % (n * sizes[STAGE])]
+    forms = itertools.product(remat, gather, case.fixed("pipeline.interleave", runs))
+    return [form for form in forms if form[1] == "tick" or can_gather]

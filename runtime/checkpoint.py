@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from runtime import agree, exits, format1, format2, steps
+from runtime import agree, exits, format1, format2, runs, steps
 from runtime.config import RunError, UsageError
 from runtime.digest import fingerprint, named_arrays
 from runtime.steps import FIXED, PARAMS, read_record
@@ -198,6 +198,7 @@ class Checkpoints:
             record = format1.translate(record)
         if record["format"] == 2:
             record = format2.translate(record)
+        record = runs.translate(record, wanted)
         adapted = adapt(step, record["arrays"], wanted) if adapt else None
         _check_same_arrays(step, record["arrays"], wanted, adapted)
         arrays, problems = {}, []
@@ -258,8 +259,9 @@ def load_params(
         arrays, record, problems = _load_params(directory / str(step), wanted)
         if not problems:
             found = jax.tree.structure(both).unflatten([arrays[name] for name in wanted])
-            params = named_arrays(found["params"])
-            digest = fingerprint(params, {name: record["arrays"][PARAMS + name]["digest"] for name in params})
+            known = {name: record["arrays"][PARAMS + name] for name in named_arrays(found["params"])}
+            stored = {n: jax.ShapeDtypeStruct(x.get("stored_shape", x["shape"]), x["dtype"]) for n, x in known.items()}
+            digest = fingerprint(stored, {name: x["digest"] for name, x in known.items()})
             return Given(found["params"], step, digest, found["fixed"], record.get("facts", {}))
         damaged[step] = damage(step, problems)
         on_disk = agree.decided("steps to start from", listed)
@@ -276,6 +278,7 @@ def _load_params(folder: Path, wanted: Mapping[str, Any]) -> tuple[dict[str, Any
     record = agree.decided("record of a checkpoint", lambda: read_record(folder))
     if record is None:
         return {}, {}, [NO_RECORD]
+    record = runs.translate(record, wanted)
     saved = {name: x for name, x in record["arrays"].items() if name.startswith((PARAMS, FIXED))}
     if rows := differing(saved, wanted, sorted(saved.keys() | wanted.keys())):
         raise UsageError(f"init.workdir: {folder} holds another model than its config.json says:\n" + "\n".join(rows))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from runtime import agree, format1, format2
+from runtime import agree, format1, format2, runs
 from runtime.digest import digest_all, named_arrays, to_hex
 from runtime.steps import COPIES
 
@@ -83,6 +83,8 @@ def read_arrays(folder: Path, record: dict[str, Any], load: dict[str, Any]) -> t
     def as_it_lies(name: str) -> Any:
         if known[name].get("fragments") is not None:
             return format1.as_stored(known[name], load[name])
+        if "layers_at" in known[name]:
+            return runs.as_stored(known[name], load[name])
         return format2.as_stored(known[name], load[name]) if "further" in known[name] else load[name]
 
     found, problems = load_arrays(folder, {old: as_it_lies(name) for old, name in stored.items()})
@@ -93,6 +95,8 @@ def read_arrays(folder: Path, record: dict[str, Any], load: dict[str, Any]) -> t
             arrays[name] = format1.restack(x, known[name]["fragments"], load[name].sharding)
         elif "further" in known[name]:
             arrays[name] = format2.with_further(x, known[name]["further"], load[name].sharding)
+        elif "layers_at" in known[name]:
+            arrays[name] = runs.counted(x, load[name])
     return arrays, problems
 
 

@@ -10,8 +10,8 @@ from parallel.exchange.codecs import rounds
 from parallel.layout import roles
 from recipes import phases
 from recipes.programs import compile_steps, shardings_of
-from runtime.checkpoint import Checkpoints
-from runtime.digest import named_arrays
+from runtime.checkpoint import Checkpoints, load_params
+from runtime.digest import named_arrays, params_digest
 
 SLOW = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def owed(parts, state) -> dict[str, np.ndarray]:
 def same_owed(theirs: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> None:
     assert any(np.any(x) for x in theirs.values()), "something is owed, else this shows nothing"
     for name, x in theirs.items():
-        np.testing.assert_allclose(ours[name], x, rtol=1e-5, atol=1e-6 * np.abs(x).max(), err_msg=name)
+        np.testing.assert_allclose(ours[name].reshape(x.shape), x, rtol=1e-5, atol=1e-6 * np.abs(x).max(), err_msg=name)
 
 
 def go_on(folder, config, mesh):
@@ -93,6 +93,43 @@ def test_residuals_are_folded_onto_another_mesh_and_number_of_replicas(tmp_path,
     if before != (2, 1, 1):
         assert any("nothing owed is lost" in note for note in notes) or codec == "topk", notes
     steps(options(codec), after, 2, restored, first=3)
+
+
+ONCE, TWICE = ({"model__num_layers": 4, "pipeline__interleave": count} for count in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("before", "counted", "after", "recounted"),
+    [
+        ((4, 2, 1, 1, 1), TWICE, (2, 2, 1, 1, 1), ONCE),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in [
+                ((4, 2, 1, 1, 1), ONCE, (4, 2, 1, 1, 1), TWICE),
+                ((4, 2, 1, 1, 1), TWICE, (4, 2, 1), ONCE),
+                ((4, 1, 2), ONCE, (2, 2, 2, 1, 1), TWICE),
+                ((2, 2, 2, 1, 1), TWICE, (2, 4, 1, 1, 1), ONCE),
+                ((4, 2, 1, 1, 1), TWICE | {"model__num_layers": 8}, (4, 2, 1, 1, 1), {"model__num_layers": 8,
+                 "pipeline__interleave": 4}),
+            ]
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_that_stages_have_in_other_runs_are_the_same_layers(tmp_path, before, counted, after, recounted):
+    """pipeline.interleave has changed: a state is read by the order of its layers, to the bit."""
+    old, state, _ = saved(tmp_path, options("int4", **counted), before, 2)
+    parts, restored, step, notes = go_on(tmp_path, options("int4", **recounted), after)
+    assert step == 2
+    wanted, found = (jax.device_get(named_arrays(s)) for s in (state, restored))
+    for name, x in found.items():
+        if name.startswith(("params/", "opt/")):
+            np.testing.assert_array_equal(x.reshape(wanted[name].shape), wanted[name], err_msg=name)
+    same_owed(owed(old, state), owed(parts, restored))
+    assert before[0] == 2 or any("nothing owed is lost" in note for note in notes), notes  # of two, none is a server's
+    given = load_params(tmp_path, parts.state.params, notes.append)
+    assert given.digest == params_digest(state.params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(given.params), jax.device_get(restored.params))
 
 
 @SLOW

@@ -128,17 +128,18 @@ def test_sequences_that_are_cut_attend_by_fused_kernels_and_send_the_closed_form
 
 @pytest.mark.slow
 @pytest.mark.prove
+@pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize("gather", ["tick", "step"])
-def test_over_stages_go_two_activations_a_tick_and_pass(chips, gather):
-    """Exactly. Nothing else over stages, and of weights that are gathered once nothing over shards, depends on the
-    number of micro-batches."""
+def test_over_stages_go_two_activations_a_tick_and_pass(chips, gather, repeats):
+    """Exactly, in V · M + S - 1 ticks. Nothing else over stages, and of weights that are gathered once nothing over
+    shards, depends on the number of micro-batches."""
     rest, over_fsdp = [], []
     for micro in (2, 4):
         config = helpers.tiny(
             model__model_dim=256, model__head_dim=128, model__num_heads=4, model__num_kv_heads=2, model__mlp_dim=512,
             model__num_layers=4, data__seq_len=256, data__batch_size=32, compute__attention="reference",
             compute__remat="full", pipeline__remat="stage", pipeline__gather=gather, optimizer__accumulate=micro,
-            sync__codec="int4",
+            pipeline__interleave=repeats, sync__codec="int4",
         )  # fmt: skip
         parts = recipes.build.build(config, meshes.build({"replica": 2, "stage": 2, "fsdp": 2}, chips))
         ((name, lower),) = programs.steps(parts).items()
@@ -149,7 +150,9 @@ def test_over_stages_go_two_activations_a_tick_and_pass(chips, gather):
             c.sent for c in found if c.axis == axis and (c.kind == "collective-permute") == handed
         )
         activation = 32 // (2 * 2 * micro) * 256 * 256 * 2
-        assert sent("stage", True) == 4 * (micro + 1) * activation
+        assert sent("stage", True) == 4 * (repeats * micro + 1) * activation
+        if chips[0].platform == "cuda":  # whose text says how often a loop is run
+            assert f'"known_trip_count":{{"n":"{repeats * micro + 1}"}}' in text
         rest.append(sent("stage", False))
         over_fsdp.append(sent("fsdp", False))
     assert rest[0] == rest[1]

@@ -75,7 +75,7 @@ def test_axes_name_every_dimension_of_every_weight():
 
 
 def per_token(model, seq_len: int, causal: bool) -> float:
-    return flops.per_token(jax.eval_shape(model.init, jax.random.key(0)), model.config, seq_len, causal)
+    return flops.per_token(jax.eval_shape(model.init, jax.random.key(0)), model.axes, model.config, seq_len, causal)
 
 
 def test_flops_per_token_of_gpt2():

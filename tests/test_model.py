@@ -57,7 +57,7 @@ LLAMA = dataclasses.replace(
 # Four periods of 64 positions: wavelengths under 16 are kept, above 64 divided by 8; K = 16 has some of each.
 STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=64)
 F32 = Compute(
-    dtype=jnp.dtype("float32"), attention="reference", context="", remat="none", pipeline=("layer", "tick"),
+    dtype=jnp.dtype("float32"), attention="reference", context="", remat="none", pipeline=("layer", "tick", 1),
     dispatch=("", ""), unroll=False, loss_chunk_mib=1,
 )  # fmt: skip
 
@@ -469,8 +469,9 @@ def test_a_deeper_model_starts_from_the_same_first_layers():
 def test_flops_per_token_with_a_sliding_window():
     """Causal: query t sees min(t + 1, W) keys, which is W for most, not W / 2."""
     config = dataclasses.replace(LLAMA, sliding_window=64)
-    shapes = jax.eval_shape(Transformer(config, F32).init, jax.random.key(0))
-    matmuls = flops.per_token(shapes, config, 0, causal=True)
+    model = Transformer(config, F32)
+    weights = jax.eval_shape(model.init, jax.random.key(0)), model.axes
+    matmuls = flops.per_token(*weights, config, 0, causal=True)
     seen = np.minimum(np.arange(1024) + 1, 64).mean()
     attention_flops = 12 * 2 * 4 * 16 * seen
-    assert flops.per_token(shapes, config, 1024, causal=True) - matmuls == pytest.approx(attention_flops, rel=0.02)
+    assert flops.per_token(*weights, config, 1024, causal=True) - matmuls == pytest.approx(attention_flops, rel=0.02)

@@ -1,5 +1,7 @@
 """Models whose layers are cut over stages train as whole ones do: the same losses and gradients."""
 
+import re
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,11 @@ from parallel.layout import pipeline
 from parallel.layout.rules import Constrain, spec
 from recipes import describe
 from recipes.pipeline import described
-from recipes.programs import compile_steps
+from recipes.programs import compile_steps, steps
 from runtime.config import UsageError
 
 SLOW = pytest.mark.slow
+TWICE = {"pipeline__interleave": 2, "model__num_layers": 4}
 INT4 = {"sync__codec": "int4"}
 # replica × stage × fsdp × context × tensor; micro-batches; more
 CASES = [
@@ -32,6 +35,14 @@ CASES = [
     ((4, 2, 1, 1, 1), 2, {"compute__remat": "dots"}),
     ((1, 2, 1, 4, 1), 4, {"attention__context": "gather"}),
     ((1, 2, 1, 2, 2), 8, {"attention__context": "heads", "pipeline__remat": "stage"}),
+    ((1, 2, 2, 1, 2), 2, TWICE | {"data__document_mask": True}),
+    ((2, 2, 2, 1, 1), 4, TWICE | {"pipeline__gather": "step", "pipeline__remat": "stage"}),
+    ((1, 2, 2, 1, 2), 1, TWICE | {"pipeline__gather": "step"}),
+    ((1, 2, 1, 2, 2), 4, TWICE | {"attention__context": "ring", "compute__remat": "full"}),
+    ((1, 4, 2, 1, 1), 8, TWICE | {"model__num_layers": 8, "pipeline__remat": "stage"}),
+    ((1, 4, 2, 1, 1), 4, {"model__num_layers": 12, "pipeline__interleave": 3}),
+    ((2, 2, 1, 2, 1, 1), 2, TWICE | helpers.dropless(4) | {"pipeline__remat": "stage"}),
+    ((1, 2, 2, 2, 1, 1), 4, TWICE | helpers.dropless(4)),
 ]
 
 
@@ -44,15 +55,20 @@ def test_every_mesh_with_stages_trains_like_one_device(mesh, micro, more):
     check(mesh, True, optimizer__accumulate=micro, **more)
 
 
-@pytest.mark.parametrize(
-    ("count", "micro"), [(2, 3), *(pytest.param(*case, marks=SLOW) for case in [(4, 1), (4, 6), (4, 8)])]
-)
-def test_what_ends_belongs_to_what_has_started(count, micro):
+ORDERS = [(2, 3, 1), (2, 4, 2), *(pytest.param(*case, marks=SLOW) for case in [
+    (4, 1, 1), (4, 6, 1), (4, 8, 1), (4, 1, 2), (4, 6, 2), (4, 8, 2), (2, 1, 3), (2, 3, 3), (4, 12, 3),
+])]  # fmt: skip
+
+
+@pytest.mark.parametrize("gather", ["tick", pytest.param("step", marks=SLOW)])
+@pytest.mark.parametrize(("count", "micro", "repeats"), ORDERS)
+def test_what_ends_belongs_to_what_has_started(count, micro, repeats, gather):
     """Through layers that add and scale, each in its turn; and it is taken back in order."""
     mesh = meshes.build({"stage": count, "fsdp": 2}, jax.devices()[: 2 * count])
-    rows, layers = 4 * micro, 2 * count
+    rows, layers = 4 * micro, 2 * count * repeats
     constrain = Constrain(mesh, micro)
-    stages = pipeline.Stages(constrain, rows, "layer", "tick")
+    stages = pipeline.Stages(constrain, rows, "layer", gather, repeats)
+    axes = (*("repeats", "layers")[repeats == 1 :], None)
     x_BTD = np.random.default_rng(0).standard_normal((rows, 4, 3)).astype(np.float32)
     w_L = np.linspace(0.5, 1.5, layers, dtype=np.float32)[:, None]
     known_BT = np.arange(rows * 4, dtype=np.float32).reshape(rows, 4) / 50
@@ -69,7 +85,9 @@ def test_what_ends_belongs_to_what_has_started(count, micro):
 
     def staged(w_L):
         x_NTD = stages.start(jnp.asarray(x_BTD), ("positions", None))
-        return stages.run(layer_of, jnp.asarray(known_BT), x_NTD, w_L, ("layers", None), lambda w: w)[0]
+        w_L = {"w": w_L if repeats == 1 else w_L.reshape(repeats, -1, 1)}
+        layer = lambda *known: lambda x, w: layer_of(*known)(x, w["w"])
+        return stages.run(layer, jnp.asarray(known_BT), x_NTD, w_L, {"w": axes}, lambda w: w, None)[0]
 
     y_BTD = jax.jit(lambda w_L: stages.back(staged(w_L), ("positions", None)))(w_L)
     np.testing.assert_allclose(y_BTD, plain(w_L), rtol=1e-5)
@@ -80,13 +98,15 @@ def test_what_ends_belongs_to_what_has_started(count, micro):
 
 
 @pytest.mark.parametrize(
-    ("remat", "micro"), [("stage", 2), pytest.param("layer", 4, marks=SLOW), pytest.param("layer", 1, marks=SLOW)]
+    ("remat", "micro", "repeats"),
+    [("stage", 2, 1), *(pytest.param(*x, marks=SLOW) for x in [("layer", 4, 1), ("layer", 1, 1), ("stage", 4, 2)])],
 )
-def test_in_the_loop_two_activations_a_tick_and_pass_cross_stages_and_nothing_else(remat, micro):
-    config = helpers.tiny(optimizer__accumulate=micro, pipeline__remat=remat)
+def test_in_the_loop_two_activations_a_tick_and_pass_cross_stages_and_nothing_else(remat, micro, repeats):
+    keys = {"model__num_layers": 2 * repeats, "pipeline__interleave": repeats}
+    config = helpers.tiny(optimizer__accumulate=micro, pipeline__remat=remat, **keys)
     parts = helpers.build(config, (1, 2, 2, 1, 2))
     (program,) = compile_steps(parts, helpers.QUICKLY).values()
-    text, ticks = program.as_text(), micro + 1
+    text, ticks = program.as_text(), repeats * micro + 1
     found = [c for c in wire.collectives(text, parts.mesh) if c.axis == "stage" and "while/body" in c.scope]
     assert all(pipeline.SCOPE in c.scope for c in found)
     assert f'"known_trip_count":{{"n":"{ticks}"}}' in text
@@ -95,7 +115,20 @@ def test_in_the_loop_two_activations_a_tick_and_pass_cross_stages_and_nothing_el
     assert own.activation == rows * config.data.seq_len // 2 * config.model.model_dim * 4
     assert sum(c.sent for c in found) == own.sent == 4 * ticks * own.activation
     shown = dict(describe.read(config, parts, {"step": program}, {}, {})[0])
-    assert shown["bubble"].startswith(f"{1 / ticks:.0%} of the time: 2 stages of 1 layer, {micro} micro-batch")
+    runs = f"{repeats} × " if repeats > 1 else ""
+    assert shown["bubble"].startswith(f"{1 / ticks:.0%} of the time: 2 stages of {runs}1 layer, {micro} micro-batch")
+
+
+@pytest.mark.parametrize("remat", ["matmuls", pytest.param("full", marks=SLOW)])
+def test_what_is_picked_of_weights_is_not_kept_for_every_tick(remat):
+    """Activations of every tick are, what a layer begins with among them, and no weights."""
+    config = helpers.tiny(optimizer__accumulate=8, compute__remat=remat, **TWICE)
+    parts = helpers.build(config, (1, 2, 1, 1, 1))
+    (lower,) = steps(parts).values()
+    kept = set(re.findall(r"tensor<17x([\dx]*)xf32>", lower().as_text()))  # 2 · 8 + 1 ticks
+    D, F = parts.param_shapes["blocks"]["mlp"]["up"].shape[2:]
+    assert any(shape.endswith(f"32x{D}") for shape in kept)
+    assert not [shape for shape in kept if shape.endswith((f"{D}x{F}", f"{F}x{D}", f"{D}x8x8"))]
 
 
 @SLOW
@@ -148,11 +181,19 @@ ADAPTER = {"lora__rank": 2, "init__workdir": "runs/base"}
         ((1, 2, 1, 1, 1), {"compute__unroll": True}, ["compute.unroll", "mesh.stage=2"]),
         ((2, 2, 1, 1, 1), STREAMING, ["sync.fragments=2", "mesh.stage=2", "a stage has 1"]),
         ((1, 2, 2, 1, 1), ADAPTER | {"pipeline__gather": "step"}, ["pipeline.gather=step", "lora.rank"]),
+        ((1, 2, 1, 1, 1), {"compute__remat": "offload"}, ["compute.remat=offload", "mesh.stage=2", "full, or matmuls"]),
         ((1, 2, 1, 1, 2), {"pipeline__gather": "step"}, ["pipeline.gather=step", "mesh.fsdp=1"]),
+        ((1, 2, 1, 1, 1), {"pipeline__interleave": 2},
+         ["mesh.stage=2 × pipeline.interleave=2", "sizes: 4; or mesh.stage × pipeline.interleave in {1, 2}"]),
+        ((1, 2, 1, 1, 1), ADAPTER | TWICE, ["pipeline.interleave=2", "lora.rank"]),
+        ((2, 2, 1, 1, 1), STREAMING | TWICE, ["pipeline.interleave=2", "sync.strategy=streaming"]),
         ((1, 2, 1, 1, 2), {"model__model_dim": 63}, ["embed", "'embed' of size 63", "mesh.stage=2"]),
     ],
-    ids=["layers", "backward", "unroll", "streaming", "adapter", "no shards", "embedding"],
-)
+    ids=[
+        "layers", "backward", "unroll", "streaming", "adapter", "offload", "no shards", "runs", "runs of adapters",
+        "runs of fragments", "embedding",
+    ],
+)  # fmt: skip
 def test_what_stages_cannot_take_is_said_before_anything_is_compiled(mesh, more, said):
     with pytest.raises(UsageError) as error:
         helpers.build(helpers.tiny(**more), mesh)

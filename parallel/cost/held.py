@@ -38,7 +38,7 @@ class Flight(NamedTuple):
 
 def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float]]:
     """Temporary bytes: {moment: {array: bytes}}. The state lies beside them."""
-    n, own = tokens(net, lay), layers(net, lay)
+    n, own, computed = tokens(net, lay), layers(net, lay), layers(net, lay) // lay.repeats * _ticks_kept(lay)
     trained, gathered, _ = layer_elements(net, lay)
     layer, whole = own * trained, gathered * net.itemsize
     weights = layer + end_elements(net, lay)
@@ -48,8 +48,8 @@ def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float
     }
     inputs = {
         "weights in the compute dtype": weights * net.itemsize * (net.itemsize < FLOAT32),
-        "layer inputs": activation(net, lay) * (lay.ticks if lay.repeats_stages else own * _ticks_kept(lay)),
-        "kept for the backward pass": own * n * net.itemsize * kept(net, lay) * _ticks_kept(lay),
+        "layer inputs": activation(net, lay) * (lay.ticks if lay.repeats_stages else computed),
+        "kept for the backward pass": computed * n * net.itemsize * kept(net, lay),
     }
     backward = {
         "gradients": layer * net.itemsize,
@@ -91,9 +91,10 @@ def _in_a_pipeline(
     """The forward and the backward pass there. whole: bytes of a stage's layers, gathered. layer: elements of them that
     a device trains."""
     own = layers(net, lay)
+    in_tick = own // lay.repeats
     tick = {
-        "layer inputs of a tick": own * activation(net, lay),
-        "kept of a tick": 0.0 if lay.repeats_stages else own * tokens(net, lay) * net.itemsize * kept(net, lay),
+        "layer inputs of a tick": in_tick * activation(net, lay),
+        "kept of a tick": 0.0 if lay.repeats_stages else in_tick * tokens(net, lay) * net.itemsize * kept(net, lay),
         "micro-batches": (lay.slots + 2) * activation(net, lay),
     }
     n, once = tokens(net, lay) * net.itemsize, lay.gathers_once

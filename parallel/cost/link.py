@@ -30,6 +30,6 @@ class Link:
         latency = float(found[3]) * TIMES[found[4]] if found[3] else 0.0
         return cls(text, float(found[1]) * RATES[found[2]], latency)
 
-    def seconds(self, size: float, hops: int = 0) -> float:
+    def seconds(self, size: float, hops: float = 0) -> float:
         """That so many bytes take, packets' headers included, in so many messages that wait for each other."""
         return 8 * FRAME * size / self.bits_per_second + hops * self.latency

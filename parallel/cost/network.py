@@ -78,7 +78,7 @@ class Network:
     def of(
         cls, weights: tuple, trained: tuple, model: Any, seq_len: int, compute: Any, is_narrow: bool = False
     ) -> "Network":
-        """weights, trained: (shapes, axes), `blocks` with a leading dimension of layers. model, compute: its
+        """weights, trained: (shapes, axes), `blocks` with leading dimensions of layers. model, compute: its
         ModelConfig and Compute."""
         layer, ends = _weights(*weights)
         window = min(seq_len, model.sliding_window or seq_len)
@@ -114,7 +114,9 @@ def _weights(shapes: Any, axes: Any) -> tuple[tuple[Weight, ...], tuple[Weight, 
         inside = names[0] == "blocks"
         model = {name for i, axis in enumerate(own) if axis == "embed" for name in rules.over(own, i)}
         others = set(rules.of(rules.spec(own))) - model - ({STAGE} if inside else set())
-        at = Weight("/".join(names[-2:]), tuple(x.shape)[inside:], own[inside:], _ordered(model), _ordered(others))
+        leading = own.index("layers") + 1 if inside else 0  # behind those that only count layers
+        name, shape, own = "/".join(names[-2:]), tuple(x.shape)[leading:], own[leading:]
+        at = Weight(name, shape, own, _ordered(model), _ordered(others))
         (layer if inside else ends).append(at)
     return tuple(layer), tuple(ends)
 
@@ -127,7 +129,8 @@ def _ordered(axes: set[str]) -> tuple[str, ...]:
 class Layout:
     """How a network is trained. sizes: of the mesh's axes. rows: windows of a device in a micro-step. remat, chunk:
     compute.remat (matmuls, offload, full), and bytes of float32 logits at a time. is_splash: attention by a TPU kernel.
-    way: attention.context, as resolved. pipeline: pipeline.remat and pipeline.gather."""
+    way: attention.context, as resolved. pipeline: pipeline.remat, pipeline.gather and
+    pipeline.interleave."""
 
     sizes: Mapping[str, int]
     rows: int
@@ -136,7 +139,7 @@ class Layout:
     chunk: int
     is_splash: bool = False
     way: str = ""
-    pipeline: tuple[str, str] = ("layer", "tick")
+    pipeline: tuple[str, str, int] = ("layer", "tick", 1)
     # What follows of the mesh alone, worked out once for all layouts on it.
     known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -165,7 +168,12 @@ class Layout:
     @property
     def ticks(self) -> int:
         """In which a device's layers are computed in a step."""
-        return ticks(self.accumulate, self.stages)
+        return ticks(self.accumulate, self.stages, self.repeats)
+
+    @property
+    def repeats(self) -> int:
+        """Runs of layers of a stage, of which it computes one in a tick."""
+        return self.pipeline[2] if self.stages > 1 else 1
 
     @property
     def repeats_stages(self) -> bool:
@@ -236,7 +244,7 @@ def layers(net: Network, lay: Layout) -> int:
 
 def turns(net: Network, lay: Layout) -> int:
     """In which a device computes a layer, in a step."""
-    return layers(net, lay) * lay.ticks
+    return layers(net, lay) // lay.repeats * lay.ticks
 
 
 def activation(net: Network, lay: Layout) -> float:

@@ -12,15 +12,16 @@ class Pipeline:
     stages: int
     micro: int
     activation: int
+    repeats: int = 1
 
     @property
     def ticks(self) -> int:
-        return ticks(self.micro, self.stages)
+        return ticks(self.micro, self.stages, self.repeats)
 
     @property
     def idle(self) -> float:
         """The share of ticks in which a stage has nothing to do."""
-        return (self.stages - 1) / self.ticks
+        return 1 - self.repeats * self.micro / self.ticks
 
     @property
     def sent(self) -> int:

@@ -72,7 +72,7 @@ def _links(target: Target, stride: int, size: int) -> int:
 
 
 def seconds(
-    target: Target, sizes: Mapping[str, int], axes: Sequence[str], size: float, hops: int, link: Link | None = None
+    target: Target, sizes: Mapping[str, int], axes: Sequence[str], size: float, hops: float, link: Link | None = None
 ) -> float:
     """That bytes of each chip take over axes, slowest first, in so many hops from one chip to the next. link: what
     `replica` crosses, if it is not the catalogue's."""

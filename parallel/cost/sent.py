@@ -51,7 +51,7 @@ class Sent(NamedTuple):
     part: str
     what: str
     bytes: float
-    hops: int
+    hops: float
 
     @property
     def axis(self) -> str:
@@ -97,9 +97,9 @@ class Gathers(NamedTuple):
     """How often each of a device's layers is gathered in a step: forward, backward; and its gradient scattered. kept:
     whole from the forward pass on, for all ticks."""
 
-    forward: int
-    again: int
-    gradients: int
+    forward: float
+    again: float
+    gradients: float
     kept: bool = False
 
 
@@ -110,8 +110,10 @@ def gathers(lay: Layout) -> Gathers:
         return Gathers(lay.accumulate, lay.accumulate, lay.accumulate)
     if lay.gathers_once:
         return Gathers(1, 0, 1, True)
-    n = lay.ticks
-    return Gathers(n, 2 * n, n) if lay.repeats_stages else Gathers(1, n, n, True)
+    n = lay.ticks / lay.repeats
+    if lay.repeats_stages or lay.repeats > 1:  # what a tick picks of them is another's in the next
+        return Gathers(n, (1 + lay.repeats_stages) * n, n)
+    return Gathers(1, n, n, True)
 
 
 def _weights(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
@@ -205,7 +207,7 @@ def _over_tensor(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
 
 def _over_stages(net: Network, lay: Layout) -> Iterator[Sent]:
     axes = lay.over((STAGE,))
-    half = Pipeline(lay.stages, lay.accumulate, int(activation(net, lay))).sent / 2
+    half = Pipeline(lay.stages, lay.accumulate, int(activation(net, lay)), lay.repeats).sent / 2
     for part in (FORWARD, BACKWARD):  # to a neighbour each
         yield Sent(axes, part, HANDED_ON, half, 2 * lay.ticks)
 
@@ -229,6 +231,6 @@ def _both(lay: Layout, net: Network, axis: str, what: str, forward: float, every
     """Of a layer that sends so many bytes forward, and in all. A stage that is worked out again sends once more; XLA
     leaves that out where it has one layer."""
     axes, layer_turns = lay.over((axis,)), turns(net, lay)
-    again = forward * (lay.repeats_stages and layers(net, lay) > 1)
+    again = forward * (lay.repeats_stages and layers(net, lay) > lay.repeats)
     yield Sent(axes, FORWARD, what, layer_turns * forward, layer_turns * hops)
     yield Sent(axes, BACKWARD, what, layer_turns * (every - forward + again), 2 * layer_turns * hops)

@@ -7,6 +7,13 @@ what they have in that slot to the stage before, so that the next is there when 
 what is through. So nothing is held, computed or sent twice, and a device sends two activations a tick and pass. Outputs
 end at other places than inputs begin: `start` and `end` say where.
 
+With V repeats (circular, or interleaved: Narayanan et al. 2021, §2.2) a stage has V runs of l = L / (V · S) layers, and
+a micro-batch goes through all stages V times: a tick is shorter, and so are the S - 1 of them that stages wait. Groups
+of S micro-batches make all their rounds before the next one begins, so that the last stage hands each to the first in
+the tick in which it is due. Micro-batches come and go in the ticks in which stage 0 takes one; what the last stage has
+made when a group ends goes into the place that the last one taken has left. Weights are [V, L / V, …], cut over stages
+by their second dimension: no layer ever leaves its stage, and the order of all is that of a model without stages.
+
 S stages, M micro-batches, n = ceil(M / S) slots of a stage, B rows of all micro-batches, N = S · n · B / M rows of all
 slots, F shards of the batch, T sequence, D model, L layers.
 """
@@ -19,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,21 +36,24 @@ from parallel.layout.rules import RULES, Constrain, names, spec, without
 BUFFER = ("layers", "batch", "sequence", None)  # one micro-batch of each stage
 SLOTS = ("layers", None, "batch", "sequence", None)
 SCOPE = "over_stage"  # in the compiled program, of what is handed on
+ENTERED = "entered"  # what a layer begins with
 NONE = -1  # instead of a micro-batch's number
 SHARD = RULES["batch"]
 
 
 class Stages:
-    """On the mesh of `constrain`, for a batch of so many rows. remat, gather: pipeline.remat, pipeline.gather."""
+    """On the mesh of `constrain`, for a batch of so many rows. remat, gather, repeats: of the config's `pipeline`, the
+    last as pipeline.interleave."""
 
-    def __init__(self, constrain: Constrain, rows: int, remat: str, gather: str):
-        self.constrain, self.remat, self.count = constrain, remat, constrain.size("layers")
+    def __init__(self, constrain: Constrain, rows: int, remat: str, gather: str, repeats: int = 1):
+        self.constrain, self.remat, self.count, self.repeats = constrain, remat, constrain.size("layers"), repeats
         self.shards = constrain.size("batch")
         self.once = gather == "step" and self.shards > 1
         self.micro = constrain.micro or math.gcd(rows // self.shards, self.count)
-        self.slots, self.ticks = -(-self.micro // self.count), ticks(self.micro, self.count)
+        self.slots, self.ticks = -(-self.micro // self.count), ticks(self.micro, self.count, repeats)
         numbers, size = np.arange(self.micro), self.count * self.slots
-        ends = (self.count - 1 - (self.micro - 1 - numbers) // self.slots) * self.slots
+        through = self.micro if repeats == 1 else size  # of whole groups
+        ends = (self.count - 1 - (through - 1 - numbers) // self.slots) * self.slots
         ends += (numbers + self.count - 1) % self.slots
         self._ends, self._order = ends, np.full(size, NONE)
         self._order[ends] = numbers
@@ -89,47 +100,106 @@ class Stages:
     # ── the layers ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(
-        self, layer_of: Callable, known: Any, x_NTD: jax.Array, weights_L: Any, axes: Any, cast: Callable
+        self, layer_of: Callable, known: Any, x_NTD: jax.Array, weights_L: Any, axes: Any, cast: Callable, policy: Any
     ) -> tuple[jax.Array, Any]:
         """What has started, through all layers -> (what has ended, what layers found in each micro-batch [M, L]).
         layer_of(constrain, known): a layer, (x, weights) -> (x, {name: a number} or None), for rows of which
         that is known. known: of the whole batch, [B, …] each. axes: of weights_L. In every tick weights are cast (or
-        are there, cast and gathered); their gradients add up in float32 in either case."""
-        weights_SL = jax.tree.map(lambda w: w.reshape(self.count, -1, *w.shape[1:]), weights_L)
-        known_MB, S = jax.tree.map(self._micro, known), jnp.arange(self.count)
+        are there, cast and gathered); their gradients add up in float32 in either case. policy: what is kept of a layer
+        for the backward pass (of jax.checkpoint; None: everything)."""
+        weights_SL = jax.tree.map(self._by_stage, weights_L)
+        known_MB, S, M = jax.tree.map(self._micro, known), jnp.arange(self.count), np.arange(self.micro)
         inside = Constrain(self.constrain.mesh, apart=(STAGE, *SHARD) if self.once else (STAGE,))
 
         def stage(weights: Any, x_BTD: jax.Array, known_MB: Any, number: jax.Array) -> tuple[jax.Array, Any]:
             own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), known_MB)
             weights = jax.tree.map(_used, *weights) if self.once else cast(weights)
-            return lax.scan(layer_of(inside, own), x_BTD, weights)
+            layer = layer_of(inside, own)
+            return lax.scan(lambda x, w: layer(checkpoint_name(x, ENTERED), w), x_BTD, weights)
 
-        if self.remat == "stage":
-            stage = jax.checkpoint(stage, policy=jax.checkpoint_policies.nothing_saveable)
         if self.once:
             weights_SL, known_MB = self._gathered(weights_SL, cast(weights_SL), axes), self._by_shard(known_MB, 1)
             stage = jax.vmap(stage, in_axes=(0, 0, 1, None), spmd_axis_name=SHARD)
         stages = jax.vmap(stage, in_axes=(0, 0, None, 0), spmd_axis_name=STAGE)
+
+        def work(x_SBTD: jax.Array, u_S: jax.Array) -> tuple[jax.Array, Any]:
+            number_S, repeat_S = self._at_work(u_S)
+            weights = self._of_repeat(weights_SL, repeat_S, axes) if self.repeats > 1 else weights_SL
+            return stages(weights, x_SBTD, known_MB, number_S)
+
+        if self.remat == "stage":
+            work = jax.checkpoint(work)
+        elif self.repeats > 1 and policy:  # what a tick picks of its weights would be kept for every tick
+            work = jax.checkpoint(work, policy=_and_entered(policy))
         is_first, is_last = (jnp.equal(S, i)[:, None, None, None] for i in (0, self.count - 1))
 
         def tick(carry: tuple, t: jax.Array) -> tuple[tuple, Any]:
             x_SBTD, io = carry
-            slot = t % self.slots
+            taken, takes = self._taken(t)
+            slot = taken % self.slots
             own = lax.dynamic_index_in_dim(io, slot, 1, keepdims=False)
-            x_SBTD = self.constrain(jnp.where(is_first, own, x_SBTD), BUFFER)
+            x_SBTD = self.constrain(_either(is_first & takes, own, x_SBTD), BUFFER)
             given = self._by_shard(x_SBTD, 1) if self.once else x_SBTD
-            made, found = stages(weights_SL, given, known_MB, jnp.clip(t - S, 0, self.micro - 1))
+            made, found = work(given, t - S)
             x_SBTD = self.constrain(made.reshape(x_SBTD.shape), BUFFER)
-            new = self.constrain(jnp.where(is_last, x_SBTD, self._handed_on(own, -1)), BUFFER)
+            left = self._handed_on(own, -1)
+            left = _either(jnp.asarray(takes), left, own) if self.repeats > 1 else left
+            new = self.constrain(jnp.where(is_last, x_SBTD, left), BUFFER)
             io = self.constrain(lax.dynamic_update_index_in_dim(io, new, slot, 1), SLOTS)
             return (self._handed_on(x_SBTD, 1), io), found
 
         io = self.constrain(self._slots(x_NTD), SLOTS)
         empty = self.constrain(jnp.zeros_like(io[:, 0]), BUFFER)
         (_, io), found = lax.scan(tick, (empty, io), jnp.arange(self.ticks))
-        at = jnp.arange(self.micro)[:, None] + S  # the tick in which a stage works on a micro-batch
-        found = jax.tree.map(lambda x_tSL: x_tSL[at, S].reshape(self.micro, -1), found)
+        at_MVS = self._begins(M[:, None], np.arange(self.repeats))[..., None] + S  # the tick in which a stage has it
+        found = jax.tree.map(lambda x_tSL: x_tSL[at_MVS, S].reshape(self.micro, -1), found)
         return self._rows(io, SLOTS[3:]), found
+
+    def _by_stage(self, w: jax.Array) -> jax.Array:
+        """[L, …] -> [S, L/S, …], or of several repeats [V, L/V, …] -> [S, V, l, …]."""
+        if self.repeats == 1:
+            return w.reshape(self.count, -1, *w.shape[1:])
+        return w.reshape(self.repeats, self.count, -1, *w.shape[2:]).swapaxes(0, 1)
+
+    def _of_repeat(self, weights_SV: Any, repeat_S: jax.Array, axes: Any) -> Any:
+        """Of each stage the layers of one repeat. Each device picks its own: left to XLA, they might be gathered."""
+        leading = (STAGE, SHARD) if self.once else (STAGE,)
+        apart, dim = (STAGE, *SHARD) if self.once else (STAGE,), len(leading)
+
+        def pick(w: jax.Array, axes: Any) -> jax.Array:
+            repeats, *rest = without(spec(axes), apart)
+            there, here = P(*leading, repeats, *rest), P(*leading, *rest)
+            own = lambda w, repeat_S: lax.dynamic_index_in_dim(w, repeat_S[0], dim, keepdims=False)
+            mesh = self.constrain.mesh
+            manual = jax.shard_map(own, mesh=mesh, in_specs=(there, P(STAGE)), out_specs=here, check_vma=False)
+            return manual(w, repeat_S)
+
+        pick_all = lambda tree: jax.tree.map(pick, tree, axes)
+        return tuple(map(pick_all, weights_SV)) if self.once else pick_all(weights_SV)
+
+    # ── the schedule: which tick is what ─────────────────────────────────────────────────────────────────────────
+
+    def _begins(self, number: Any, repeat: Any) -> Any:
+        """The tick in which stage 0 works on a micro-batch for a repeat."""
+        return number // self.count * self._group + repeat * self.count + number % self.count
+
+    def _at_work(self, u: Any) -> tuple[Any, Any]:
+        """(micro-batch, repeat) that a stage works on in its u-th tick; any, where there is none."""
+        u = jnp.maximum(u, 0)
+        number = u // self._group * self.count + u % self.count if self.repeats > 1 else u
+        return jnp.minimum(number, self.micro - 1), u % self._group // self.count
+
+    def _taken(self, t: Any) -> tuple[Any, Any]:
+        """(The number of the micro-batch that stage 0 takes in a tick, or has taken last; whether it takes one.)"""
+        if self.repeats == 1:
+            return t, True
+        place = t % self._group
+        return t // self._group * self.count + jnp.minimum(place, self.count - 1), place < self.count
+
+    @property
+    def _group(self) -> int:
+        """Ticks of stage 0 for a group of micro-batches, in all repeats."""
+        return self.repeats * self.count
 
     def _by_shard(self, tree: Any, dim: int) -> Any:
         """[…, F·b, …] -> […, F, b, …]."""
@@ -174,14 +244,27 @@ class Stages:
         return lax.stop_gradient(jax.tree.map(own, cast_SL, specs)), taps(weights_SL)
 
     def _handed_on(self, x_SBTD: jax.Array, by: int) -> jax.Array:
-        """To the stage after, or before: a permute of its own, whose backward pass is one, too."""
-        pairs = [(i, i + by) for i in range(self.count) if 0 <= i + by < self.count]
+        """To the stage after (with repeats from the last to the first, too), or before: a permute of its own, whose
+        backward pass is one, too."""
+        is_ring = self.repeats > 1 and by > 0
+        pairs = [(i, (i + by) % self.count) for i in range(self.count) if is_ring or 0 <= i + by < self.count]
 
         @jax.named_scope(SCOPE)
         def permute(x: jax.Array) -> jax.Array:
             return lax.ppermute(x, STAGE, pairs)
 
         return self.constrain.manual(permute, (BUFFER,), BUFFER)(x_SBTD)
+
+
+@jax.custom_vjp
+def _either(is_first: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """As jnp.where, which would keep for the backward pass a condition for every element and tick."""
+    return jnp.where(is_first, x, y)
+
+
+_either.defvjp(
+    lambda *given: (_either(*given), given[0]), lambda at, g: (None, *(jnp.where(c, g, 0) for c in (at, ~at)))
+)
 
 
 @jax.custom_vjp
@@ -193,6 +276,11 @@ def _used(w: jax.Array, tap: jax.Array) -> jax.Array:
 _used.defvjp(lambda w, tap: (w, jnp.zeros((), tap.dtype)), lambda like, g: (None, g.astype(like.dtype)))
 
 
-def ticks(micro: int, stages: int) -> int:
-    """Until the last micro-batch has gone through all stages."""
-    return micro + stages - 1
+def _and_entered(policy: Any) -> Any:
+    """As layers are kept by a policy: what they begin with, and what it says."""
+    return lambda primitive, *x, **params: params.get("name") == ENTERED or policy(primitive, *x, **params)
+
+
+def ticks(micro: int, stages: int, repeats: int = 1) -> int:
+    """Until the last micro-batch has gone through all stages; repeats begin and end in groups of as many as stages."""
+    return repeats * (micro if repeats == 1 else -(-micro // stages) * stages) + stages - 1

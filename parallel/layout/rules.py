@@ -30,11 +30,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "mlp": ("tensor",),
     "layers": ("stage",),
+    "repeats": (),  # of stages, in each of which they have other layers
     "experts": ("expert",),
     "scores": (),  # of experts
     "counts": (),  # numbers that follow from counts, and are sent as they are
 }
-BATCH = ("layers", "experts")  # dimensions that only count arrays
+BATCH = ("repeats", "layers", "experts")  # dimensions that only count arrays
 
 
 def over(axes: Axes, i: int) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ Arrays are made one after another: what is needed of memory is the new state, an
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -86,12 +86,14 @@ class _Plan:
         self.missing: list[str] = []
         self.parts: list[tuple[list[str], list[str], Callable[[Arrays], Arrays]]] = []  # as _step takes them
         self.read: set[str] = set()
+        self.old_leaves = [_as_stored(leaf, saved) for leaf in leaves]
+        self.same_counts = self.old_leaves == leaves  # of layers
         servers = lambda names, shape: {name: tuple(shape(name)) for name in names if fold.server_of(name)}
         old, new = servers(saved, lambda n: saved[n]["shape"]), servers(wanted, lambda n: wanted[n].shape)
         local = lambda names: any(name.startswith(OWN) for name in names)
         self.same_unit = local(saved) == local(wanted)  # of what is owed
         self.leaves_eager = any(n.startswith(EAGER) for n in saved) and not any(n.startswith(EAGER) for n in wanted)
-        self.old_servers, self.servers_stay = old, old == new and self.same_unit
+        self.old_servers, self.servers_stay = old, old == new and self.same_unit and self.same_counts
 
     # ── each array by itself ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -102,6 +104,8 @@ class _Plan:
             pass  # with its server, in fold
         elif self.leaves_eager and name.startswith(f"{OWN}params/"):
             self._make(name, name.removeprefix(OWN), _resize, FROM_SHARED)  # they were a part of their round ahead
+        elif self.kinds[name] == roles.DRAWN and not self.same_counts:
+            self.fresh.append(name)  # by device, which have other layers now
         elif self._fits(name):
             self._keep(name)
         elif source := self._counterpart(name):
@@ -141,7 +145,9 @@ class _Plan:
 
     def fold(self) -> None:
         """Workers' residuals: their own, their server's if it does not stay, and what was in flight without a place."""
-        servers = {} if self.servers_stay or not self.same_unit else fold.owners(list(self.old_servers), self.leaves)
+        servers = (
+            {} if self.servers_stay or not self.same_unit else fold.owners(list(self.old_servers), self.old_leaves)
+        )
         flying = [n for n, x in self.saved.items() if x["kind"] == roles.IN_FLIGHT and n not in self.wanted]
         left: dict[str, list[str]] = {}
         for name in flying if self.same_unit else ():
@@ -176,7 +182,7 @@ class _Plan:
             for leaf in members:
                 x, name = self.wanted[WORKER + leaf], WORKER + leaf
                 parts = [_to_replicas(arrays[n], x.shape) for n in [name, *left.get(leaf, ())] if n in arrays]
-                parts += [owed[leaf][None]] if leaf in owed else []
+                parts += [owed[leaf].reshape(1, *x.shape[1:])] if leaf in owed else []
                 found[name] = jnp.broadcast_to(sum(parts), x.shape).astype(x.dtype)
             return found
 
@@ -254,6 +260,16 @@ class _Plan:
         self._say("dropped, for there is no place for it now", left)
         notes = [f"{what}: {', '.join(names)}" for what, names in self.said.items() if names]
         return Adapted(steps, notes, self.missing + other_model)
+
+
+def _as_stored(leaf: Leaf, saved: Mapping[str, Mapping[str, Any]]) -> Leaf:
+    """As it was in the checkpoint, whose layers may be counted otherwise (runtime/runs.py)."""
+    x = saved.get(f"params/{leaf.name}", {})
+    if "layers_at" not in x:
+        return leaf
+    _, theirs, ours = x["layers_at"]
+    spec = (*[None] * (theirs - 1), leaf.spec[ours - 1], *leaf.spec[ours:])
+    return replace(leaf, shape=tuple(x["stored_shape"]), spec=P(*spec), batch_dims=leaf.batch_dims + theirs - ours)
 
 
 def _to_replicas(x_R: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -105,7 +105,7 @@ RANGES: dict[Range, str] = {
         "steps log_every eval_batches model.num_layers model.model_dim model.num_heads model.num_kv_heads "
         "model.head_dim model.mlp_dim model.rope_scaling.original_max_len data.vocab_size "
         "data.seq_len data.batch_size model.experts_per_token optimizer.accumulate guard.window guard.abort_after "
-        "checkpoint.keep sync.interval sync.fragments island.quorum"
+        "checkpoint.keep sync.interval sync.fragments island.quorum pipeline.interleave"
     ),
     Range(0, math.inf, "[)"): (
         "eval_every lora.rank model.experts model.shared_experts moe.balance_weight moe.balance_rate moe.z_loss "
@@ -155,7 +155,7 @@ UNREAD: dict[str, dict[Any, str]] = {
         "optimizer.moment_dtype",
         "onebit_adam": "optimizer.momentum optimizer.clip_norm optimizer.moment_dtype",
     },
-    "mesh.stage": {1: "pipeline.remat pipeline.gather"},
+    "mesh.stage": {1: "pipeline.remat pipeline.gather pipeline.interleave"},
     "mesh.context": {1: "attention.context"},
     "lora.rank": {0: "lora.alpha lora.pattern lora.rs lora.freeze_a"},
     "optimizer.schedule": {"constant": "optimizer.final_lr_fraction"},
