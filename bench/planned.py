@@ -41,6 +41,7 @@ def mesh(replica: int, fsdp: int, tensor: int, batch: int, **more: Any) -> dict[
 LIGHT = {"compute__remat": "matmuls"}
 INT4 = {"sync__codec": "int4"}
 REPEATED, ONCE = {"pipeline__remat": "stage"}, {"pipeline__gather": "step"}
+TWICE = {"pipeline__interleave": 2}
 RING = {"attention__context": "ring"}
 ALL_AXES = {"mesh__stage": 2, "mesh__expert": 4, "mesh__context": 2}
 STREAMING = INT4 | {"sync__strategy": "streaming", "sync__interval": 30, "sync__fragments": 2, "sync__overlap": 2}
@@ -95,6 +96,10 @@ ROWS = (
     Row("v5p-128", B8, mesh(1, 16, 1, 64, mesh__context=4, **RING)),
     Row("v5p-128", MIXTRAL, mesh(1, 16, 1, 128, mesh__expert=4)),
     Row("v5p-128", QWEN3, mesh(1, 8, 1, 128, mesh__expert=8, data__seq_len=4096)),
+    Row("h100:8x8", B8, mesh(1, 16, 1, 64, mesh__stage=4, optimizer__accumulate=4, **TWICE)),
+    Row("v5p-128", B8, mesh(1, 16, 1, 64, mesh__stage=4, optimizer__accumulate=4, **TWICE)),
+    Row("v5p-128", B8, mesh(1, 32, 1, 64, mesh__context=2)),
+    Row("v5p-128", MIXTRAL, mesh(1, 64, 1, 512)),
     # First compiled after the model was frozen.
     Row("h100:4x8", B8, mesh(1, 32, 1, 64), True),
     Row("h100:4x8", B8, mesh(1, 8, 4, 32, **LIGHT), True),
@@ -124,6 +129,10 @@ ROWS = (
     Row("v5p-64", B8, mesh(1, 16, 1, 64, mesh__stage=2, optimizer__accumulate=4), True),
     Row("v5p-64", B8, mesh(1, 16, 1, 32, mesh__context=2), True),
     Row("v5p-64", MIXTRAL, mesh(1, 4, 1, 64, mesh__expert=8), True),
+    Row("h100:8x8", B8, mesh(1, 32, 1, 64, mesh__stage=2, optimizer__accumulate=2, pipeline__interleave=4), True),
+    Row("h100:16x8", B70, mesh(1, 4, 8, 64, mesh__stage=4, optimizer__accumulate=8, **REPEATED | TWICE), True),
+    Row("v5p-256", B8, mesh(1, 64, 1, 128, mesh__context=2), True),
+    Row("v5p-256", B8, mesh(1, 32, 1, 128, mesh__context=4), True),
 )  # fmt: skip
 
 

@@ -101,4 +101,4 @@ def habits(net: Network, lay: Layout, target: Target) -> Habits:
     scatter = n * net.dim * net.itemsize * (t - 1) / t / rate(target, lay.sizes, ("tensor",))
     longer = lambda width: t > 2 and 2 * n * net.dim * width / t / target.chip.bf16 > scatter
     down, out = longer(net.mlp_dim), longer(net.queries)
-    return sent.habits("tpu")._replace(in_parts=(down + out, int(out)))
+    return sent.habits("tpu")._replace(in_parts=(down + out, int(out)), sides=target.sides)
