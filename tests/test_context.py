@@ -87,6 +87,20 @@ def test_attention_and_its_gradients_are_those_of_whole_sequences(way, case, siz
         assert np.max(np.abs(ours - theirs)) <= 2e-6 * max(1, np.max(np.abs(theirs)))
 
 
+@pytest.mark.parametrize("way", ["ring", "gather"])
+def test_a_key_whose_value_is_nothing_is_felt_by_the_sum_of_weights_alone(way):
+    """Values of the first half are zero: queries of the second half hear of those keys by the log-sum-exp, and by
+    nothing else, so that theirs are the gradients that a hop loses whose log-sum-exp has none."""
+    mesh = meshes.build({"context": 4}, jax.devices()[:4])
+    q, k, v, cotangent = arrays()
+    v[:, : T // 2] = 0
+    cotangent[:, : T // 2] = 0
+    wanted, found = plain(q, k, v, None, None, cotangent), cut(way, mesh, q, k, v, None, None, cotangent)
+    dk = wanted[2][:, : T // 2]
+    assert np.min(np.linalg.norm(dk, axis=-1)) > 1e-3
+    assert np.max(np.abs(found[2][:, : T // 2] - dk)) <= 2e-6 * np.max(np.abs(dk))
+
+
 MESHES = [(1, 1, 2, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 2, 2), (1, 1, 4, 2), (2, 1, 4, 1), (1, 1, 8, 1)]
 
 
