@@ -12,7 +12,6 @@ from runtime.config import UsageError
 from runtime.console import human_bytes
 
 KEY, REPEATS = f"mesh.{STAGE}", "pipeline.interleave"
-OF_LAYERS_IN_ORDER = {"streaming": "fragments are of", "island": "the log's payloads have"}  # strategies
 
 
 def check(c: Any, sizes: Mapping[str, int]) -> None:
@@ -27,8 +26,9 @@ def check(c: Any, sizes: Mapping[str, int]) -> None:
             f"model.num_layers={layers} cannot be cut into {said} × {REPEATS}={repeats} runs of layers. "
             f"{legal(layers, f'{KEY} × {REPEATS}', count * repeats)}"
         )
-    if repeats > 1:
-        _check_repeats(c)
+    if repeats > 1 and not may_repeat(c):
+        key, what = ("lora.rank", "adapters") if c.lora.rank else ("sync.strategy=streaming", "fragments")
+        raise UsageError(f"{REPEATS}={repeats} with {key}: {what} lie by layers, one after another: leave it out")
     if c.sync.exchange == "backward":
         raise UsageError(
             f"sync.exchange=backward with {said}: no layer's gradient is whole before the last micro-batch has gone "
@@ -52,12 +52,13 @@ def check(c: Any, sizes: Mapping[str, int]) -> None:
         )
 
 
-def _check_repeats(c: Any) -> None:
-    said = f"{REPEATS}={c.pipeline.interleave}"
-    if c.lora.rank:
-        raise UsageError(f"{said} with lora.rank: adapters lie by layers, one after another: leave it out")
-    if what := OF_LAYERS_IN_ORDER.get(c.sync.strategy):
-        raise UsageError(f"{said} with sync.strategy={c.sync.strategy}: {what} layers one after another: leave it out")
+def may_repeat(c: Any) -> bool:
+    """Whether a stage may have several runs of layers."""
+    return not c.lora.rank and takes_repeats(c.sync.strategy)
+
+
+def takes_repeats(strategy: str) -> bool:
+    return strategy != "streaming"  # whose fragments are of layers that follow each other
 
 
 def repeats(c: Any, sizes: Mapping[str, int]) -> int:

@@ -166,7 +166,6 @@ def _pipelines(case: Case, sizes: dict[str, int]) -> list[tuple[str, str, int]]:
     c = case.config
     can_gather = meshes.cut("batch", sizes)[1] > 1 and sizes[CONTEXT] == 1 and not c.model.experts and not c.lora.rank
     remat, gather = case.fixed("pipeline.remat", ("layer", "stage")), case.fixed("pipeline.gather", ("tick", "step"))
-    can_repeat = not c.lora.rank and c.sync.strategy not in pipeline.OF_LAYERS_IN_ORDER
-    runs = [n for n in RUNS[: 1 if not can_repeat else None] if not c.model.num_layers % (n * sizes[STAGE])]
+    runs = [n for n in RUNS if n == 1 or not c.lora.rank and not c.model.num_layers % (n * sizes[STAGE])]
     forms = itertools.product(remat, gather, case.fixed("pipeline.interleave", runs))
     return [form for form in forms if form[1] == "tick" or can_gather]

@@ -711,3 +711,10 @@ def test_predicted_stands_beside_compiled_and_what_does_not_fit_is_not_picked():
     assert planned.confirmed(found, best, {0: too_large, 1: fits, 2: fits}).pick is best[1]
     kept = planned.as_json(found, {id(best[1]): fits})["candidates"]
     assert [c["compiled"]["peak_bytes"] for c in kept if c["compiled"]] == [2 * GiB]
+
+
+def test_streaming_is_offered_for_stages_of_one_run_alone():
+    """Its fragments are of layers that follow each other: train.py would refuse the command."""
+    found = plan.search(case("8b", "2xh100:4x8", "1gbit", mesh__stage=4, mesh__tensor=8, mesh__replica=2))
+    runs = lambda streams: {c.layout.repeats for c in found.fitting if (c.strategy == "streaming") == streams}
+    assert runs(True) == {1} and runs(False) > {1}
