@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -41,7 +42,7 @@ def muon(
     is_axes = lambda x: isinstance(x, tuple)
     numbers = jax.tree_util.tree_map_with_path(dimensions, axes, is_leaf=is_axes)
     orthogonal = optax.chain(
-        contrib.scale_by_muon(beta=momentum, eps=eps, weight_dimension_numbers=lambda _: numbers),
+        _cut_first(contrib.scale_by_muon(beta=momentum, eps=eps, weight_dimension_numbers=lambda _: numbers), axes),
         optax.stateless(lambda updates, _: jax.tree.map(to_rms, updates, numbers)),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(schedule),
@@ -50,3 +51,19 @@ def muon(
         lambda path, names: "muon" if is_matrix(path, names) else "adamw", axes, is_leaf=is_axes
     )
     return optax.partition({"muon": orthogonal, "adamw": adamw}, labels)
+
+
+def _cut_first(inner: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
+    """Of several runs of layers the second dimension is cut over devices. optax makes one of all that count matrices:
+    with that one in front each device has its own, else they would be gathered."""
+
+    def turned(tree: Any) -> Any:
+        turns = lambda names, x: names[0] == "repeats" and not isinstance(x, optax.MaskedNode)
+        turn = lambda names, x: jnp.swapaxes(x, 0, 1) if turns(names, x) else x
+        return jax.tree.map(turn, axes, tree, is_leaf=lambda x: isinstance(x, tuple))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(turned(updates), state._replace(mu=turned(state.mu)), params)
+        return turned(updates), state._replace(mu=turned(state.mu))
+
+    return optax.GradientTransformation(inner.init, update)

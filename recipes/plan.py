@@ -154,7 +154,7 @@ def exchanging(case: Case, sizes: Mapping[str, int], strategy: str, codec: str) 
     keys = method(case, strategy, codec) | {f"mesh.{axis}": sizes[axis] for axis in AXES}
     keys |= {"optimizer.accumulate": 1, "sync.replicas": 0, "compute.xla_options": ""}
     keys |= {"data.batch_size": math.prod(sizes.values())}  # which any mesh cuts; it has no part in this
-    parts = build.build(changed(case.config, keys), case.mesh(sizes))
+    parts = build.build(changed(case.checked, keys), case.mesh(sizes))
     return Exchanging(memory.state_bytes(parts, sizes), exchanged.sent(parts), exchanged.held(parts))
 
 

@@ -17,7 +17,7 @@ from parallel.cost.pace import Exchange
 from parallel.cost.targets import Target
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import SLOW
-from recipes import memory, plan, tried
+from recipes import memory, pipeline, plan, tried
 from recipes.candidate import Candidate
 from recipes.case import Case
 from recipes.over_link import TRIED
@@ -148,6 +148,8 @@ def _with_exchange(
     best: dict[int, Candidate] = {}
     for rows, found in able.items():
         for c in found:
+            if c.layout.repeats > 1 and not pipeline.takes_repeats(strategy):
+                continue
             sizes = dict(c.layout.sizes)
             key = tuple(sizes.values())
             if key not in known:

@@ -42,7 +42,7 @@ def translate(record: Mapping[str, Any]) -> dict[str, Any]:
         if fragments is not None:
             shape = [*shape[1 : 1 + fragments], shape[0] * shape[1 + fragments], *shape[2 + fragments :]]
         arrays[new] = {**x, "shape": shape, "kind": _kind(new), "stored": name, "fragments": fragments}
-        arrays[new]["stored_shape"] = x["shape"]
+        arrays[new] |= {"stored_shape": x["shape"]} if fragments is not None else {}
     return {**record, "format": 2, "arrays": arrays}
 
 

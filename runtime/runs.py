@@ -23,7 +23,9 @@ def translate(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str,
     known = record["arrays"]
     names = [name for name in wanted if name.startswith(BLOCKS) and name in known]
     pairs = {name: (tuple(known[name]["shape"]), tuple(wanted[name].shape)) for name in names}
-    old, new = next((counts for by in COUNTED if (counts := _counts(list(pairs.values()), *by))), ((), ()))
+    cut = all(_is_second(x.sharding.spec) for name, x in wanted.items() if name in pairs)
+    ways = [by for by in COUNTED if cut or by[1] == 1]
+    old, new = next((counts for by in ways if (counts := _counts(list(pairs.values()), *by))), ((), ()))
     if old == new:
         return dict(record)
     arrays = {}
@@ -42,10 +44,20 @@ def _is_of(name: str, leaf: str) -> bool:
     return f"/{leaf.removeprefix(PARAMS)}/" in f"/{name}/"
 
 
+def _is_second(spec: Any) -> bool:
+    """Whether an array is cut by its second dimension and not by its first, as runs of layers are."""
+    return len(spec) > 1 and spec[0] is None and spec[1] is not None
+
+
 def _counts(pairs: list, theirs: int, ours: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """What counts layers in the shapes of all weights, if they differ in nothing else."""
+    """What counts layers in the shapes of all weights, if they differ in nothing else; of weights that are all alike
+    that cannot be told."""
     found = {(old[:theirs], new[:ours]) for old, new in pairs if old[theirs:] == new[ours:]}
-    if len(found) != 1 or any(old[theirs:] != new[ours:] for old, new in pairs):
+    if (
+        len(found) != 1
+        or len({new[ours:] for _, new in pairs}) == 1
+        or any(old[theirs:] != new[ours:] for old, new in pairs)
+    ):
         return None
     old, new = next(iter(found))
     return (old, new) if math.prod(old) == math.prod(new) and (len(old), len(new)) == (theirs, ours) else None

@@ -4,12 +4,16 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from parallel.exchange import fold, units
 from parallel.exchange.codecs import rounds
+from parallel.layout import mesh as meshes
 from parallel.layout import roles
 from recipes import phases
 from recipes.programs import compile_steps, shardings_of
+from runtime import runs
 from runtime.checkpoint import Checkpoints, load_params
 from runtime.digest import named_arrays, params_digest
 
@@ -130,6 +134,25 @@ def test_layers_that_stages_have_in_other_runs_are_the_same_layers(tmp_path, bef
     given = load_params(tmp_path, parts.state.params, notes.append)
     assert given.digest == params_digest(state.params)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(given.params), jax.device_get(restored.params))
+
+
+def test_weights_of_another_shape_are_no_other_runs_of_layers():
+    """Of a caller's model, whose layers are no runs: arrays of as many numbers are not taken for each other."""
+    shaped = lambda shapes: {f"params/blocks/{name}": {"shape": list(x)} for name, x in shapes.items()}
+    abstract = lambda shapes: {
+        f"params/blocks/{name}": jax.ShapeDtypeStruct(
+            x, np.float32, sharding=NamedSharding(meshes.build({}, jax.devices()[:1]), P("stage"))
+        )
+        for name, x in shapes.items()
+    }
+    for old, new in (
+        ({"w": (4, 64)}, {"w": (2, 128)}),
+        ({"w": (8,)}, {"w": (2, 4)}),
+        ({"w": (2, 4)}, {"w": (8,)}),
+        ({"b": (4, 64), "w": (4, 64, 3)}, {"b": (2, 128), "w": (2, 128, 3)}),
+    ):
+        record = {"arrays": shaped(old)}
+        assert runs.translate(record, abstract(new)) == record
 
 
 @SLOW

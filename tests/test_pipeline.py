@@ -132,6 +132,20 @@ def test_what_is_picked_of_weights_is_not_kept_for_every_tick(remat):
 
 
 @SLOW
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_layer_leaves_its_stage_however_many_runs_there_are(optimizer):
+    """Over stages, what is no activation does not depend on them, whatever the optimizer makes of layers."""
+    found = []
+    for runs in (1, 2):
+        keys = {"model__num_layers": 4, "pipeline__interleave": runs, "optimizer__name": optimizer}
+        parts = helpers.build(helpers.tiny(optimizer__accumulate=4, **keys), (1, 2, 2, 1, 1))
+        (program,) = compile_steps(parts, helpers.QUICKLY).values()
+        sent = [c for c in wire.collectives(program.as_text(), parts.mesh) if c.axis == "stage"]
+        found.append(sum(c.sent for c in sent if pipeline.SCOPE not in c.scope))
+    assert found[0] == found[1] > 0
+
+
+@SLOW
 def test_what_is_handed_on_is_that_of_all_replicas_of_a_device():
     config = helpers.tiny(optimizer__accumulate=2, sync__replicas=4)
     parts = helpers.build(config, (2, 2, 1, 1, 1))

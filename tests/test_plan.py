@@ -718,3 +718,11 @@ def test_streaming_is_offered_for_stages_of_one_run_alone():
     found = plan.search(case("8b", "2xh100:4x8", "1gbit", mesh__stage=4, mesh__tensor=8, mesh__replica=2))
     runs = lambda streams: {c.layout.repeats for c in found.fitting if (c.strategy == "streaming") == streams}
     assert runs(True) == {1} and runs(False) > {1}
+
+
+@pytest.mark.parametrize("keys", [{"compute__remat": "offload"}, {"pipeline__interleave": 2, "model__num_layers": 2}])
+def test_what_is_chosen_is_no_reason_against_a_mesh(keys):
+    """A config's own value of a key that was not typed, which stages could not have."""
+    of = dataclasses.replace(case("tiny", "h100:4", **keys), typed=())
+    assert {sizes["stage"] for sizes in tried.legal(of)} == {1, 2}
+    assert {c.layout.stages for c in plan.search(of).fitting} == {1, 2}
