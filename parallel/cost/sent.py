@@ -62,17 +62,15 @@ class Sent(NamedTuple):
 class Habits(NamedTuple):
     """Of a compiler, where it sends more than is asked. most, heads_most: chips over which gradients of layers, or the
     head's, are scattered; over more they are added up whole, which is twice the bytes. lanes: where a last dimension is
-    cut into parts of so many columns, they are scattered all the same; 0: never. narrow: weights that are cut into
-    parts of less of the model dimension are gathered by adding up, which is twice the bytes, too. by_parts: gradients
-    are scattered part by part while they are multiplied: n + 1 parts for n − 1. in_parts: so are scatters over `tensor`
-    of a layer's forward pass, and of what is worked out again: so many. by_hand: chips over which gradients that are
-    scattered by hand are; over more they are added up whole, too. sides: of a torus; over more chips than `most` of
-    several axes, one of which takes a part of a side, weights are gathered by adding up."""
+    cut into parts of so many columns, they are scattered all the same; 0: never. by_parts: gradients are scattered part
+    by part while they are multiplied: n + 1 parts for n − 1. in_parts: so are scatters over `tensor` of a layer's
+    forward pass, and of what is worked out again: so many. by_hand: chips over which gradients that are scattered by
+    hand are; over more they are added up whole, too. sides: of a torus; over more chips than `most` of several axes,
+    one of which takes a part of a side, weights are gathered by adding up, which is twice the bytes, too."""
 
     most: float = math.inf
     heads_most: float = math.inf
     lanes: int = 0
-    narrow: int = 0
     by_parts: bool = False
     in_parts: tuple[int, int] = (0, 0)
     by_hand: float = math.inf
@@ -81,7 +79,7 @@ class Habits(NamedTuple):
 
 def habits(platform: str) -> Habits:
     """Of a platform's compiler. What it makes in parts over `tensor` is not told here."""
-    tpu = Habits(MOST, MOST - 1, LANES, LANES // 2, True, by_hand=MOST)
+    tpu = Habits(MOST, MOST - 1, LANES, True, by_hand=MOST)
     return {"tpu": tpu, "cpu": Habits(0, 0)}.get(platform, Habits())
 
 
@@ -130,7 +128,7 @@ def _weights(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
         if not is_routed and not lay.gathers_once:  # which are scattered by hand
             label = BY_PARTS if habits.by_parts and n <= habits.most else GRADIENTS
             gradients = layer + own * _more(weights, n, net, lay, habits)
-        layer *= 1 + _adds_up(axes, n, net, lay, habits, not is_routed and not lay.gathers_once)
+        layer *= 1 + _adds_up(axes, n, lay, habits)
         yield Sent(axes, FORWARD, WEIGHTS, how.forward * layer, how.forward * own * (n - 1))
         yield Sent(axes, BACKWARD, AGAIN, how.again * layer, how.again * own * (n - 1))
         yield Sent(axes, BACKWARD, label, how.gradients * gradients, how.gradients * own * (n - 1))
@@ -145,12 +143,8 @@ def _groups(net: Network, lay: Layout) -> dict[tuple[tuple[str, ...], bool], lis
     return found
 
 
-def _adds_up(
-    axes: Sequence[str], n: int, net: Network, lay: Layout, habits: Habits, may_be_narrow: bool = True
-) -> bool:
+def _adds_up(axes: Sequence[str], n: int, lay: Layout, habits: Habits) -> bool:
     """Whether weights are gathered over n chips by adding up, which is twice the bytes."""
-    if may_be_narrow and n > 1 and net.dim // n < habits.narrow:
-        return True
     if n <= habits.most or len(axes) == 1 or not habits.sides:
         return False
     whole = {math.prod(some) for k in range(4) for some in itertools.combinations(habits.sides, k)}
@@ -181,7 +175,7 @@ def _ends(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
     n, C, positions = lay.count(rows), lay.cut("positions"), A * end_tokens(net, lay)
     head, whole, parts = A * _gathered([net.head], net, lay), lay.over(net.head.model), lay.count(net.head.model)
     wide = positions * net.dim * net.itemsize / lay.cut("vocab")
-    yield Sent(whole, ENDS, HEAD, head * (1 + _adds_up(whole, parts, net, lay, habits)), A * (parts - 1))
+    yield Sent(whole, ENDS, HEAD, head * (1 + _adds_up(whole, parts, lay, habits)), A * (parts - 1))
     yield Sent(whole, ENDS, HEADS_GRADIENT, head * (1 + (parts > habits.heads_most)), A * (parts - 1))
     yield Sent(rows, ENDS, EMBEDDINGS, 2 * (1 - 1 / n) * wide, 2 * A * (n - 1))
     yield Sent(rows, ENDS, IDS, (n - 1) * positions * C * 4, A * (n - 1))
