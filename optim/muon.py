@@ -58,7 +58,7 @@ def _cut_first(inner: optax.GradientTransformation, axes: Any) -> optax.Gradient
     with that one in front each device has its own, else they would be gathered."""
 
     def turned(tree: Any) -> Any:
-        turns = lambda names, x: names[0] == "repeats" and not isinstance(x, optax.MaskedNode)
+        turns = lambda names, x: names[:1] == ("repeats",) and not isinstance(x, optax.MaskedNode)
         turn = lambda names, x: jnp.swapaxes(x, 0, 1) if turns(names, x) else x
         return jax.tree.map(turn, axes, tree, is_leaf=lambda x: isinstance(x, tuple))
 

@@ -1643,9 +1643,30 @@ CASES = [
         "tests/test_plan.py::test_stages_sequences_and_experts_are_counted_as_they_were_compiled",
     ),
     TakenOut(
+        "plan: a group over parts of a torus's sides gathers by adding up",
+        "parallel/cost/sent.py",
+        "layer *= 1 + _adds_up(axes, n, lay, habits)",
+        "layer *= 1",
+        "tests/test_plan.py -k as_they_were_compiled",
+    ),
+    TakenOut(
+        "plan: what is scattered by hand over many chips is added up",
+        "parallel/cost/sent.py",
+        "layer * (1 + (n > habits.by_hand))",
+        "layer",
+        "tests/test_plan.py -k added_up_whole",
+    ),
+    TakenOut(
+        "stages: muon keeps runs of layers on their stages",
+        "optim/muon.py",
+        "return turned(updates), state._replace(mu=turned(state.mu))",
+        "return updates, state",
+        "tests/test_pipeline.py -k muon_with_runs",
+    ),
+    TakenOut(
         "plan: layers are computed in every tick",
         "parallel/cost/network.py",
-        "return layers(net, lay) * lay.ticks",
+        "return layers(net, lay) // lay.repeats * lay.ticks",
         "return layers(net, lay) * lay.accumulate",
         "tests/test_plan.py::test_stages_sequences_and_experts_are_counted_as_they_were_compiled",
     ),
@@ -2182,8 +2203,8 @@ CASES = [
     TakenOut(
         "experts: what a stage finds belongs to a micro-batch",
         "parallel/layout/pipeline.py",
-        "at = jnp.arange(self.micro)[:, None] + S  # the tick in which a stage works on a micro-batch",
-        "at = jnp.arange(self.micro)[:, None] + 0 * S",
+        "self._begins(M[:, None], np.arange(self.repeats))[..., None] + S",
+        "self._begins(M[:, None], np.arange(self.repeats))[..., None] + 0 * S",
         "tests/test_experts.py -k metrics_and_the_balancing",
     ),
     TakenOut(

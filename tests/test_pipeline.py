@@ -6,10 +6,12 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from test_parity import check
 
+from optim.muon import muon
 from parallel.cost import wire
 from parallel.layout import mesh as meshes
 from parallel.layout import pipeline
@@ -129,6 +131,23 @@ def test_what_is_picked_of_weights_is_not_kept_for_every_tick(remat):
     D, F = parts.param_shapes["blocks"]["mlp"]["up"].shape[2:]
     assert any(shape.endswith(f"32x{D}") for shape in kept)
     assert not [shape for shape in kept if shape.endswith((f"{D}x{F}", f"{F}x{D}", f"{D}x8x8"))]
+
+
+def test_muon_with_runs_of_layers_is_muon():
+    """Layers [2, 3, …], two steps, against [6, …]: updates and momentum."""
+    found = []
+    for leading in ((6,), (2, 3)):
+        axes = {"blocks": {"w": (*("repeats", "layers")[2 - len(leading) :], "embed", "mlp")}}
+        made = muon(lambda count: 0.1, axes, 0.9, 0.0, 1e-8, optax.adamw(0.1))
+        w = jax.random.normal(jax.random.key(0), (6, 8, 5)).reshape(*leading, 8, 5)
+        params = {"blocks": {"w": w}}
+        state = made.init(params)
+        for _ in range(2):
+            updates, state = made.update(jax.tree.map(jnp.sin, params), state, params)
+            params = optax.apply_updates(params, updates)
+        found.append([np.asarray(x).reshape(6, 8, 5) for x in jax.tree.leaves((params, state)) if x.size == 6 * 8 * 5])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @SLOW

@@ -112,6 +112,10 @@ OTHERS = {
     "Mixtral, expert 8": (("mixtral", "h100:8x8", {"mesh__expert": 8}), 9.59, 980.7, {"expert": 21.88, "fsdp": 35.56}),
     "v5p, 4 stages": (("8b", "v5p-128", IN_TICKS), 9.63, 941.7, {"stage": 4.76, "fsdp": 48.55}),
     "v5p, 4 stages × 2 runs": (("8b", "v5p-128", IN_TICKS | TWICE), 8.58, 745.4, {"stage": 5.76, "fsdp": 52.51}),
+    "v5p, context 2": (("8b", "v5p-128", {"mesh__context": 2}), 6.34, 549.2, {"context": 7.56, "fsdp": 80.76}),
+    "v5p-256, context 4": (
+        ("8b", "v5p-256", {"mesh__context": 4, "data__batch_size": 128}), 6.07, 549.2, {"fsdp": 54.63},
+    ),
     "v5p, context 4 as a ring": (
         ("8b", "v5p-128", {"mesh__context": 4, "attention__context": "ring"}),
         6.23, 549.2, {"context": 15.09, "fsdp": 54.20},
@@ -132,6 +136,13 @@ def test_stages_sequences_and_experts_are_counted_as_they_were_compiled(row):
     assert found.step.flops / 1e12 == pytest.approx(products, rel=0.001)
     for axis, size in wire.items():
         assert found.sent[axis] / GiB == pytest.approx(size, rel=0.01), axis
+
+
+def test_experts_gradients_are_added_up_whole_over_many_chips():
+    """As compiled: four times what gathering them once sends, where 32 chips would scatter them."""
+    assert only("mixtral", "v5p-128", "full", data__batch_size=512).sent["fsdp"] / GiB == pytest.approx(
+        341.83, rel=0.001
+    )
 
 
 @pytest.mark.parametrize("config", ["tiny", "tiny_moe"])
