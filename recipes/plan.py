@@ -114,7 +114,7 @@ def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], l
         notes.append(f"exchanges are counted for the {MESHES} fastest of {len(by_mesh)} meshes with several replicas")
     for every in list(by_mesh.values())[:MESHES]:
         sizes, not_here = every[0].layout.sizes, set()
-        in_order = [c for c in every if c.layout.repeats == 1]
+        offered = {True: undominated(every), False: undominated([c for c in every if c.layout.repeats == 1])}
         for strategy, codec in itertools.product(strategies, codecs):
             if strategy in not_here or (case.gaps and not case.gaps.has(strategy, codec)):
                 continue
@@ -124,7 +124,7 @@ def over_slow(case: Case, bare: Sequence[Candidate]) -> tuple[list[Candidate], l
                 not_here.add(strategy)
                 refused[strategy] = f"{strategy} is left out: {str(error).splitlines()[0]}"
                 continue
-            same = undominated(every if pipeline.takes_repeats(strategy) else in_order)
+            same = offered[pipeline.takes_repeats(strategy)]
             found += [counted(case, c.layout, strategy, codec, x.exchange, x.state, x.flight) for c in same]
     nowhere = [said for strategy, said in refused.items() if all(c.strategy != strategy for c in found)]
     unknown = case.gaps.unknown(itertools.product(strategies, codecs)) if case.gaps else []

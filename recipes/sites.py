@@ -148,15 +148,13 @@ def _with_exchange(
     best: dict[int, Candidate] = {}
     for rows, found in able.items():
         for c in found:
-            if c.layout.repeats > 1 and not pipeline.takes_repeats(strategy):
-                continue
             sizes = dict(c.layout.sizes)
             key = tuple(sizes.values())
             if key not in known:
                 known[key] = plan.exchanging(case, sizes, strategy, codec)
             x = known[key]
             own = plan.counted(case, c.layout, strategy, codec, x.exchange, x.state, x.flight)
-            if own.fits:
+            if own.fits and (c.layout.repeats == 1 or pipeline.takes_repeats(strategy)):
                 best[rows] = own
                 break
     return best, next(iter(known.values())).exchange

@@ -14,8 +14,8 @@ from recipes.case import Case
 from runtime.config import UNREAD, UsageError, changed
 
 REMAT = ("matmuls", "full")  # how fast a host's memory is reached is not known
-# What is read where an axis has several devices.
 RUNS = (1, 2, 4)  # of layers of a stage
+# What is read where an axis has several devices.
 READ_BY = {f"mesh.{axis}": UNREAD[f"mesh.{axis}"][1].split() for axis in (STAGE, CONTEXT)}
 POSITIONS = 1024  # of a sequence that a device has at least, where it is cut over context
 

@@ -52,14 +52,10 @@ def _is_second(spec: Any) -> bool:
 def _counts(pairs: list, theirs: int, ours: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """What counts layers in the shapes of all weights, if they differ in nothing else; of weights that are all alike
     that cannot be told."""
-    found = {(old[:theirs], new[:ours]) for old, new in pairs if old[theirs:] == new[ours:]}
-    if (
-        len(found) != 1
-        or len({new[ours:] for _, new in pairs}) == 1
-        or any(old[theirs:] != new[ours:] for old, new in pairs)
-    ):
+    found, rest = {(old[:theirs], new[:ours]) for old, new in pairs}, {new[ours:] for _, new in pairs}
+    if len(found) != 1 or len(rest) == 1 or any(old[theirs:] != new[ours:] for old, new in pairs):
         return None
-    old, new = next(iter(found))
+    ((old, new),) = found
     return (old, new) if math.prod(old) == math.prod(new) and (len(old), len(new)) == (theirs, ours) else None
 
 
@@ -68,8 +64,8 @@ def as_stored(x: Mapping[str, Any], wanted: Any) -> jax.ShapeDtypeStruct:
     shape, (at, theirs, ours), mesh = tuple(x["stored_shape"]), x["layers_at"], wanted.sharding.mesh
     spec = (*wanted.sharding.spec, *[None] * (len(wanted.shape) - len(wanted.sharding.spec)))
     last, size = spec[at + ours - 1], shape[at + theirs - 1]
-    count = NamedSharding(mesh, P(last)).shard_shape((mesh.size,))[0]
-    entry = last if size % (mesh.size // count) == 0 else None
+    axes = () if last is None else (last,) if isinstance(last, str) else last
+    entry = last if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
     cut = P(*spec[:at], *[None] * (theirs - 1), entry, *spec[at + ours :])
     return jax.ShapeDtypeStruct(shape, wanted.dtype, sharding=NamedSharding(mesh, cut))
 

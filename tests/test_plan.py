@@ -737,3 +737,12 @@ def test_what_is_chosen_is_no_reason_against_a_mesh(keys):
     of = dataclasses.replace(case("tiny", "h100:4", **keys), typed=())
     assert {sizes["stage"] for sizes in tried.legal(of)} == {1, 2}
     assert {c.layout.stages for c in plan.search(of).fitting} == {1, 2}
+
+
+def test_unequal_sites_may_have_stages_of_several_runs(monkeypatch, capsys):
+    """Typed, so that streaming, which would have no stage of one run, is left out."""
+    monkeypatch.chdir(helpers.ROOT)
+    typed = ["mesh.stage=2", "pipeline.interleave=2", "model.num_layers=4"]
+    machine = ["--config=configs/tiny.py", "--hardware=h100:4+l4:4", "--link=1gbit"]
+    assert command.main([*machine, *(f"--config.{key}" for key in typed)]) == 0
+    assert "--config.pipeline.interleave=2" in capsys.readouterr().out

@@ -129,8 +129,7 @@ def _ordered(axes: set[str]) -> tuple[str, ...]:
 class Layout:
     """How a network is trained. sizes: of the mesh's axes. rows: windows of a device in a micro-step. remat, chunk:
     compute.remat (matmuls, offload, full), and bytes of float32 logits at a time. is_splash: attention by a TPU kernel.
-    way: attention.context, as resolved. pipeline: pipeline.remat, pipeline.gather and
-    pipeline.interleave."""
+    way: attention.context, as resolved. pipeline: pipeline.remat, pipeline.gather and pipeline.interleave."""
 
     sizes: Mapping[str, int]
     rows: int
