@@ -98,7 +98,7 @@ def read(
     """What compiled programs say of themselves: (rows, what each sends, what `wire_bytes` makes of that)."""
     found = traffic(parts, programs) | traffic_beside(parts, others)
     per_step = wire_bytes(parts, found, config.steps)
-    rows = [*model_rows(parts), *(row for part in (pipeline, context, experts) for row in part.rows(config, parts))]
+    rows = model_rows(parts) + split_rows(config, parts)
     rows += slow_rows(config, parts, programs, found, per_step)
     sent = [
         (f"wire per step, {axis}", f"{human_bytes(size)} sent by each device")
@@ -148,6 +148,11 @@ def compile_all(config: Any, parts: Parts) -> tuple[dict[str, Any], dict[str, An
 
 
 # A row without a value is a heading.
+
+
+def split_rows(config: Any, parts: Parts) -> list[tuple[str, str]]:
+    """What stages, parts of sequences and experts cost."""
+    return [row for part in (pipeline, context, experts) for row in part.rows(config, parts)]
 
 
 def model_rows(parts: Parts) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ class Remedy:
 def rows(config: Any, parts: Parts, target: Target, readings: Mapping[str, Reading]) -> list[tuple[str, str]]:
     """A row without a value is a heading."""
     steps = [name for name in readings if readings[name].runs_per_step and name != "evaluation"]
-    found = describe.model_rows(parts) + describe.across_rows(config, parts)
+    found = describe.model_rows(parts) + describe.split_rows(config, parts) + describe.across_rows(config, parts)
     for name in steps:
         found += [(f"{name}, {_often(readings[name].runs_per_step)}", ""), *_program(readings[name], target)]
     found += _predicted(config, parts, [readings[name] for name in steps])

@@ -542,6 +542,15 @@ def test_a_tpu_compilers_refusal_is_a_verdict_with_a_remedy_that_compiles(tmp_pa
     assert not found["fits"] and any(remedy["fits"] for remedy in found["remedies"]), said
 
 
+def test_what_stages_sequences_and_experts_cost_is_said_of_a_machine_too():
+    config = helpers.tiny(data__batch_size=64, model__experts=4, optimizer__accumulate=4)
+    built = helpers.build(config, (1, 2, 1, 2, 2, 1))
+    seconds = {"compute": 2.0, "memory": 1.0, "wire": {}}
+    found = dict(verdict.rows(config, built, target("v5p-16"), {"step": reading(20, seconds=seconds)}))
+    assert found["bubble"].startswith("20% of the time: 2 stages of 1 layer, 4 micro-batches")
+    assert {"ring", "experts"} <= found.keys()
+
+
 def test_what_cannot_be_counted_is_said_and_binds_nothing():
     seconds = {"compute": math.nan, "memory": 1.0, "wire": {"fsdp": 3.0}}
     step = dataclasses.replace(reading(20, seconds=seconds), flops=math.nan)
