@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,4 +73,4 @@ def as_stored(x: Mapping[str, Any], wanted: Any) -> jax.ShapeDtypeStruct:
 
 def counted(x: jax.Array, wanted: Any) -> jax.Array:
     """As this run counts them."""
-    return jax.jit(lambda x: x.reshape(wanted.shape), out_shardings=wanted.sharding)(x)
+    return jax.jit(jnp.reshape, static_argnums=1, out_shardings=wanted.sharding)(x, wanted.shape)

@@ -42,7 +42,7 @@ def owed(parts, state) -> dict[str, np.ndarray]:
     found = {leaf.name: np.zeros(leaf.shape) for leaf in leaves}
     servers = {name: x for name, x in arrays.items() if fold.server_of(name)}
     for name, own in fold.owners(list(servers), leaves).items():
-        for leaf, x in fold.unfold(name, servers[name], own).items():
+        for leaf, x in jax.jit(lambda x, name=name, own=own: fold.unfold(name, x, own))(servers[name]).items():
             found[leaf] += np.asarray(x, np.float64)
     for name, x in arrays.items():
         if kinds[name] == roles.IN_FLIGHT or name.startswith("codec/worker/"):

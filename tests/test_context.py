@@ -38,8 +38,12 @@ def documents() -> np.ndarray:
 
 
 def plain(q, k, v, segments, window, cotangent) -> tuple:
-    y, back = jax.vjp(lambda q, k, v: reference(q, k, v, segments, window, Constrain(None)), q, k, v)
-    return (y, *back(cotangent))
+    @jax.jit
+    def run(q, k, v, cotangent):
+        y, back = jax.vjp(lambda q, k, v: reference(q, k, v, segments, window, Constrain(None)), q, k, v)
+        return (y, *back(cotangent))
+
+    return run(q, k, v, cotangent)
 
 
 def cut(way: str, mesh: Any, q, k, v, segments, window, cotangent) -> tuple:
@@ -48,13 +52,14 @@ def cut(way: str, mesh: Any, q, k, v, segments, window, cotangent) -> tuple:
     sequences = constrain.sequences(way)
     attend = sequences.attention(reference, PLAIN)
 
+    @jax.jit
     def run(q, k, v, segments, cotangent):
+        q, k, v, cotangent = (sequences.spread(x) for x in (q, k, v, cotangent))
+        segments = sequences.known(segments)
         y, back = jax.vjp(lambda q, k, v: attend(q, k, v, segments, window, constrain), q, k, v)
-        return (y, *back(cotangent))
+        return tuple(sequences.back(x) for x in (y, *back(cotangent)))
 
-    q, k, v, cotangent = (sequences.spread(jnp.asarray(x)) for x in (q, k, v, cotangent))
-    segments = sequences.known(None if segments is None else jnp.asarray(segments))
-    return tuple(sequences.back(x) for x in jax.jit(run)(q, k, v, segments, cotangent))
+    return run(q, k, v, segments, cotangent)
 
 
 CASES = {

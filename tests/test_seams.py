@@ -63,7 +63,7 @@ def owed(arrays, kinds, leaves) -> dict[str, np.ndarray]:
     all_leaves = jax.tree.leaves(leaves)
     found = {leaf.name: np.zeros(leaf.shape) for leaf in all_leaves}
     for name, own in fold.owners([n for n in arrays if fold.server_of(n)], all_leaves).items():
-        for leaf, x in fold.unfold(name, jnp.asarray(arrays[name]), own).items():
+        for leaf, x in jax.jit(lambda x, name=name, own=own: fold.unfold(name, x, own))(arrays[name]).items():
             found[leaf] += np.asarray(x, np.float64)
     for name, x in arrays.items():
         if name.startswith("codec/worker/") or kinds[name] == roles.IN_FLIGHT:
