@@ -43,6 +43,7 @@ INT4 = {"sync__codec": "int4"}
 REPEATED, ONCE = {"pipeline__remat": "stage"}, {"pipeline__gather": "step"}
 TWICE = {"pipeline__interleave": 2}
 RING = {"attention__context": "ring"}
+EXPERTS = {"mesh__expert": 8, "model__num_layers": 2, "data__seq_len": 4096}
 ALL_AXES = {"mesh__stage": 2, "mesh__expert": 4, "mesh__context": 2}
 STREAMING = INT4 | {"sync__strategy": "streaming", "sync__interval": 30, "sync__fragments": 2, "sync__overlap": 2}
 STREAMING |= {"steps": 90_000}  # whole calls
@@ -100,6 +101,11 @@ ROWS = (
     Row("v5p-128", B8, mesh(1, 16, 1, 64, mesh__stage=4, optimizer__accumulate=4, **TWICE)),
     Row("v5p-128", B8, mesh(1, 32, 1, 64, mesh__context=2)),
     Row("v5p-128", MIXTRAL, mesh(1, 64, 1, 512)),
+    *(  # What a bound of experts' rows holds (moe.rows).
+        Row("h100:2x8", config, mesh(1, 2, 1, 32, **EXPERTS, moe__rows=rows))
+        for config in (MIXTRAL, QWEN3)
+        for rows in ("2", "worst")
+    ),
     # First compiled after the model was frozen.
     Row("h100:4x8", B8, mesh(1, 32, 1, 64), True),
     Row("h100:4x8", B8, mesh(1, 8, 4, 32, **LIGHT), True),

@@ -110,6 +110,11 @@ OTHERS = {
         ("8b", "h100:8x8", {"mesh__context": 4, "attention__context": "ring"}), 6.27, 531.6, {"context": 15.09},
     ),
     "Mixtral, expert 8": (("mixtral", "h100:8x8", {"mesh__expert": 8}), 9.59, 980.7, {"expert": 21.88, "fsdp": 35.56}),
+    "Qwen3, expert 8": (("qwen3", "h100:8x8", {"mesh__expert": 8}), 5.84, 271.0, {"expert": 65.64, "fsdp": 24.05}),
+    "Qwen3, expert 8, every row": (
+        ("qwen3", "h100:2x8", {"mesh__expert": 8, "mesh__fsdp": 2, "data__batch_size": 32, "model__num_layers": 2,
+                               "moe__rows": "worst"}), 26.64, 92.87, {},
+    ),
     "v5p, 4 stages": (("8b", "v5p-128", IN_TICKS), 9.63, 941.7, {"stage": 4.76, "fsdp": 48.55}),
     "v5p, 4 stages × 2 runs": (("8b", "v5p-128", IN_TICKS | TWICE), 8.58, 745.4, {"stage": 5.76, "fsdp": 52.51}),
     "v5p, context 2": (("8b", "v5p-128", {"mesh__context": 2}), 6.34, 549.2, {"context": 7.56, "fsdp": 80.76}),

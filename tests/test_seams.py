@@ -5,7 +5,6 @@ numbers: no step is made. `make prove` counts the changes."""
 from itertools import product
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_refusing import make

@@ -22,7 +22,7 @@ LOGIT_COPIES = 1.5  # a chunk in float32, and its gradient in the compute dtype
 # in a pipeline the most is held before the gradients' products.
 GATHERED_LAYERS, GATHERED_EXPERTS, GATHERED_IN_A_TICK = 3, 5 / 3, 1
 # Arrays of a layer's backward pass at a time: of D, of F, of queries and keys; with experts, of their rows, of D, or of
-# those of all tokens. And of its forward pass, of D and of F.
+# those of all tokens; of rows that are wider than F, one more. And of its forward pass, of D and of F.
 LIVE_WIDE, LIVE_HIDDEN, LIVE_HEADS, LIVE_ROWS, LIVE_ALL_ROWS = 5, 6, 2, 3, 9
 FORWARD_WIDE, FORWARD_HIDDEN = 5, 2
 
@@ -77,12 +77,13 @@ def _loss(net: Network, lay: Layout) -> dict[str, float]:
 
 
 def _activations(net: Network, lay: Layout) -> float:
-    features = LIVE_HIDDEN * hidden_of_token(net, lay) + LIVE_HEADS * (net.queries + 2 * net.keys)
+    hidden, heads = hidden_of_token(net, lay) / lay.cut("mlp"), (net.queries + 2 * net.keys) / lay.cut("mlp")
     rows = 0.0
     if net.experts:
-        live = LIVE_ALL_ROWS if routed(net, lay).goes_to_all else LIVE_ROWS
-        rows = live * rows_of_token(net, lay) * net.dim
-    return tokens(net, lay) * net.itemsize * (LIVE_WIDE * net.dim + features / lay.cut("mlp") + rows)
+        row = rows_of_token(net, lay) * net.dim
+        rows = row * (LIVE_ALL_ROWS if routed(net, lay).goes_to_all else LIVE_ROWS + (row > hidden))
+    live = LIVE_WIDE * net.dim + LIVE_HIDDEN * hidden + LIVE_HEADS * heads + rows
+    return tokens(net, lay) * net.itemsize * live
 
 
 def _in_a_pipeline(

@@ -132,20 +132,20 @@ class _Device:
     def forward(self) -> tuple[jax.Array, jax.Array]:
         """(y [B, T, H, K], log-sum-exp [B, T, H])."""
         own = self._side(self.me, (self.q,))
-        y, lse = self.products.forward(own, self._side(self.me, self.way.first), self.window, True)
+        found = self.products.forward(own, self._side(self.me, self.way.first), self.window, True)
 
         def hop(carry: tuple, i: Any, last: bool) -> tuple:
-            (y, lse), held = carry
+            (low, high), held = carry
             earlier, keys, held = self._met(held, i, last)
             y2, lse2 = self.products.forward(own.halves(_queries(earlier)), keys, self.window, False)
             (y_high, y_it), (lse_high, lse_it) = jnp.split(y2, 2), jnp.split(lse2, 2)
-            low, high = zip(jnp.split(y, 2, axis=1), jnp.split(lse, 2, axis=1), strict=True)
             low = _merged(*low, y_it, jnp.where(earlier, lse_it, NOTHING))
             high = _merged(*_merged(*high, y_high, lse_high), y_it, jnp.where(earlier, NOTHING, lse_it))
-            return tuple(jnp.concatenate(x, 1) for x in zip(low, high, strict=True)), held
+            return (low, high), held
 
-        y, lse = self._hops(hop, ((y, lse), self.way.held))[0]
-        return y.astype(self.q.dtype), lse
+        halves = tuple(zip(*(jnp.split(x, 2, axis=1) for x in found), strict=True))
+        y, lse = zip(*self._hops(hop, (halves, self.way.held))[0], strict=True)
+        return jnp.concatenate([x.astype(self.q.dtype) for x in y], 1), jnp.concatenate(lse, 1)
 
     def backward(self, y: jax.Array, lse: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
         """Gradients of q, k and v. y, lse: of all keys."""
@@ -153,19 +153,19 @@ class _Device:
         dq, *dkv = self.products.gradient(own, self._side(self.me, self.way.first), self.window, True)
 
         def hop(carry: tuple, i: Any, last: bool) -> tuple:
-            dq, dkv, held = carry
+            (low, high), dkv, held = carry
             earlier, keys, held = self._met(held, i, last)
             dkv = self.way.follow(dkv)
             dq2, *dkv2 = self.products.gradient(own.halves(_queries(earlier)), keys, self.window, False)
             one, other = jnp.split(dq2, 2)
-            dq = dq + jnp.concatenate([jnp.where(earlier, other, 0), one + jnp.where(earlier, 0, other)], 1)
+            dq = low + jnp.where(earlier, other, 0), high + one + jnp.where(earlier, 0, other)
             pairs = (jnp.split(x, 2) for x in dkv2)
             mine = [jnp.concatenate([a + jnp.where(earlier, b, 0), jnp.where(earlier, 0, b)], 1) for a, b in pairs]
             return dq, self.way.add(dkv, mine, self._source(i)), held
 
-        dq, dkv, _ = self._hops(hop, (dq, self.way.begin(dkv), self.way.held))
-        dq, *dkv = (x.astype(self.q.dtype) for x in (dq, *dkv))
-        return dq, *self.way.home(dkv)
+        halves, dkv, _ = self._hops(hop, (tuple(jnp.split(dq, 2, axis=1)), self.way.begin(dkv), self.way.held))
+        dq = jnp.concatenate([x.astype(self.q.dtype) for x in halves], 1)
+        return dq, *self.way.home([x.astype(self.q.dtype) for x in dkv])
 
     def _hops(self, hop: Callable, carry: Any) -> Any:
         """The last one sends no keys on."""
