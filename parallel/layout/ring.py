@@ -132,20 +132,20 @@ class _Device:
     def forward(self) -> tuple[jax.Array, jax.Array]:
         """(y [B, T, H, K], log-sum-exp [B, T, H])."""
         own = self._side(self.me, (self.q,))
-        found = self.products.forward(own, self._side(self.me, self.way.first), self.window, True)
+        y, lse = self.products.forward(own, self._side(self.me, self.way.first), self.window, True)
 
         def hop(carry: tuple, i: Any, last: bool) -> tuple:
-            (low, high), held = carry
+            (y, lse), held = carry
             earlier, keys, held = self._met(held, i, last)
             y2, lse2 = self.products.forward(own.halves(_queries(earlier)), keys, self.window, False)
             (y_high, y_it), (lse_high, lse_it) = jnp.split(y2, 2), jnp.split(lse2, 2)
+            low, high = zip(jnp.split(y, 2, axis=1), jnp.split(lse, 2, axis=1), strict=True)
             low = _merged(*low, y_it, jnp.where(earlier, lse_it, NOTHING))
             high = _merged(*_merged(*high, y_high, lse_high), y_it, jnp.where(earlier, NOTHING, lse_it))
-            return (low, high), held
+            return tuple(jnp.concatenate(x, 1) for x in zip(low, high, strict=True)), held
 
-        halves = tuple(zip(*(jnp.split(x, 2, axis=1) for x in found), strict=True))
-        y, lse = zip(*self._hops(hop, (halves, self.way.held))[0], strict=True)
-        return jnp.concatenate([x.astype(self.q.dtype) for x in y], 1), jnp.concatenate(lse, 1)
+        y, lse = self._hops(hop, ((y, lse), self.way.held))[0]
+        return y.astype(self.q.dtype), lse
 
     def backward(self, y: jax.Array, lse: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
         """Gradients of q, k and v. y, lse: of all keys."""
