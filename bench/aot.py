@@ -113,7 +113,7 @@ def main() -> None:
     for row in ROWS:
         if args.only not in row.name:
             continue
-        with context.Pool(1) as pool:  # each compiler in a process of its own, whose memory is its own
+        with context.Pool(1, common.begin_worker) as pool:  # of its own, and its memory, too
             found = pool.apply(compiled, (row,))
         report.details[row.name] = found | {"maxtext": row.maxtext}
         steps = found["programs"].values()

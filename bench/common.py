@@ -131,3 +131,12 @@ def run_json(command: list[str], env: dict[str, str] | None = None) -> Any:
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def begin_worker() -> None:
+    """Of a process that compiles: what compilers and plugins print by themselves goes to a file."""
+    from parallel.layout import mesh
+    from runtime import library_log
+
+    library_log.begin()
+    mesh.take_gpu_memory()

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench import common
+
 GIB = 2**30
 B1, B8, B70 = "llama3_1b", "llama3_8b", "llama3_70b"
 MIXTRAL, QWEN3 = "mixtral_8x7b", "qwen3_30b_a3b"
@@ -151,11 +153,9 @@ def measured(row: Row) -> dict[str, Any]:
     from parallel.cost import compilers, hardware, targets
     from recipes import aot, methods, programs
     from recipes import target as recipe
-    from runtime import library_log
 
     target = targets.parse(row.target, hardware.by_name(hardware.CHIPS))
     compilers.prepare(target.chip)
-    library_log.begin()  # compilers print by themselves
     flags = [f"--config.{key}={value}" for key, value in row.changes.items()]
     config, _ = methods.parse(["bench/plan.py", f"--config=configs/{row.config}.py", *flags], "")
     recipe.fitted(config, target, list(row.changes))
@@ -232,7 +232,7 @@ class Workers:
         self._context = multiprocessing.get_context("spawn")
 
     def isolated(self, function: Any, *arguments: Any) -> Any:
-        pool = self._context.Pool(1)
+        pool = self._context.Pool(1, common.begin_worker)
         found = pool.apply(function, arguments)
         pool.close()  # to end it by a signal makes libtpu print its stack
         pool.join()
