@@ -248,6 +248,7 @@ def compiled(target: str, codec: str) -> tuple[list[wire.Collective], set[str]]:
     predicted = sum(sum(exchange_bytes(message).values()) for message in parts.strategy.exchanges()["step"])
     traffic = stray.traffic(SimpleNamespace(as_text=lambda: text), mesh, predicted)
     assert traffic.not_counted == "" and traffic.stray == 0, traffic
+    assert all(c.dtype == "u8" or "/scalars_" in c.scope for c in slow), slow
     return [c for c in slow if c.dtype == "u8"], schedule.hidden(Program.read(text))
 
 

@@ -236,8 +236,9 @@ def test_on_the_way_to_experts_goes_the_closed_form_and_little_is_multiplied_in_
     own, found = described(config, parts.mesh.shape, parts.task.model.compute), wire.collectives(text, parts.mesh)
     named, more = [c for c in found if experts.SCOPE in c.scope], 0
     if not named:  # on TPUs nothing says whose they are: an all-to-all, either way, brings embeddings, too
-        rows, over = own.tokens * own.dim * own.itemsize * (own.count - 1), [c for c in found if c.axis == "expert"]
-        named = [c for c in over if c.sent % rows == 0 or (c.kind == "all-to-all" and chosen < own.count)]
+        rows, layers = own.tokens * own.dim * own.itemsize * (own.count - 1), config.model.num_layers
+        over = [c for c in found if c.axis == "expert"]
+        named = [c for c in over if c.sent == layers * rows or (c.kind == "all-to-all" and chosen < own.count)]
         more = 2 * rows // own.count * (chosen < own.count)
     assert {c.axis for c in named} == {"expert"}
     assert sum(c.sent for c in named) - more == pytest.approx(sent(config, parts), rel=0.05)

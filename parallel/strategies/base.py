@@ -150,8 +150,7 @@ class Strategy:
         """Over all replicas: (these sums [R], the root mean square of the replicas' norms), before anything is
         encoded. One message of a few scalars: nothing else crosses `replica` but the exchange, and every device decides
         by the same bits."""
-        with jax.named_scope(f"scalars_{name}"):  # a message between TPU slices has the name of what makes it
-            squares_R = jax.vmap(lambda tree: optax.tree.norm(tree, squared=True), spmd_axis_name=SLOW)(tree_R)
+        squares_R = jax.vmap(lambda tree: optax.tree.norm(tree, squared=True), spmd_axis_name=SLOW)(tree_R)
         found_R, treedef = jax.tree.flatten((sums_R, squares_R))
         found = [x_R[0] for x_R in found_R] if self.replicas == 1 else self.exchange.scalars(found_R, name)
         sums, squares = treedef.unflatten(found)
