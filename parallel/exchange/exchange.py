@@ -81,9 +81,8 @@ class Exchange:
         return self._on_devices(body, P(*self.mesh.axis_names), self._sharded())(flight, state, step)
 
     def scalars(self, xs_R: Sequence[jax.Array], name: str) -> jax.Array:
-        """Sums over replicas of a few float32 scalars, [R] each, named in the compiled program. With a zero: a message
-        between TPU slices has the name of what makes it, and one scalar alone is made elsewhere."""
-        body = lambda *xs_k: lax.psum(jnp.stack([*(jnp.sum(x_k) for x_k in xs_k), 0.0]), SLOW)
+        """Sums over replicas of a few float32 scalars, [R] each, named in the compiled program."""
+        body = lambda *xs_k: lax.psum(jnp.stack([*map(jnp.sum, xs_k), 0.0]), SLOW)  # one alone is nameless on TPUs
         with jax.named_scope(f"scalars_{name}"):
             return jax.shard_map(body, mesh=self.mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)(*xs_R)[:-1]
 
