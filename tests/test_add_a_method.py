@@ -158,7 +158,7 @@ def test_the_strategy_trains_and_sends_the_bytes_that_the_page_says(page, regist
     names = [parts.strategy.program_at(step, steps) for step in range(steps)]
     assert [step + 1 for step, name in enumerate(names) if name == "inner+exchange"] == [1, 2, 3, 4, 5, 8, 12, 14]
 
-    programs, scalar = compile_steps(parts, helpers.QUICKLY), 4 * 2 * 3 / 4
+    programs, scalar = compile_steps(parts, helpers.QUICKLY), 2 * 4 * 2 * 3 / 4
     sent = {name: wire.count(program.as_text(), parts.mesh) for name, program in programs.items()}
     expected = exchange_bytes(exchange)
     assert sent == {"inner": {}, "inner+exchange": {"replica": expected | {"f32": scalar}}}

@@ -81,10 +81,10 @@ class Exchange:
         return self._on_devices(body, P(*self.mesh.axis_names), self._sharded())(flight, state, step)
 
     def scalars(self, xs_R: Sequence[jax.Array], name: str) -> jax.Array:
-        """Sums over replicas of a few float32 scalars, [R] each, named in the compiled program."""
-        body = lambda *xs_k: lax.psum(jnp.stack([*map(jnp.sum, xs_k), 0.0]), SLOW)  # one alone is nameless on TPUs
+        """Sums over replicas of a few float32 scalars, [R] each, named in the program; TPUs name none that is alone."""
+        body = lambda *xs_k: lax.psum(jnp.stack([*map(jnp.sum, xs_k), 0.0][: max(2, len(xs_k))]), SLOW)
         with jax.named_scope(f"scalars_{name}"):
-            return jax.shard_map(body, mesh=self.mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)(*xs_R)[:-1]
+            return jax.shard_map(body, mesh=self.mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)(*xs_R)[: len(xs_R)]
 
     def _sharded(self, *leading: str) -> Any:
         return jax.tree.map(lambda leaf: P(*leading, *leaf.spec), self.leaves)
