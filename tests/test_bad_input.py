@@ -133,7 +133,7 @@ OPTIONS = {
     "--config.compute.attention=splash": ["compute.attention=splash", "TPUs, not on cpu"],
     # the mesh
     "--config.mesh.fsdp=3": ["mesh replica 1 × fsdp 3 × tensor 1", "8 devices", "mesh.fsdp", FACTORINGS_OF_8],
-    "--config.mesh.tensor=16": ["fsdp -1 × tensor 16", "8 devices", FACTORINGS_OF_8],
+    "--config.mesh.tensor=16": ["mesh.fsdp=-1 cannot be filled in: tensor 16 does not", "8 devices", FACTORINGS_OF_8],
     "--config.mesh.tensor=-1": ["mesh.fsdp and mesh.tensor are both -1"],
     "--config.mesh.tensor=0": ["mesh.tensor=0: an axis has at least 1 device"],
     "--config.mesh.replica=-2": ["mesh.replica=-2: an axis has at least 1 device"],

@@ -246,3 +246,16 @@ def test_a_mesh_that_does_not_fit_is_offered_others(asked, said):
     with pytest.raises(ValueError, match="does not multiply to the 8 devices") as error:
         meshes.fill_sizes({"fsdp": 1} | asked, 8)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"fsdp": -1, "tensor": 3}, "mesh.fsdp=-1 cannot be filled in: tensor 3 does not divide the 8 devices"),
+        ({"context": -1, "stage": 3, "tensor": 2}, "mesh.context=-1 cannot be filled in: stage 3 × tensor 2 does not"),
+    ],
+)
+def test_an_axis_that_cannot_be_filled_in_is_said_with_what_is_in_its_way(asked, said):
+    with pytest.raises(ValueError) as error:
+        meshes.fill_sizes(asked, 8)
+    assert str(error.value).startswith(said) and "-1" not in str(error.value).replace("=-1", "")

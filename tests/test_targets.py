@@ -202,7 +202,7 @@ TINY = "--config=configs/tiny.py"
         (["--target=h100:8", "--dry_run", "--simulate=8"], "--simulate=8 is of devices that run"),
         (["--target=h100:8", "--dry_run", "--num_processes=2"], "--num_processes=2 is of devices that run"),
         (["--target=h100:8", "--dry_run", "--memory=80GiB"], "--memory=80GiB is of devices that run"),
-        (["--target=h100:8", "--dry_run", "--config.mesh.tensor=3"], "does not multiply to the 8 devices there are"),
+        (["--target=h100:8", "--dry_run", "--config.mesh.tensor=3"], "tensor 3 does not divide the 8 devices there are"),
         (["--target=h100:8", "--dry_run", "--config.data.batch_size=30"], "Nearest legal sizes: 24 or 32"),
         (
             ["--target=h100:8", "--dry_run", "--config.compute.attention=cudnn"],
@@ -241,7 +241,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_the_nearest_that_it_does_and_s
     assert config.data.batch_size == 64
     assert notes == ["data.batch_size=64: 32 cannot be cut into the mesh's 64 parts"]
     assert fitted("v5p-8")[1] == []
-    with pytest.raises(UsageError, match="does not multiply to the 64 devices there are.*v5p-128 has 64 chips"):
+    with pytest.raises(UsageError, match="tensor 3 does not divide the 64 devices there are.*v5p-128 has 64 chips"):
         fitted("v5p-128", mesh__tensor=3)
 
 

@@ -83,11 +83,12 @@ def fill_sizes(
         return sizes | {free[0]: num_devices // fixed}
     if not free and fixed == num_devices:
         return sizes
-    others = {axis: size for axis, size in sizes.items() if axis not in COMMON and size != 1}
-    raise ValueError(
-        f"the mesh {_said(sizes)} does not multiply to the {num_devices} devices there are "
-        f"(mesh.{', mesh.'.join(AXES)}). These do: {_factorings(num_devices, others)}. {hint}"
-    )
+    others = {axis: size for axis, size in sizes.items() if axis not in COMMON and size not in (1, -1)}
+    wrong = f"the mesh {_said(sizes)} does not multiply to the {num_devices} devices there are"
+    if free:
+        given = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, -1))
+        wrong = f"mesh.{free[0]}=-1 cannot be filled in: {given} does not divide the {num_devices} devices there are"
+    raise ValueError(f"{wrong} (mesh.{', mesh.'.join(AXES)}). These do: {_factorings(num_devices, others)}. {hint}")
 
 
 def factorings(n: int, count: int = len(COMMON)) -> list[tuple[int, ...]]:
