@@ -94,8 +94,11 @@ def rope(c: ModelConfig, positions_N: jax.Array) -> Any:
     return tuple(x[0] for x in rope_tables(positions_N[None], c.head_dim, c.rope_theta, c.rope_scaling))
 
 
-def block(c: ModelConfig, w: Any, x_ND: jax.Array, tables: Any, attend: Attend) -> tuple[jax.Array, Any]:
-    """One layer. attend(q [N, H, K], k, v [N, G, K]) -> (y [N, H·K], what it keeps)."""
+def block(
+    c: ModelConfig, w: Any, x_ND: jax.Array, tables: Any, attend: Attend, apart: bool = False
+) -> tuple[jax.Array, Any]:
+    """One layer. attend(q [N, H, K], k, v [N, G, K]) -> (y [N, H·K], what it keeps). apart: each device of `expert` has
+    rows of its own; else all have the same."""
     h_ND = norm(c, w, "attention_norm", x_ND)
     heads_NE = _plus(_times(h_ND, w["qkv"]), w.get("qkv_bias"))
     heads_NEK = heads_NE.reshape(heads_NE.shape[0], -1, c.head_dim)
@@ -108,7 +111,7 @@ def block(c: ModelConfig, w: Any, x_ND: jax.Array, tables: Any, attend: Attend) 
     y_NE, kept = attend(q_NHK, k_NGK, v_NGK)
     x_ND = x_ND + _plus(_over_tensor(_times(y_NE, w["out"])), w.get("out_bias"))
     h_ND = norm(c, w, "mlp_norm", x_ND)
-    y_ND = _routed(c, w, h_ND) if c.moe else None
+    y_ND = _routed(c, w, h_ND, apart) if c.moe else None
     if "up" in w:  # of all tokens
         shared_ND = _fed_forward(c, h_ND, w["up"], w["down"], w.get("up_bias"))
         y_ND = shared_ND if y_ND is None else y_ND + shared_ND
@@ -126,24 +129,32 @@ def _fed_forward(c: ModelConfig, x_ND: jax.Array, up_EI: jax.Array, down_EI: jax
     return _times(h_NF, down_EI)
 
 
-def _routed(c: ModelConfig, w: Any, x_ND: jax.Array) -> jax.Array:
-    """Of experts, one after another, in the same order for every row: those that no row has chosen are not read."""
+def _routed(c: ModelConfig, w: Any, x_ND: jax.Array, apart: bool) -> jax.Array:
+    """Of experts, one after another, in the same order for every row: those that no row has chosen are not read. A
+    device of `expert` takes all rows through its own."""
+    count, own = lax.axis_size("expert"), w["experts_up"].shape[0]
+    if count > 1 and apart:
+        x_ND = lax.all_gather(x_ND, "expert", tiled=True)
     logits_NE = _times(x_ND.astype(jnp.float32), w["router"], precision=lax.Precision.HIGHEST)
     gates_Nk, ids_Nk, _ = route(c.moe, logits_NE, w.get("balance_bias"))
 
     def add(expert: jax.Array, y_ND: jax.Array) -> jax.Array:
-        here_Nk = ids_Nk == expert
+        here_Nk = ids_Nk == lax.axis_index("expert") * own + expert
 
         def added(y_ND: jax.Array) -> jax.Array:
-            own = (lax.dynamic_index_in_dim(w[name], expert, keepdims=False) for name in ("experts_up", "experts_down"))
+            these = [
+                lax.dynamic_index_in_dim(w[name], expert, keepdims=False) for name in ("experts_up", "experts_down")
+            ]
             gates_N1 = jnp.sum(jnp.where(here_Nk, gates_Nk, 0), axis=1, keepdims=True)
-            new_ND = y_ND + gates_N1 * _fed_forward(c, x_ND, *own).astype(y_ND.dtype)
+            new_ND = y_ND + gates_N1 * _fed_forward(c, x_ND, *these).astype(y_ND.dtype)
             return jnp.where(jnp.any(here_Nk, axis=1, keepdims=True), new_ND, y_ND)
 
         return lax.cond(jnp.any(here_Nk), added, lambda y_ND: y_ND, y_ND)
 
-    y_ND = jnp.zeros(x_ND.shape, jnp.float32)
-    return lax.fori_loop(0, c.moe.experts, add, y_ND).astype(x_ND.dtype)
+    y_ND = lax.fori_loop(0, own, add, jnp.zeros(x_ND.shape, jnp.float32))
+    if count > 1:
+        y_ND = lax.psum_scatter(y_ND, "expert", tiled=True) if apart else lax.psum(y_ND, "expert")
+    return y_ND.astype(x_ND.dtype)
 
 
 def _plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 from model.config import ModelConfig
 from parallel.layout import mesh as meshes
 from parallel.layout import rules
-from parallel.layout.axes import COMMON, SLOW
-from recipes import door, language, memory, methods, parameters, xla
+from parallel.layout.axes import CONTEXT, SLOW, STAGE
+from recipes import door, experts, language, memory, methods, parameters, xla
 from runtime import config as configuration
 from runtime.config import UsageError
 from runtime.console import human_bytes
 from serving import ladder, weights
 from serving.engine import Engine
-from serving.programs import Programs
+from serving.programs import OVER, Programs
 
 SHORT = 512  # positions of the lane for most requests, beside that of the whole context
 LEAST = 8  # slots of a device in the smallest rung: with fewer, XLA:CPU of some versions adds in another order
@@ -77,8 +77,10 @@ def open_model(workdir: str, changes: Mapping[str, Any], simulate: int | None) -
 
 def laid_out(workdir: Path, config: Any, mesh: Mesh, tokenizer: Any) -> Model:
     """Nothing is allocated. Raises UsageError for a mesh that does not divide the weights, or has other axes."""
-    for axis in (axis for axis, size in mesh.shape.items() if axis not in COMMON and size != 1):
-        raise UsageError(f"mesh.{axis}={mesh.shape[axis]}: models are served over mesh.fsdp and mesh.tensor, so far")
+    for axis in (STAGE, CONTEXT):
+        if (size := mesh.shape[axis]) != 1:
+            raise UsageError(f"mesh.{axis}={size}: models are served over mesh.fsdp, mesh.expert, mesh.tensor, so far")
+    experts.check(config, mesh.shape)
     task = language.build(_any_length(config, mesh), mesh)
     shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
     with configuration.bad_input():
@@ -112,7 +114,7 @@ def open_engine(model: Model, slots: int, context: int | None, invariant: bool, 
     c, began = model.network, time.monotonic()
     longest = context_of(model, context)
     lengths = sorted({min(SHORT, longest), longest})
-    rungs = _rungs(slots, model.mesh.shape["fsdp"], invariant)
+    rungs = _rungs(slots, rules.shards(OVER, model.mesh.shape), invariant)
     _check_memory(model, rungs[-1], lengths, say)
     given, digest, step = model.load(say)
     programs = Programs(c, model.mesh, model.dtype, given, rungs, lengths)
@@ -167,6 +169,7 @@ def _check_memory(model: Model, slots: int, lengths: Sequence[int], say: Say) ->
     said = f"a device needs {human_bytes(held)} for weights and up to {human_bytes(kept)} for keys and values"
     if limit is not None and held + kept > limit:
         raise UsageError(
-            f"{said}, and has {human_bytes(limit)}: fewer --slots, a shorter --context, or more mesh.tensor"
+            f"{said}, and has {human_bytes(limit)}: fewer --slots, a shorter --context, or more of mesh.tensor "
+            "or mesh.expert"
         )
     say(f"{said}; compiling")

@@ -59,7 +59,10 @@ def dry_run(config: Any, text: str, changes: dict[str, Any], slots: int, context
         say(_said(x))
     peaks = [x.peak for x in found]
     if None in peaks or max(x for x in peaks if x) > target.memory:
-        say(f"does not fit into {human_bytes(target.memory)}: fewer --slots, a shorter --context, or more mesh.tensor")
+        say(
+            f"does not fit into {human_bytes(target.memory)}: fewer --slots, a shorter --context, or more of "
+            "mesh.tensor or mesh.expert"
+        )
         return DOES_NOT_FIT
     seconds = max((held + kept) / target.chip.bandwidth, found[0].multiply)
     peak = human_bytes(max(x for x in peaks if x))

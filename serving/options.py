@@ -13,7 +13,7 @@ LIMITS = {
     "temperature": (0, 100), "top_k": (0, 2**31 - 1), "top_p": (0, 1), "min_p": (0, 1),
     "repetition_penalty": (0.01, 100), "seed": (0, 2**32 - 1),
 }  # fmt: skip
-KEYS = ("mesh.fsdp", "mesh.tensor", "compute.dtype", "compute.xla_options")
+KEYS = ("mesh.fsdp", "mesh.expert", "mesh.tensor", "compute.dtype", "compute.xla_options")
 
 
 def add(parser: argparse.ArgumentParser, workdir: str = "") -> None:

@@ -20,9 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model.config import ModelConfig
+from parallel.layout.rules import shards
 from serving import forward, sampling, weights
 
-ROWS, KEPT = P("fsdp"), P("fsdp", "tensor")  # how [n, …] and [n, G, S, K] are cut
+OVER = ("fsdp", "expert")  # slots
+ROWS, KEPT = P(OVER), P(OVER, "tensor")  # how [n, …] and [n, G, S, K] are cut
 SMALLEST_BUCKET = 16
 SCORED = 64  # positions of a prompt, whose logits are held at a time
 
@@ -122,7 +124,7 @@ class Programs:
             at_N = jnp.minimum(rows["position"], length - 1)  # a free slot's goes on
             x_ND, tables = forward.embedded(c, w, rows["token"], at_N), forward.rope(c, at_N)
             for layer, (keys, values) in zip(w["layers"], state["layers"], strict=True):
-                x_ND, kept = forward.block(c, layer, x_ND, tables, forward.cached(c, keys, values, at_N))
+                x_ND, kept = forward.block(c, layer, x_ND, tables, forward.cached(c, keys, values, at_N), apart=True)
                 layers.append(kept)
             logits_NV = forward.logits(c, w, x_ND)
             token_N = sampling.next_tokens(logits_NV, rows["seen"], at_N + 1, rows)
@@ -189,8 +191,8 @@ class Programs:
         """((keys, values) of a layer [n, G, S, K], those of a prompt [G, T, K], slot) -> the former."""
 
         def insert(cache: Any, kept: Any, slot: jax.Array) -> Any:
-            own = n // self.mesh.shape["fsdp"]
-            row = slot - lax.axis_index("fsdp") * own
+            own = n // shards(OVER, self.mesh.shape)
+            row = slot - lax.axis_index(OVER) * own
             row = jnp.where((row >= 0) & (row < own), row, own)  # of another device: dropped
             return jax.tree.map(lambda x, new: x.at[row, :, :size].set(new, mode="drop"), cache, kept)
 

@@ -1,5 +1,6 @@
 """A model's weights for decoding: one array per layer, as [out, in], q, k and v in one, gate and up in one, in the
-compute dtype; cut over `tensor`, whole on each device of `fsdp`, which has slots of its own.
+compute dtype; cut over `tensor`, experts over `expert` too, and else whole on each device of both and of `fsdp`, which
+has slots of its own.
 
 A product with such rows reads memory in its order, and a scan over stacked layers would copy each layer's part first.
 
@@ -20,7 +21,7 @@ from parallel.layout import rules
 
 Weights = dict[str, Any]
 OUT, IN, WHOLE = P("tensor"), P(None, "tensor"), P()  # how an array [out, in] is cut
-EACH_OUT, EACH_IN = P(None, "tensor"), P(None, None, "tensor")  # of every expert
+EACH_OUT, EACH_IN = P("expert", "tensor"), P("expert", None, "tensor")  # of every expert
 FLOAT32 = ("norm", "scores", "counts")  # as in training
 
 
@@ -141,7 +142,7 @@ def _maker(make: Callable, spec: P, logical: Any, dtype: Any, mesh: Mesh, stacke
     """f(layer, *arrays) of one layer's array."""
 
     def body(layer: jax.Array, *arrays: jax.Array) -> jax.Array:
-        parts = [_whole(lax.dynamic_index_in_dim(x, layer, keepdims=False) if stacked else x, axes[stacked:])
+        parts = [_gathered(lax.dynamic_index_in_dim(x, layer, keepdims=False) if stacked else x, axes[stacked:], spec)
                  for x, axes in zip(arrays, logical, strict=True)]  # fmt: skip
         found = make(*parts)
         return found if logical[0][-1] in FLOAT32 else found.astype(dtype)
@@ -150,11 +151,11 @@ def _maker(make: Callable, spec: P, logical: Any, dtype: Any, mesh: Mesh, stacke
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False))
 
 
-def _whole(x: jax.Array, axes: tuple) -> jax.Array:
-    """Cut over `tensor` only."""
-    for dim, axis in enumerate(axes):
-        if axis and "fsdp" in rules.RULES[axis]:
-            x = lax.all_gather(x, "fsdp", axis=dim, tiled=True)
+def _gathered(x: jax.Array, axes: tuple, spec: P) -> jax.Array:
+    """Cut over no mesh axes but those of `spec`."""
+    for dim in range(x.ndim):
+        cut = tuple(axis for axis in rules.over(axes, dim) if axis not in rules.of(spec) and lax.axis_size(axis) > 1)
+        x = lax.all_gather(x, cut, axis=dim, tiled=True) if cut else x
     return x
 
 

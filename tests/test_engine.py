@@ -35,7 +35,7 @@ FAMILIES = {
 class Made:
     """A random model, by itself and laid out for decoding. params: on the host."""
 
-    def __init__(self, mesh: tuple[int, int, int] = (1, 1, 1), family: str = "llama"):
+    def __init__(self, mesh: tuple[int, ...] = (1, 1, 1), family: str = "llama"):
         self.parts = helpers.build(helpers.tiny(model__init_std=0.2, **FAMILIES[family]), mesh)
         self.model, task = self.parts.task.model, self.parts.task
         shardings = rules.shardings(self.parts.mesh, rules.specs(task.axes))
@@ -120,6 +120,22 @@ def test_so_it_is_for_every_family_on_every_mesh(family, mesh):
     engine.close()
 
 
+# replica × stage × fsdp × expert × context × tensor
+WITH_EXPERTS = [(1, 1, 1, 4, 1, 1), (1, 1, 1, 2, 1, 2), (1, 1, 2, 2, 1, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", WITH_EXPERTS, ids=helpers.name)
+@pytest.mark.parametrize("family", ["mixtral", "shared experts"])
+def test_so_it_is_with_experts_on_devices_of_their_own(family, mesh):
+    found = Made(mesh, family)
+    held = found.weights["layers"][0]["experts_up"]
+    assert held.addressable_shards[0].data.shape[0] == held.shape[0] // mesh[3]
+    engine = found.engine(found.programs([4 * mesh[2] * mesh[3]], [32]))
+    check_against_training(found, engine)
+    engine.close()
+
+
 @pytest.mark.slow
 def test_parameters_are_used_up():
     """No second copy stays: each array is given back, but an embedding that decoding takes as it is."""
@@ -155,6 +171,14 @@ def test_so_it_is_over_several_lanes_and_on_every_mesh(mesh):
     programs = found.programs([4 * mesh[1], 8 * mesh[1]], [32, 64])
     programs.rungs = ladder.agreeing(programs, found.weights)
     check_crowds(found, programs, schedules=40, pool=48, longest=40)
+
+
+@pytest.mark.slow
+def test_so_it_is_with_experts_on_devices_of_their_own_too():
+    found = Made((1, 1, 2, 2, 1, 1), "mixtral")
+    programs = found.programs([16, 32], [32])
+    programs.rungs = ladder.agreeing(programs, found.weights)
+    check_crowds(found, programs, schedules=20, pool=24, longest=16)
 
 
 @pytest.mark.slow

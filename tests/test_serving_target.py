@@ -18,6 +18,10 @@ LLAMA = "--config=configs/llama3_8b.py"
         ([LLAMA], "belong together"),
         (["--target=v5e-8", "--dry_run"], "either --workdir=PATH of a run, or --config=FILE"),
         ([], "--workdir=PATH is needed"),
+        (
+            [LLAMA, "--target=v5e-8", "--dry_run", "--config.mesh.stage=2"],
+            "--config.mesh.stage changes nothing of an answer",
+        ),
     ],
 )
 def test_what_does_not_belong_together_is_refused(argv, message):
@@ -40,6 +44,20 @@ def test_llama3_8b_answers_on_one_h100_and_on_v5e_8(target, package, weights, se
     said = capsys.readouterr().out
     assert f"of each chip {weights} of weights" in said
     assert re.search(rf"a token for 16 slots: peak .*; sends {sends};", said) and "\nfits: " in said
+
+
+@pytest.mark.slow
+@pytest.mark.prove
+def test_experts_of_devices_of_their_own_answer_on_8_h100(capsys):
+    pytest.importorskip("jax_cuda13_plugin", reason="see requirements-prove.txt")
+    options = ["--target=h100:8", "--dry_run", "--context=4096", "--config.mesh.expert=8", "--config.mesh.tensor=1"]
+    assert serve.main(["--config=configs/mixtral_8x7b.py", *options]) == 0
+    said = capsys.readouterr().out
+    assert "of each chip 13.49 GiB of weights" in said and re.search(
+        r"slots: peak .*; sends [\d.]+ MiB over expert;", said
+    )
+    with pytest.raises(UsageError, match=re.escape("mesh.expert=8: this model has no experts")):
+        serve.main([LLAMA, *options])
 
 
 @pytest.mark.slow

@@ -202,7 +202,10 @@ TINY = "--config=configs/tiny.py"
         (["--target=h100:8", "--dry_run", "--simulate=8"], "--simulate=8 is of devices that run"),
         (["--target=h100:8", "--dry_run", "--num_processes=2"], "--num_processes=2 is of devices that run"),
         (["--target=h100:8", "--dry_run", "--memory=80GiB"], "--memory=80GiB is of devices that run"),
-        (["--target=h100:8", "--dry_run", "--config.mesh.tensor=3"], "tensor 3 does not divide the 8 devices there are"),
+        (
+            ["--target=h100:8", "--dry_run", "--config.mesh.tensor=3"],
+            "tensor 3 does not divide the 8 devices there are",
+        ),
         (["--target=h100:8", "--dry_run", "--config.data.batch_size=30"], "Nearest legal sizes: 24 or 32"),
         (
             ["--target=h100:8", "--dry_run", "--config.compute.attention=cudnn"],
