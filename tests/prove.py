@@ -36,6 +36,7 @@ CORES = 2
 TAKEN_OUT = "taken out, "
 # Oracles: of PowerSGD, models, weights, adapters.
 TORCH = ("torch==2.13.0", "transformers==5.24.0", "gguf==0.19.0", "accelerate==1.*", "peft==0.21.2")
+WITH_TORCH = ("powersgd", "weights", "chat", "lora", "smollm2")  # in the names of pieces
 AZURITE = "azurite@3.35.0"  # newer ones need a newer Node.js than Debian and Ubuntu have
 TRANSFORMERS4 = ("transformers==4.57.*", "huggingface-hub<1.0", "tokenizers>=0.22,<0.23.1")
 
@@ -352,7 +353,7 @@ def main(argv: list[str]) -> int:
     failures = 0
     if not options.write:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if any("powersgd" in piece.name for piece in wanted):
+        if any(word in piece.name for piece in wanted for word in WITH_TORCH):
             find_torch()
         if any("islands_stores" in piece.name for piece in wanted):
             find_azurite()

@@ -212,3 +212,8 @@ def test_too_many_fail_the_default_run_and_no_other(tmp_path):
     assert outcome(1) == (0, False)
     assert outcome(0) == (1, True)
     assert outcome(0, "-m", "") == (0, False)
+
+
+def test_pytorch_is_there_for_every_file_that_asks_for_it():
+    asking = [path.name for path in (prove.ROOT / "tests").glob("test_*.py") if "SLACKLINE_TORCH" in path.read_text()]
+    assert all(any(word in name for word in prove.WITH_TORCH) for name in asking if name != "test_prove.py")
