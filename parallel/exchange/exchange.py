@@ -82,9 +82,9 @@ class Exchange:
 
     def scalars(self, xs_R: Sequence[jax.Array], name: str) -> jax.Array:
         """Sums over replicas of a few float32 scalars, [R] each, named in the program; TPUs name none that is alone."""
-        body = lambda *xs_k: lax.psum(jnp.stack([*map(jnp.sum, xs_k), 0.0][: max(2, len(xs_k))]), SLOW)
+        body = lambda *xs_k: lax.psum(jnp.stack([*map(jnp.sum, xs_k), 0.0][: max(2, len(xs_k))]), SLOW)[: len(xs_k)]
         with jax.named_scope(f"scalars_{name}"):
-            return jax.shard_map(body, mesh=self.mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)(*xs_R)[: len(xs_R)]
+            return jax.shard_map(body, mesh=self.mesh, in_specs=P(SLOW), out_specs=P(), check_vma=False)(*xs_R)
 
     def _sharded(self, *leading: str) -> Any:
         return jax.tree.map(lambda leaf: P(*leading, *leaf.spec), self.leaves)
