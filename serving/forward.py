@@ -21,6 +21,7 @@ from jax import lax
 from model.attention import rope_tables, rotate
 from model.config import ModelConfig
 from model.moe import route
+from parallel.layout.axes import EXPERT
 
 # XLA:CPU multiplies one row with transposed weights at a third of the rate since then, and at a higher one before.
 WEIGHTS_FIRST = jax.__version_info__ >= (0, 11)
@@ -132,14 +133,14 @@ def _fed_forward(c: ModelConfig, x_ND: jax.Array, up_EI: jax.Array, down_EI: jax
 def _routed(c: ModelConfig, w: Any, x_ND: jax.Array, apart: bool) -> jax.Array:
     """Of experts, one after another, in the same order for every row: those that no row has chosen are not read. A
     device of `expert` takes all rows through its own."""
-    count, own = lax.axis_size("expert"), w["experts_up"].shape[0]
+    count, own = lax.axis_size(EXPERT), w["experts_up"].shape[0]
     if count > 1 and apart:
-        x_ND = lax.all_gather(x_ND, "expert", tiled=True)
+        x_ND = lax.all_gather(x_ND, EXPERT, tiled=True)
     logits_NE = _times(x_ND.astype(jnp.float32), w["router"], precision=lax.Precision.HIGHEST)
     gates_Nk, ids_Nk, _ = route(c.moe, logits_NE, w.get("balance_bias"))
 
     def add(expert: jax.Array, y_ND: jax.Array) -> jax.Array:
-        here_Nk = ids_Nk == lax.axis_index("expert") * own + expert
+        here_Nk = ids_Nk == lax.axis_index(EXPERT) * own + expert
 
         def added(y_ND: jax.Array) -> jax.Array:
             these = [
@@ -153,7 +154,7 @@ def _routed(c: ModelConfig, w: Any, x_ND: jax.Array, apart: bool) -> jax.Array:
 
     y_ND = lax.fori_loop(0, own, add, jnp.zeros(x_ND.shape, jnp.float32))
     if count > 1:
-        y_ND = lax.psum_scatter(y_ND, "expert", tiled=True) if apart else lax.psum(y_ND, "expert")
+        y_ND = lax.psum_scatter(y_ND, EXPERT, tiled=True) if apart else lax.psum(y_ND, EXPERT)
     return y_ND.astype(x_ND.dtype)
 
 

@@ -20,10 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model.config import ModelConfig
-from parallel.layout.rules import shards
+from parallel.layout.rules import RULES, shards
 from serving import forward, sampling, weights
 
-OVER = ("fsdp", "expert")  # slots
+OVER = RULES["batch"]  # slots
 ROWS, KEPT = P(OVER), P(OVER, "tensor")  # how [n, …] and [n, G, S, K] are cut
 SMALLEST_BUCKET = 16
 SCORED = 64  # positions of a prompt, whose logits are held at a time

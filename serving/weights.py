@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from model.config import ModelConfig
 from parallel.layout import rules
+from parallel.layout.axes import EXPERT
 
 Weights = dict[str, Any]
 OUT, IN, WHOLE = P("tensor"), P(None, "tensor"), P()  # how an array [out, in] is cut
-EACH_OUT, EACH_IN = P("expert", "tensor"), P("expert", None, "tensor")  # of every expert
+EACH_OUT, EACH_IN = P(EXPERT, "tensor"), P(EXPERT, None, "tensor")  # of every expert
 FLOAT32 = ("norm", "scores", "counts")  # as in training
 
 
