@@ -64,6 +64,8 @@ def get_config() -> Any:
     c.model.router = "softmax"  # softmax, sigmoid
     c.model.normalise_gates = True  # the scores of a token's experts add up to 1
     c.model.balance = "loss"  # loss, bias (on the scores, moved against the load), none
+    c.model.dense_layers = 0  # before the num_layers with experts: one feed-forward half for all tokens, of dense_dim
+    c.model.dense_dim = 0
 
     c.moe = ConfigDict()  # how experts are trained
     c.moe.dispatch = "auto"  # grouped (no slot is multiplied in vain), capacity; auto: capacity on GPUs, else grouped

@@ -21,7 +21,7 @@ class Attention(nnx.Module):
         self.c = c
         D, H, G, K = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
         weight, std = Weights(key), c.init_std
-        out_std = std / math.sqrt(2 * c.num_layers)  # GPT-2: the residual stream sums 2 L outputs
+        out_std = std / math.sqrt(2 * c.depth)  # GPT-2: the residual stream sums 2 L outputs
         self.q = weight("q", (D, H, K), ("embed", "heads", "head_dim"), normal(std))
         self.k = weight("k", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(std))
         self.v = weight("v", (D, G, K), ("embed", "kv_heads", "head_dim"), normal(std))

@@ -40,6 +40,12 @@ class ModelConfig:
     sliding_window: int
     init_std: float
     moe: Any  # model/moe.py's; None: one feed-forward half for all tokens
+    others: int = 0  # layers besides these num_layers, before or after them
+
+    @property
+    def depth(self) -> int:
+        """Layers that the residual stream sums up."""
+        return self.num_layers + self.others
 
 
 @dataclass(frozen=True)

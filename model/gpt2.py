@@ -37,7 +37,7 @@ class GELU(nnx.Module):
         D, F, weight = c.model_dim, c.mlp_dim, Weights(key)
         self.up = weight("up", (D, F), ("embed", "mlp"), normal(c.init_std))
         self.up_bias = weight("up_bias", (F,), ("mlp",), zeros) if c.bias == "all" else None
-        self.down = weight("down", (F, D), ("mlp", "embed"), normal(c.init_std / math.sqrt(2 * c.num_layers)))
+        self.down = weight("down", (F, D), ("mlp", "embed"), normal(c.init_std / math.sqrt(2 * c.depth)))
         self.down_bias = weight("down_bias", (D,), ("embed",), zeros) if c.bias == "all" else None
 
     def __call__(self, x_BTD: jax.Array, ctx) -> tuple[jax.Array, None]:

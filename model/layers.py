@@ -52,7 +52,7 @@ class SwiGLU(nnx.Module):
         D, F, weight = c.model_dim, size or c.mlp_dim, Weights(key)
         self.gate = weight("gate", (D, F), ("embed", "mlp"), normal(c.init_std))
         self.up = weight("up", (D, F), ("embed", "mlp"), normal(c.init_std))
-        self.down = weight("down", (F, D), ("mlp", "embed"), normal(c.init_std / math.sqrt(2 * c.num_layers)))
+        self.down = weight("down", (F, D), ("mlp", "embed"), normal(c.init_std / math.sqrt(2 * c.depth)))
 
     def __call__(self, x_BTD: jax.Array, ctx) -> tuple[jax.Array, None]:
         gate_BTF = checkpoint_name(ctx.constrain(x_BTD @ self.gate[...], HIDDEN), "hidden")

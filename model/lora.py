@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.config import Compute, ModelConfig
-from model.transformer import Params, Transformer, cast
+from model.transformer import STACKS, Params, Transformer, cast
 
 Axes = tuple[str | None, ...]
 ENDS = ("embed", "head")  # two names of one array, where embeddings are tied
@@ -152,7 +152,7 @@ class Lora:
         """W + scale · A B of all of them, in the dtype of the weights."""
 
         def one(path, x: Any) -> jax.Array:
-            stacked = isinstance(x, Adapted) and path[0].key == "blocks"
+            stacked = isinstance(x, Adapted) and path[0].key in STACKS
             return jax.vmap(self.effective)(x) if stacked else self.effective(x)
 
         joined = self.join(weights, *adapters)
@@ -171,7 +171,7 @@ class Lora:
 
 def _site(shape: tuple[int, ...], axes: Axes) -> Site | None:
     """None for what is no matrix: it has the model dimension first or last, and another one."""
-    batch = int(axes[:1] == ("layers",))
+    batch = int(axes[0] in ("layers", "first"))
     rest = axes[batch:]
     if len(rest) < 2 or "embed" not in (rest[0], rest[-1]):
         return None
@@ -191,6 +191,8 @@ class Tuned(Transformer):
     def __init__(self, config: ModelConfig, compute: Compute, z_loss: float, router: tuple, lora: Lora):
         super().__init__(config, compute, z_loss, router)
         self.lora = lora
+        if self.first:
+            self.first.used = self.used
 
     def frozen(self, weights: Params) -> Params:
         """As they lie beside what is trained: in the compute dtype, in which they are used."""
@@ -200,5 +202,5 @@ class Tuned(Transformer):
         return jax.tree.map(self.lora.effective, weights, is_leaf=lambda x: isinstance(x, Adapted))
 
     def features(self, params: Params, *more: Any, **others: Any) -> tuple:
-        ends = self.used({name: w for name, w in params.items() if name != "blocks"})
+        ends = self.used({name: w for name, w in params.items() if name not in STACKS})
         return super().features(params | ends, *more, **others)

@@ -8,7 +8,7 @@ N tokens of one device, D model, F feed-forward, E experts, k of a token.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -29,7 +29,8 @@ UNSEEN = 1e-6  # of what a bias is told in place of a gradient: so small that no
 @dataclass(frozen=True)
 class Moe:
     """experts, chosen: E, k. shared: of the same size as one, for every token. router: softmax, sigmoid. normalise:
-    the chosen ones' scores add up to 1. balance: loss, bias, none."""
+    the chosen ones' scores add up to 1. balance: loss, bias, none. dense_layers: before those with experts, with a
+    feed-forward half of dense_dim."""
 
     experts: int
     chosen: int
@@ -37,12 +38,26 @@ class Moe:
     router: str
     normalise: bool
     balance: str
+    dense_layers: int = 0
+    dense_dim: int = 0
     # Of all micro-steps on average; and of layers, idle experts in all of them.
     metrics: ClassVar[tuple[str, ...]] = ("expert_load_max", "experts_idle", "tokens_dropped")
 
     def half(self, c: Any, key: jax.Array) -> "Experts":
         """Of a block."""
         return Experts(c, key)
+
+    def first(self, c: Any, compute: Any) -> Any:
+        """The layers before these, None without any."""
+        if not self.dense_layers:
+            return None
+        from model.first import First  # which a model without them does not read
+
+        return First(self.before(c), compute)
+
+    def before(self, c: Any) -> Any:
+        """The config of those layers. c: of the model."""
+        return replace(c, moe=None, num_layers=self.dense_layers, mlp_dim=self.dense_dim, others=c.num_layers)
 
     def added(self, loss: jax.Array, mask_BT: jax.Array, found: Any, weights: tuple) -> tuple:
         """The summed loss with what routers add to it, the batch's weight, and further sums, of `metrics`. found: of
@@ -65,7 +80,7 @@ class Experts(nnx.Module):
     def __init__(self, c: Any, key: jax.Array):
         self.c = c.moe
         (D, F, E), weight, std = (c.model_dim, c.mlp_dim, c.moe.experts), Weights(key), c.init_std
-        out_std = std / math.sqrt(2 * c.num_layers)
+        out_std = std / math.sqrt(2 * c.depth)
         self.router = weight("router", (D, E), ("embed", "scores"), normal(std))
         self.gate = weight("gate", (E, D, F), ("experts", "embed", "mlp"), normal(std))
         self.up = weight("up", (E, D, F), ("experts", "embed", "mlp"), normal(std))

@@ -21,17 +21,18 @@ LOOKED_UP = ("embed", "position")
 
 def arrays(family: Family, c: Any, lora: Lora, *adapters: Any) -> dict[str, np.ndarray]:
     """{their name: [r, in] or [out, r]}. c: the run's config. Raises ValueError for what they keep in one array."""
-    rows = {row.ours: row for row in family.table(c.model.tie_embeddings)}
+    rows = {row.ours: row for row in family.table(c.model)}
     if fused := [name for name in lora.sites if rows[name].part is not None]:
+        module = _module(next(iter(rows[fused[0]].places(c.model))))
         raise ValueError(
-            f"{family.name} keeps {', '.join(fused)} in one array ({_module(next(iter(rows[fused[0]].places(1))))}), "
-            "and several adapters side by side are not one of their rank: export without --adapter, or train with "
-            "another lora.pattern, as in attention/out|mlp"
+            f"{family.name} keeps {', '.join(fused)} in one array ({module}), and several adapters side by side "
+            "are not one of their rank: export without --adapter, or train with another lora.pattern, as in "
+            "attention/out|mlp"
         )
     found: dict[str, np.ndarray] = {}
     for name, pair in lora.pairs(*adapters).items():
         row, (a_name, b_name) = rows[name], NAMES_LOOKED_UP if name in LOOKED_UP else NAMES
-        for theirs, place in row.places(c.model.num_layers).items():
+        for theirs, place in row.places(c.model).items():
             a, b = (np.asarray(x[place]) for x in pair)
             found[PREFIX + _module(theirs) + a_name] = a.reshape(-1, lora.rank).T
             found[PREFIX + _module(theirs) + b_name] = b.reshape(lora.rank, -1).T

@@ -33,6 +33,7 @@ RESIDUAL = ("batch", "sequence", None)  # between blocks: sharded over the seque
 GATHERED = ("batch", "positions", None)  # inside a block: longer parts of it, or all; sharded heads or features
 OUTSIDE = ("rows", "positions")  # of the blocks
 FLOAT32 = ("scale", "router", "balance_bias")
+FIRST, STACKS = "first", ("first", "blocks")  # parameters of stacked layers: of model/first.py, and of those after them
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLPS = {"swiglu": SwiGLU, "gelu": GELU}
 
@@ -95,6 +96,8 @@ class Transformer:
         self.repeats = compute.pipeline[2]
         self._leading = ("repeats", "layers")[self.repeats == 1 :]
         self.axes["blocks"] = _axes(block_state, self._leading)
+        self.first = config.moe.first(config, compute) if config.moe else None
+        self.axes |= {FIRST: self.first.axes["blocks"]} if self.first else {}
 
     def init(self, key: jax.Array) -> Params:
         """Random params, float32. Layer l draws from fold_in(key, l): the same for scanned and unrolled layers."""
@@ -104,7 +107,7 @@ class Transformer:
         blocks = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(c, k))))(keys_L)
         grouped = lambda w: w.reshape(self.repeats, -1, *w.shape[1:]) if self.repeats > 1 else w
         params["blocks"] = jax.tree.map(grouped, blocks)
-        return params
+        return params | ({FIRST: self.first.init(Weights(key).sub(FIRST))["blocks"]} if self.first else {})
 
     def features(
         self, params: Params, tokens_BT: jax.Array, constrain, segments_BT=None, in_order: bool = True
@@ -118,7 +121,9 @@ class Transformer:
         if stages := constrain.stages(tokens_BT, self.compute):
             tokens_BT, positions_BT = (stages.start(x, OUTSIDE[1:]) for x in (tokens_BT, positions_BT))
         x_BTD = self._embedded(params, tokens_BT, positions_BT, constrain)
-        ends = {name: w for name, w in params.items() if name != "blocks"}
+        if self.first:
+            x_BTD = self.first.through(constrain, stages, cut, (positions_BT, segments_BT), x_BTD, params[FIRST])
+        ends = {name: w for name, w in params.items() if name not in STACKS}
         ends, layer = nnx.merge(self._ends, self.cast(ends)), partial(self._layer, cut)
         if stages:
             weights, policy = (params["blocks"], self.axes["blocks"], self.cast), POLICIES[self.compute.remat]
@@ -144,9 +149,8 @@ class Transformer:
         kept = lambda *arrays: checkpoint_name(KERNELS[name](*arrays), "context")
         attention = cut.attention(KERNELS[name], PRODUCTS[name]) if cut else kept
         ctx = Context(constrain, attention, rope, segments_BT, self.compute.dispatch)
-        axes = jax.tree.map(
-            lambda axes: axes[len(self._leading) :], self.axes["blocks"], is_leaf=lambda x: isinstance(x, tuple)
-        )
+        is_axes = lambda x: isinstance(x, tuple)
+        axes = jax.tree.map(lambda axes: axes[len(self._leading) :], self.axes["blocks"], is_leaf=is_axes)
         # Weights are gathered before they are used: XLA:TPU would make products of their parts, even of small ones.
         parts = lambda axes: [None if axis == "embed" and axes[0] != "experts" else axis for axis in axes]
         whole = lambda w, axes: constrain.both_ways(w, parts(axes), axes)

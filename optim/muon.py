@@ -10,7 +10,7 @@ from optax import contrib
 
 from optim.optimizer import is_vector
 
-STACKS = ("repeats", "layers", "experts")  # dimensions that count matrices
+COUNTS = ("first", "repeats", "layers", "experts")  # dimensions that count matrices
 
 
 def muon(
@@ -23,8 +23,8 @@ def muon(
     """
 
     def is_matrix(path, names) -> bool:
-        in_blocks = path[0].key == "blocks" and not is_vector(path)
-        return in_blocks and "embed" in names and any(name not in ("embed", *STACKS) for name in names)
+        in_blocks = path[0].key in ("first", "blocks") and not is_vector(path)
+        return in_blocks and "embed" in names and any(name not in ("embed", *COUNTS) for name in names)
 
     def to_rms(update: jax.Array, dims: Any) -> jax.Array:
         """An orthogonal [m, n] matrix has the root mean square 1 / sqrt(max(m, n))."""
@@ -35,7 +35,7 @@ def muon(
         if not is_matrix(path, names):
             return optax.MaskedNode()
         model = names.index("embed")
-        others = tuple(i for i, name in enumerate(names) if name not in ("embed", *STACKS))
+        others = tuple(i for i, name in enumerate(names) if name not in ("embed", *COUNTS))
         rows, columns = (others, (model,)) if model == len(names) - 1 else ((model,), others)
         return contrib.MuonDimensionNumbers(reduction_axis=rows, output_axis=columns)
 

@@ -11,7 +11,10 @@ from recipes import pipeline
 from runtime.config import UsageError
 from runtime.console import human_bytes
 
-KEYS = ("experts", "experts_per_token", "shared_experts", "router", "normalise_gates", "balance")  # of model.*
+KEYS = (  # of model.*
+    *("experts", "experts_per_token", "shared_experts", "router", "normalise_gates", "balance"),
+    *("dense_layers", "dense_dim"),
+)
 
 MANY = 0.05  # of what tokens choose, dropped
 
@@ -72,6 +75,8 @@ def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
     kind = "" if c.model.balance == "none" else f", balanced by a {c.model.balance}"
     kind += " that is not trained" * (c.model.balance == "bias" and c.lora.rank > 0)
     shared = f", {c.model.shared_experts} for all" if c.model.shared_experts else ""
+    if dense := c.model.dense_layers:
+        shared += f", {dense} layer{'s' * (dense > 1)} before without"
     found = [("experts", f"{own.experts}, {own.chosen} of a token{shared}{kind}; {own.way}")]
     if own.count > 1:
         over = f"mesh.{EXPERT}={own.count}: {human_bytes(sent(c, parts))} sent for them in a step, predicted"

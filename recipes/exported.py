@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from model import families, peft, safetensors
+from model import config_json, families, peft, safetensors
 from model.families import Family, Row
 from recipes import build, parameters
 from recipes.imported import ABOUT, SMALL, kept_of, mesh_of_all
@@ -104,8 +104,8 @@ def _write_weights(folder: Path, family: Family, config: Any, params: Mapping[st
     sizes = families.sizes(config.model, config.data.vocab_size, config.data.seq_len)
     of_name: dict[str, list[Row]] = {}  # several where theirs is one array of several of ours
     place_of = {}
-    for row in family.table(config.model.tie_embeddings):
-        for name, place in row.places(config.model.num_layers, config.model.experts).items():
+    for row in family.table(config.model):
+        for name, place in row.places(config.model).items():
             of_name.setdefault(name, []).append(row)
             place_of[name] = place
     shapes = {name: (dtype_of(name), rows[0].their_shape(sizes)) for name, rows in of_name.items()}
@@ -142,7 +142,7 @@ def _write_small(folder: Path, family: Family, config: Any, kept: Path | None, d
             shutil.copyfile(kept / name, folder / name)
     before = _read_json(folder / "config.json") if kept else {}
     longest = {key: before[key] for key in ("max_position_embeddings", "n_positions") if key in before}
-    write_json(folder / "config.json", before | families.write_config(family, config, dtype) | longest)
+    write_json(folder / "config.json", before | config_json.write_config(family, config, dtype) | longest)
 
 
 def _write_tokenizer(folder: Path, kept: Path | None, workdir: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from data import record
 from data.template import KEPT
 from data.tokenizer import from_text
-from model import families, gguf, safetensors
+from model import config_json, families, gguf, safetensors
 from model.families import Family, Row
 from model.parted import parted
 from parallel.layout import mesh as meshes
@@ -57,7 +57,7 @@ def open_source(path: Path) -> Source:
         small = {name: (path / name).read_text() for name in SMALL if (path / name).is_file()}
         theirs, entries = _their_config(path, small), {}
     try:
-        family, keys = families.read_config(theirs)
+        family, keys = config_json.read_config(theirs)
     except KeyError as error:
         raise ValueError(f"{path}: config.json says nothing of {error}") from error
     except ValueError as error:
@@ -106,9 +106,7 @@ def check_names(source: Source, config: Any) -> None:
     """Raises ValueError with all that is missing, more than known, or of another shape."""
     sizes = families.sizes(config.model, config.data.vocab_size, config.data.seq_len)
     wanted = {
-        name: row.their_shape(sizes)
-        for row in source.family.table(config.model.tie_embeddings)
-        for name in row.places(config.model.num_layers, config.model.experts)
+        name: row.their_shape(sizes) for row in source.family.table(config.model) for name in row.places(config.model)
     }
     found = {name: e.shape for name, e in source.entries.items() if not re.search(source.family.buffers, name)}
     if config.model.tie_embeddings and "lm_head.weight" in found:
@@ -147,14 +145,14 @@ def read_params(source: Source, config: Any, abstract: Any) -> Any:
     """The parameters, float32, in the shardings of `abstract`. The largest first: what is copied to a device is held
     twice for a moment. Raises ValueError for a weight that is not finite."""
     sizes = families.sizes(config.model, config.data.vocab_size, config.data.seq_len)
-    rows = {row.ours: row for row in source.family.table(config.model.tie_embeddings)}
+    rows = {row.ours: row for row in source.family.table(config.model)}
     wanted, found = named_arrays(abstract), {}
     for name in sorted(wanted, key=lambda name: -wanted[name].size):
-        found[name] = _read_array(rows[name], wanted[name], source.entries, sizes)
+        found[name] = _read_array(rows[name], config.model, wanted[name], source.entries, sizes)
     return jax.tree.structure(abstract).unflatten([found[name] for name in wanted])
 
 
-def _read_array(row: Row, like: Any, entries: Mapping[str, Entry], sizes: dict[str, int]) -> jax.Array:
+def _read_array(row: Row, model: Any, like: Any, entries: Mapping[str, Entry], sizes: dict[str, int]) -> jax.Array:
     indices = like.sharding.addressable_devices_indices_map(like.shape)
     span = {device: tuple(s.indices(n)[:2] for s, n in zip(index, like.shape, strict=True)) for device, index in
             indices.items()}  # fmt: skip
@@ -165,7 +163,7 @@ def _read_array(row: Row, like: Any, entries: Mapping[str, Entry], sizes: dict[s
     if first is not None:  # of what lies outermost in the file only what this process needs
         own = [where[first + stacks] for where in shards]
         low, high = min(a for a, _ in own), max(b for _, b in own)
-    for name, place in row.places(*like.shape[:stacks]).items():
+    for name, place in row.places(model).items():
         mine = {
             where: x for where, x in shards.items() if all(a <= i < b for i, (a, b) in zip(place, where, strict=False))
         }

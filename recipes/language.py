@@ -37,6 +37,7 @@ def build_model(c: Any, device_kind: str, sizes: Mapping[str, int] = WHOLE) -> t
     fields = {k: v for k, v in c.model.items() if k not in ("rope_scaling", *experts.KEYS)}
     scaling = RopeScaling(**c.model.rope_scaling) if c.model.rope_scaling.factor else None
     fields |= {"vocab_size": c.data.vocab_size, "max_seq_len": c.data.seq_len, "moe": experts.of(c)}
+    fields["others"] = c.model.dense_layers
     config = ModelConfig(rope_scaling=scaling, **fields)
     auto = "float32" if device_kind == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if c.compute.dtype == "auto" else c.compute.dtype)

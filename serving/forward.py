@@ -112,7 +112,7 @@ def block(
     y_NE, kept = attend(q_NHK, k_NGK, v_NGK)
     x_ND = x_ND + _plus(_over_tensor(_times(y_NE, w["out"])), w.get("out_bias"))
     h_ND = norm(c, w, "mlp_norm", x_ND)
-    y_ND = _routed(c, w, h_ND, apart) if c.moe else None
+    y_ND = _routed(c, w, h_ND, apart) if "router" in w else None
     if "up" in w:  # of all tokens
         shared_ND = _fed_forward(c, h_ND, w["up"], w["down"], w.get("up_bias"))
         y_ND = shared_ND if y_ND is None else y_ND + shared_ND

@@ -100,9 +100,9 @@ def read(programs: Programs, weights: Any, request: Request, length: int) -> tup
     size, ends = bucket(count, length), {name: x for name, x in weights.items() if name != "layers"}
     ids_T = np.zeros(size, np.int32)
     ids_T[:count] = request.prompt[:count]
-    x_TD, kept, layer = programs["read", size](ends, programs.put(ids_T)), [], programs["layer", size]
-    for layer_weights in weights["layers"]:
-        x_TD, new = layer(layer_weights, x_TD)
+    x_TD, kept = programs["read", size](ends, programs.put(ids_T)), []
+    for number, layer_weights in enumerate(weights["layers"]):
+        x_TD, new = programs["first" if number < programs.first else "layer", size](layer_weights, x_TD)
         kept.append(new)
     if not request.echo:
         return kept, size, []

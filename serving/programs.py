@@ -2,7 +2,7 @@
 
 A *lane* holds requests whose prompt and answer fit its length S; its state has a row for each of n slots, and n is a
 *rung* of a ladder. A prompt goes through the layers one at a time in its bucket of T positions, so one program serves
-all layers.
+all layers (another one those without experts before others).
 
 n rows, S positions kept, T positions of a prompt, L layers, G key/value heads, K head size, V vocabulary.
 """
@@ -51,6 +51,7 @@ class Programs:
         self._weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), given)
         self._specs = weights.specs(c)
         self._vocab = given["embed"].shape[0]
+        self.first = c.moe.dense_layers if c.moe else 0  # layers that are not as those after them
         self._found: dict[tuple, Any] = {}
 
     def __getitem__(self, key: tuple) -> Any:
@@ -60,7 +61,7 @@ class Programs:
         """options: XLA's. tell(share): after each program, how much is done; one that holds all layers takes as much
         time as so many others."""
         todo, done = list(self.lowerings().items()), 0
-        takes = lambda key: self.c.num_layers if key[0] == "decode" else 1
+        takes = lambda key: self.c.depth if key[0] == "decode" else 1
         compile_one = lambda item: (item[0], item[1]().compile(compiler_options=options))
         with ThreadPoolExecutor(2) as pool:
             for key, program in pool.map(compile_one, todo):
@@ -75,6 +76,7 @@ class Programs:
         sizes = sorted({size for length in self.lengths for size in buckets(length)})
         for size in sizes:
             found |= {(name, size): partial(getattr(self, f"_{name}"), size) for name in ("read", "layer", "score")}
+            found |= {("first", size): partial(self._layer, size, 0)} if self.first else {}
         for n, length in pairs:
             found |= {("init", n, length): partial(self._init, n, length)}
             found |= {("insert", n, length, size): partial(self._insert, n, length, size) for size in buckets(length)}
@@ -104,7 +106,7 @@ class Programs:
     def state(self, n: int, length: int) -> State:
         """What a lane's state is like."""
         cache = self._cache(n, length)
-        return {"layers": [(cache, cache) for _ in range(self.c.num_layers)], "rows": self._rows(n)}
+        return {"layers": [(cache, cache) for _ in range(self.c.depth)], "rows": self._rows(n)}
 
     def _on_devices(self, f: Callable, in_specs: Any, out_specs: Any, donate: tuple[int, ...] = ()) -> Any:
         mapped = jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -144,7 +146,7 @@ class Programs:
         return f.lower(self._weights, self.state(n, length))
 
     def _state_specs(self) -> Any:
-        return {"layers": [(KEPT, KEPT)] * self.c.num_layers, "rows": dict.fromkeys(self.row, ROWS)}
+        return {"layers": [(KEPT, KEPT)] * self.c.depth, "rows": dict.fromkeys(self.row, ROWS)}
 
     # ── a prompt ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -157,15 +159,15 @@ class Programs:
     def _x(self, size: int) -> Any:
         return self._array((size, self.c.model_dim), self.dtype, P())
 
-    def _layer(self, size: int) -> Any:
-        """(weights of a layer, x [T, D]) -> (x, (keys, values) [G, T, K])."""
+    def _layer(self, size: int, number: int = -1) -> Any:
+        """(weights of a layer, x [T, D]) -> (x, (keys, values) [G, T, K]). number: of one that is like it."""
 
         def layer(w: Any, x_TD: jax.Array) -> tuple[jax.Array, Any]:
             return forward.block(self.c, w, x_TD, forward.rope(self.c, jnp.arange(size)), forward.causal(self.c))
 
         out_specs = (P(), (P("tensor"), P("tensor")))
-        f = self._on_devices(layer, (self._specs["layers"][0], P()), out_specs, donate=(1,))
-        return f.lower(self._weights["layers"][0], self._x(size))
+        f = self._on_devices(layer, (self._specs["layers"][number], P()), out_specs, donate=(1,))
+        return f.lower(self._weights["layers"][number], self._x(size))
 
     def _score(self, size: int) -> Any:
         """(weights but the layers', x [T, D], ids that follow [T]) -> as sampling.logprobs, [T, …]."""

@@ -100,22 +100,30 @@ def ends_table(c: ModelConfig) -> dict[str, Row]:
     return rows
 
 
+def stacks(c: ModelConfig) -> list[tuple[str, ModelConfig]]:
+    """Of the parameters those that are stacked over layers, in the order of these: (name, what its layers are)."""
+    return [*([("first", c.moe.before(c))] if c.moe and c.moe.dense_layers else []), ("blocks", c)]
+
+
 def specs(c: ModelConfig) -> Weights:
     """How each array is cut."""
     of = lambda rows: {name: spec for name, (_, spec, _) in rows.items()}
-    return of(ends_table(c)) | {"layers": [of(table(c)) for _ in range(c.num_layers)]}
+    return of(ends_table(c)) | {"layers": [of(table(own)) for _, own in stacks(c) for _ in range(own.num_layers)]}
 
 
 def unstack(params: Mapping[str, Any], axes: Mapping[str, Any], c: ModelConfig, dtype: Any, mesh: Mesh) -> Weights:
     """From a model's parameters, which are used up: an array is given back as soon as what is made of it is there, so
     there are never two copies of more than the arrays of one product. axes: of the parameters."""
-    found: Weights = {"layers": [{} for _ in range(c.num_layers)]}
-    for name, (make, spec, of) in table(c).items():
-        arrays, logical = _taken(params["blocks"], axes["blocks"], of)
-        make_layer = _maker(make, spec, logical, dtype, mesh, stacked=True)
-        for layer in range(c.num_layers):
-            found["layers"][layer][name] = make_layer(jnp.int32(layer), *arrays)
-        _delete(arrays)
+    found: Weights = {"layers": []}
+    for stack, own in stacks(c):
+        own_layers: list[dict[str, jax.Array]] = [{} for _ in range(own.num_layers)]
+        for name, (make, spec, of) in table(own).items():
+            arrays, logical = _taken(params[stack], axes[stack], of)
+            make_layer = _maker(make, spec, logical, dtype, mesh, stacked=True)
+            for number, layer in enumerate(own_layers):
+                layer[name] = make_layer(jnp.int32(number), *arrays)
+            _delete(arrays)
+        found["layers"] += own_layers
     for name, (make, spec, of) in ends_table(c).items():
         arrays, logical = _taken(params, axes, of)
         found[name] = _maker(make, spec, logical, dtype, mesh, stacked=False)(jnp.int32(0), *arrays)
@@ -135,8 +143,9 @@ def abstract(shapes: Mapping[str, Any], axes: Mapping[str, Any], c: ModelConfig,
             found[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
         return found
 
-    layer = made(table(c), shapes["blocks"], axes["blocks"], True)
-    return made(ends_table(c), shapes, axes, False) | {"layers": [layer for _ in range(c.num_layers)]}
+    of_stack = {stack: made(table(own), shapes[stack], axes[stack], True) for stack, own in stacks(c)}
+    layers = [of_stack[stack] for stack, own in stacks(c) for _ in range(own.num_layers)]
+    return made(ends_table(c), shapes, axes, False) | {"layers": layers}
 
 
 def _maker(make: Callable, spec: P, logical: Any, dtype: Any, mesh: Mesh, stacked: bool) -> Callable:

@@ -37,6 +37,9 @@ CONFIGS = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **SHARED, head_dim=16, moe_intermediate_size=40, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False
     ),
+    "qwen3_moe-dense": lambda: transformers.Qwen3MoeConfig(
+        **SHARED, head_dim=16, moe_intermediate_size=40, num_experts=6, num_experts_per_tok=3, mlp_only_layers=[0]
+    ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=V, n_embd=48, n_layer=3, n_head=6, n_positions=256, eos_token_id=0, bos_token_id=0,
         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
@@ -44,10 +47,11 @@ CONFIGS = {
 }  # fmt: skip
 
 
+_QWEN3 = ("mlp", "gate_proj", "up_proj", "down_proj")
 EXPERTS = {  # names in their files: of a layer's experts; of gate, up and down
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
-    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
-}
+    "qwen3_moe": _QWEN3, "qwen3_moe-dense": _QWEN3,
+}  # fmt: skip
 
 
 def tokens() -> np.ndarray:
@@ -84,6 +88,8 @@ def as_in_files(model: str, name: str, x: np.ndarray) -> Iterator[tuple[str, np.
         return
     layer, _, what = name.partition(".mlp.")
     where, gate, up, down = EXPERTS[model]
+    if "_proj.weight" in what:  # of a layer without any
+        yield name, x
     if what == "gate.weight":
         yield f"{layer}.{where}.gate.weight", x
     for number, own in enumerate(x if what.startswith("experts.") else ()):

@@ -31,10 +31,12 @@ def logits(params: dict[str, Any], tokens_T: np.ndarray, c) -> np.ndarray:
     x_TD = params["embed"][tokens_T]
     if c.position == "learned":
         x_TD = x_TD + params["position"][: len(tokens_T)]
-    for index in range(c.num_layers):
-        layer = layer_of(params["blocks"], index)
+    before = c.moe.dense_layers if c.moe else 0
+    for index in range(before + c.num_layers):
+        stack, index = (params["first"], index) if index < before else (params["blocks"], index - before)
+        layer = layer_of(stack, index)
         x_TD = x_TD + attention(norm(x_TD, layer["attention_norm"], c), layer["attention"], c)
-        half = experts if c.moe else mlp
+        half = experts if "router" in layer["mlp"] else mlp
         x_TD = x_TD + half(norm(x_TD, layer["mlp_norm"], c), layer["mlp"], c)
     head_DV = params["embed"].T if c.tie_embeddings else params["head"]
     return norm(x_TD, params["final_norm"], c) @ head_DV

@@ -29,6 +29,7 @@ FAMILIES = {
     "mixtral": {"model__experts": 4, "model__num_kv_heads": 4},
     "shared experts": {"model__experts": 4, "model__shared_experts": 1, "model__router": "sigmoid",
                        "model__balance": "bias", "model__normalise_gates": False},
+    "dense first": {"model__experts": 4, "model__dense_layers": 2, "model__dense_dim": 96, "model__num_layers": 1},
 }  # fmt: skip
 
 
@@ -126,10 +127,10 @@ WITH_EXPERTS = [(1, 1, 1, 4, 1, 1), (1, 1, 1, 2, 1, 2), (1, 1, 2, 2, 1, 2)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", WITH_EXPERTS, ids=helpers.name)
-@pytest.mark.parametrize("family", ["mixtral", "shared experts"])
+@pytest.mark.parametrize("family", ["mixtral", "shared experts", "dense first"])
 def test_so_it_is_with_experts_on_devices_of_their_own(family, mesh):
     found = Made(mesh, family)
-    held = found.weights["layers"][0]["experts_up"]
+    held = found.weights["layers"][-1]["experts_up"]
     assert held.addressable_shards[0].data.shape[0] == held.shape[0] // mesh[3]
     engine = found.engine(found.programs([4 * mesh[2] * mesh[3]], [32]))
     check_against_training(found, engine)

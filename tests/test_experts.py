@@ -35,6 +35,7 @@ KINDS = {
     "softmax": MIXTRAL,
     "not normalised": dataclasses.replace(MIXTRAL, normalise=False, chosen=3),
     "sigmoid, bias, shared": Moe(experts=6, chosen=2, shared=2, router="sigmoid", normalise=True, balance="bias"),
+    "dense first": dataclasses.replace(MIXTRAL, dense_layers=2, dense_dim=40),
 }
 
 

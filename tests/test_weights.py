@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 import slackline as sl
-from model import families, huggingface
+from model import config_json, families, huggingface
 from model import safetensors as files
 from model.families import FAMILIES
 from parallel.layout.rules import Constrain
@@ -26,7 +26,7 @@ from runtime import verify
 from runtime.config import UsageError
 from runtime.digest import named_arrays
 
-SIZES = {"D": 8, "H": 6, "G": 2, "K": 4, "F": 10, "V": 12, "P": 5, "3": 3, "E": 7}
+SIZES = {"D": 8, "H": 6, "G": 2, "K": 4, "F": 10, "V": 12, "P": 5, "3": 3, "E": 7, "W": 9}
 ROWS = [(family, row) for family in FAMILIES.values() for row in family.rows]
 LLAMA = {
     "model_type": "llama", "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -57,20 +57,21 @@ def test_every_row_is_a_bijection(family, row):
 def test_no_two_rows_have_one_weight():
     for family in FAMILIES.values():
         assert len({row.ours for row in family.rows}) == len(family.rows)
-        alone = [row.theirs for row in family.rows if row.part is None]
+        model = SimpleNamespace(dense_layers=2, num_layers=3, experts=2)
+        alone = [name for row in family.rows if row.part is None for name in row.places(model)]
         assert len(set(alone)) == len(alone)
 
 
 def write(folder: Path, config: dict[str, Any] = LLAMA, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """A folder of theirs, by their library; its weights."""
-    family, keys = families.read_config(config)
+    family, keys = config_json.read_config(config)
     model = SimpleNamespace(**{key.removeprefix("model."): x for key, x in keys.items() if key.startswith("model.")})
     sizes = families.sizes(model, config["vocab_size"], keys["data.seq_len"])
     draw = np.random.default_rng(0)
     weights = {
         name: draw.normal(size=row.their_shape(sizes)).astype(dtype)
-        for row in family.table(model.tie_embeddings)
-        for name in row.places(model.num_layers, model.experts)
+        for row in family.table(model)
+        for name in row.places(model)
     }
     folder.mkdir(exist_ok=True)
     safetensors.numpy.save_file(weights, folder / files.SINGLE, {"format": "pt"})
@@ -367,9 +368,38 @@ def test_a_window_and_a_balance_of_mixtral_come_in_and_go_out(tmp_path):
     assert said["model_type"] == "mixtral" and said["router_aux_loss_coef"] == pytest.approx(0.02)
 
 
+QWEN3_MOE = LLAMA | {
+    "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [0], "router_aux_loss_coef": 0.02,
+}  # fmt: skip
+
+
+def test_layers_without_experts_come_in_before_the_others_and_go_out(tmp_path):
+    theirs = write(tmp_path / "in", QWEN3_MOE)
+    assert theirs["model.layers.0.mlp.gate_proj.weight"].shape == (24, 16)
+    assert "model.layers.2.mlp.experts.3.gate_proj.weight" in theirs and "model.layers.0.mlp.gate.weight" not in theirs
+    command("import", tmp_path / "in", tmp_path / "run")
+    model = configuration.read_json(tmp_path / "run").model
+    assert (model.dense_layers, model.dense_dim, model.num_layers, model.mlp_dim) == (1, 24, 2, 12)
+    assert configuration.read_json(tmp_path / "run").moe.balance_weight == pytest.approx(0.02 * 2 / 2)
+    command("export", tmp_path / "run", tmp_path / "out")
+    back = safetensors.numpy.load_file(tmp_path / "out" / files.SINGLE)
+    assert back.keys() == theirs.keys() and all(np.array_equal(back[name], x) for name, x in theirs.items())
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: said[key] for key in QWEN3_MOE if key != "router_aux_loss_coef"} == {
+        key: x for key, x in QWEN3_MOE.items() if key != "router_aux_loss_coef"
+    }
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2]])
+def test_layers_without_experts_among_the_others_are_refused(layers):
+    with pytest.raises(ValueError, match="mlp_only_layers"):
+        config_json.read_config(QWEN3_MOE | {"mlp_only_layers": layers})
+
+
 # ── transformers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-ROUTED = ["mixtral", "qwen3_moe"]
+ROUTED = ["mixtral", "qwen3_moe", "qwen3_moe-dense"]
 MESHES = {"one device": {}, "fsdp 2, tensor 2": {"fsdp": 2, "tensor": 2}}
 
 
@@ -454,8 +484,8 @@ def check_gradients(gradients: dict[str, Any], wanted: Any, config: Any) -> None
     family = families.of(config.model)
     sizes = families.sizes(config.model, config.data.vocab_size, config.data.seq_len)
     total = np.sqrt(sum(np.sum(wanted[key] ** 2) for key in wanted.files if key.startswith("grad/")))
-    for row in family.table(config.model.tie_embeddings):
-        for name, place in row.places(config.model.num_layers, config.model.experts).items():
+    for row in family.table(config.model):
+        for name, place in row.places(config.model).items():
             theirs = row.to_ours(wanted[f"grad/{name}"], sizes)
             ours = np.asarray(gradients[row.ours])[place]
             bound = 1e-4 * max(np.linalg.norm(theirs), 1e-3 * total)

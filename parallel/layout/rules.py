@@ -26,16 +26,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp", "expert", "stage", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
-    "head_dim": (),
-    "norm": (),
     "mlp": ("tensor",),
     "layers": ("stage",),
-    "repeats": (),  # of stages, in each of which they have other layers
     "experts": ("expert",),
-    "scores": (),  # of experts
-    "counts": (),  # numbers that follow from counts, and are sent as they are
+    # Layers of repeats, and before those of stages; scores of experts; what follows from counts, and is sent as it is.
+    **dict.fromkeys(("head_dim", "norm", "repeats", "first", "scores", "counts"), ()),
 }
-BATCH = ("repeats", "layers", "experts")  # dimensions that only count arrays
+BATCH = ("first", "repeats", "layers", "experts")  # dimensions that only count arrays
 
 
 def over(axes: Axes, i: int) -> tuple[str, ...]:

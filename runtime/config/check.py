@@ -97,6 +97,12 @@ def _expert_relations(flat: dict[str, Any]) -> Iterator[str]:
     experts, chosen, rows = flat["model.experts"], flat["model.experts_per_token"], flat["moe.rows"]
     if chosen > experts:
         yield f"model.experts_per_token={chosen}: a token cannot choose more than model.experts={experts}"
+    if flat["model.dense_layers"] and not flat["model.dense_dim"]:
+        near = flat["model.mlp_dim"] * (chosen + flat["model.shared_experts"])
+        yield (
+            f"model.dense_layers={flat['model.dense_layers']} needs model.dense_dim, the size of their feed-forward "
+            f"half: all experts of a token have {near} together"
+        )
     if flat["model.mlp"] != "swiglu":
         yield f"model.mlp={flat['model.mlp']} with model.experts={experts}: experts are swiglu"
     try:

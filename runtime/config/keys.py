@@ -108,9 +108,9 @@ RANGES: dict[Range, str] = {
         "checkpoint.keep sync.interval sync.fragments island.quorum pipeline.interleave"
     ),
     Range(0, math.inf, "[)"): (
-        "eval_every lora.rank model.experts model.shared_experts moe.balance_weight moe.balance_rate moe.z_loss "
-        "model.sliding_window model.rope_scaling.factor compute.loss_chunk_mib optimizer.lr "
-        "optimizer.warmup_steps "
+        "eval_every lora.rank model.experts model.shared_experts model.dense_layers model.dense_dim "
+        "moe.balance_weight moe.balance_rate moe.z_loss "
+        "model.sliding_window model.rope_scaling.factor compute.loss_chunk_mib optimizer.lr optimizer.warmup_steps "
         "optimizer.final_lr_fraction optimizer.weight_decay optimizer.clip_norm optimizer.z_loss "
         "optimizer.freeze_steps guard.zscore sync.replicas sync.warm_steps sync.staleness sync.compensation "
         "sync.overlap sync.outer.lr island.norm_bound checkpoint.every checkpoint.keep_every sample.tokens "
@@ -137,8 +137,9 @@ UNREAD: dict[str, dict[Any, str]] = {
     },
     "model.experts": {
         0: "model.experts_per_token model.shared_experts model.router model.normalise_gates model.balance moe.dispatch "
-        "moe.rows moe.balance_weight moe.balance_rate moe.z_loss"
+        "moe.rows moe.balance_weight moe.balance_rate moe.z_loss model.dense_layers model.dense_dim"
     },
+    "model.dense_layers": {0: "model.dense_dim"},
     "model.balance": {
         "loss": "moe.balance_rate",
         "bias": "moe.balance_weight",
