@@ -12,6 +12,7 @@ from parallel.cost.network import (
     end_tokens,
     layer_elements,
     layers,
+    outside,
     tokens,
 )
 from parallel.cost.sent import gathers
@@ -41,7 +42,9 @@ def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float
     n, own, computed = tokens(net, lay), layers(net, lay), layers(net, lay) // lay.repeats * _ticks_kept(lay)
     trained, gathered, _ = layer_elements(net, lay)
     layer, whole = own * trained, gathered * net.itemsize
-    weights = layer + end_elements(net, lay)
+    first, out = net.first, outside(lay)
+    before = first.layers * layer_elements(first, out)[0] if first else 0.0
+    weights = layer + end_elements(net, lay) + before
     always = {
         "gradients of micro-steps": weights * FLOAT32 * (lay.end_calls > 1),
         "of the exchange meanwhile": flight.meanwhile,
@@ -51,6 +54,9 @@ def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float
         "layer inputs": activation(net, lay) * (lay.ticks if lay.repeats_stages else computed),
         "kept for the backward pass": computed * n * net.itemsize * kept(net, lay),
     }
+    if first:
+        each = activation(first, out) + tokens(first, out) * net.itemsize * kept(first, out)
+        inputs["of the layers before"] = first.layers * each
     backward = {
         "gradients": layer * net.itemsize,
         "layers' weights, gathered": (GATHERED_EXPERTS if net.experts else GATHERED_LAYERS) * whole,

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -52,7 +52,8 @@ class Network:
     """layer: the weights of one. trained_…: the same, or adapters beside weights that lie in the compute dtype. hidden:
     arrays of F that the feed-forward half begins with. visible: keys that a query sees on average. itemsize: of the
     compute dtype. experts, chosen: of a layer and of a token; 0: one feed-forward half for all. dispatch:
-    moe.dispatch and moe.rows. is_narrow: the optimizer's moments are bfloat16."""
+    moe.dispatch and moe.rows. is_narrow: the optimizer's moments are bfloat16. first: layers before those with experts,
+    of no ends, and no vocabulary."""
 
     layer: tuple[Weight, ...]
     ends: tuple[Weight, ...]
@@ -73,6 +74,7 @@ class Network:
     chosen: int = 0
     dispatch: tuple[str, str] = ("", "")
     is_narrow: bool = False
+    first: "Network | None" = None
 
     @classmethod
     def of(
@@ -80,16 +82,24 @@ class Network:
     ) -> "Network":
         """weights, trained: (shapes, axes), `blocks` with leading dimensions of layers. model, compute: its
         ModelConfig and Compute."""
-        layer, ends = _weights(*weights)
+        layer, ends, before = _weights(*weights)
+        trained_layer, trained_ends, trained_before = _weights(*trained)
         window = min(seq_len, model.sliding_window or seq_len)
-        return cls(
-            layer, ends, *_weights(*trained), layers=model.num_layers, dim=model.model_dim, mlp_dim=model.mlp_dim,
-            hidden=sum(w.name.split("/")[0] == "mlp" and w.axes[-1] == "mlp" and w.is_matrix for w in layer),
+        own = cls(
+            layer, ends, trained_layer, trained_ends, layers=model.num_layers, dim=model.model_dim,
+            mlp_dim=model.mlp_dim, hidden=_hidden(layer),
             seq_len=seq_len, itemsize=compute.dtype.itemsize, heads=model.num_heads, kv_heads=model.num_kv_heads,
             head_dim=model.head_dim, vocab=model.vocab_size, visible=window - window**2 / (2 * seq_len),
             experts=model.moe.experts if model.moe else 0, chosen=model.moe.chosen if model.moe else 0,
             dispatch=compute.dispatch, is_narrow=is_narrow,
         )  # fmt: skip
+        if not before:
+            return own
+        first = replace(
+            own, layer=before, ends=(), trained_layer=trained_before, trained_ends=(), layers=model.moe.dense_layers,
+            mlp_dim=model.moe.dense_dim, hidden=_hidden(before), vocab=0, experts=0, chosen=0, dispatch=("", ""),
+        )  # fmt: skip
+        return replace(own, first=first)
 
     @property
     def queries(self) -> int:
@@ -105,20 +115,24 @@ class Network:
         return next((w for w in self.ends if w.name == "head"), self.ends[0])
 
 
-def _weights(shapes: Any, axes: Any) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
-    """Of a layer, and of the ends."""
+def _hidden(layer: Sequence[Weight]) -> int:
+    return sum(w.name.split("/")[0] == "mlp" and w.axes[-1] == "mlp" and w.is_matrix for w in layer)
+
+
+def _weights(shapes: Any, axes: Any) -> tuple[tuple[Weight, ...], ...]:
+    """Of a layer, of the ends, and of a layer before those with experts."""
     flat = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple)))
-    layer, ends = [], []
+    found: dict[str, list[Weight]] = {"blocks": [], "": [], "first": []}
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
         names, own = [part.key for part in path], tuple(flat[path])
-        inside = names[0] == "blocks"
+        inside, stack = names[0] == "blocks", names[0] if names[0] in found else ""
         model = {name for i, axis in enumerate(own) if axis == "embed" for name in rules.over(own, i)}
         others = set(rules.of(rules.spec(own))) - model - ({STAGE} if inside else set())
-        leading = own.index("layers") + 1 if inside else 0  # behind those that only count layers
+        leading = sum(axis in ("repeats", "layers", "first") for axis in own)  # those that only count layers
         name, shape, own = "/".join(names[-2:]), tuple(x.shape)[leading:], own[leading:]
         at = Weight(name, shape, own, _ordered(model), _ordered(others))
-        (layer if inside else ends).append(at)
-    return tuple(layer), tuple(ends)
+        found[stack].append(at)
+    return tuple(map(tuple, found.values()))
 
 
 def _ordered(axes: set[str]) -> tuple[str, ...]:
@@ -197,6 +211,23 @@ class Layout:
     def chunks(self, tokens: int, vocab: int) -> int:
         """Into how many parts logits are cut, one after another."""
         return max(1, math.ceil(tokens * vocab * FLOAT32 / self.cut("mlp") / self.chunk))
+
+
+def outside(lay: Layout) -> Layout:
+    """Of layers that are no part of a pipeline: all stages' devices cut rows, and the model dimension, as fsdp's do."""
+    if lay.stages == 1:
+        return replace(lay, known={})  # which is of another network
+    sizes = {**lay.sizes, STAGE: 1, "fsdp": lay.sizes["fsdp"] * lay.stages}
+    pipeline, rows = ("layer", "tick", 1), lay.rows * lay.slots
+    return replace(lay, sizes=sizes, rows=rows, accumulate=lay.end_calls, pipeline=pipeline, known={})
+
+
+def with_first(
+    f: Callable[[Network, Layout], dict[str, float]], net: Network, lay: Layout, own: dict[str, float]
+) -> Any:
+    """What f says of all layers. own: of those of the pipeline."""
+    more = f(net.first, outside(lay)) if net.first else {}
+    return {part: size + more.get(part, 0.0) for part, size in own.items()}
 
 
 def of_mesh(f: Callable[[Network, Layout], T]) -> Callable[[Network, Layout], T]:

@@ -19,6 +19,7 @@ from parallel.cost.network import (
     end_tokens,
     layers,
     of_mesh,
+    outside,
     tokens,
     turns,
 )
@@ -91,7 +92,17 @@ def in_parts(size: float, n: int) -> float:
 def sent(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
     found = [*_weights(net, lay, habits), *_ends(net, lay, habits), *_over_tensor(net, lay, habits)]
     found += [*_over_stages(net, lay), *_over_context(net, lay), *_over_experts(net, lay)]
+    found += _before(net.first, lay, habits) if net.first else []
     return [row for row in found if row.axes and row.bytes]
+
+
+def _before(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
+    """Of layers outside of a pipeline, whose weights are cut over stages, too."""
+    out, both = outside(lay), lay.over((STAGE, "fsdp"))
+    for row in (*_weights(net, out, habits), *_over_tensor(net, out, habits), *_over_context(net, out)):
+        axes = tuple(axis for name in row.axes for axis in (both if name == "fsdp" else (name,)))
+        if row.part != ENDS:
+            yield row._replace(axes=axes)
 
 
 # ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────

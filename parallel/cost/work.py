@@ -14,8 +14,10 @@ from parallel.cost.network import (
     end_tokens,
     layer_elements,
     layers,
+    outside,
     tokens,
     turns,
+    with_first,
 )
 from parallel.layout.axes import EXPERT
 from parallel.layout.ring import WAYS
@@ -73,7 +75,8 @@ def flops(net: Network, lay: Layout) -> dict[str, float]:
     share = turns(net, lay) * tokens(net, lay) / lay.cut("mlp")
     ends = lay.end_calls * end_tokens(net, lay) / lay.cut("mlp")
     seen = scores(net, lay)
-    return {part: share * layer[part] + seen[part] for part in layer} | {ENDS: ends * 6 * net.dim * net.vocab}
+    own = {part: share * layer[part] + seen[part] for part in layer} | {ENDS: ends * 6 * net.dim * net.vocab}
+    return with_first(flops, net, lay, own)
 
 
 def scores(net: Network, lay: Layout) -> dict[str, float]:
@@ -87,7 +90,8 @@ def scores(net: Network, lay: Layout) -> dict[str, float]:
 def gradient_flops(net: Network, lay: Layout) -> float:
     """Of the products that make the gradients of layers' weights."""
     each = sum(_elements(w, net, lay) for w in net.layer if w.is_matrix)
-    return 2 * turns(net, lay) * each * tokens(net, lay) / lay.cut("mlp")
+    first = gradient_flops(net.first, outside(lay)) if net.first else 0.0
+    return 2 * turns(net, lay) * each * tokens(net, lay) / lay.cut("mlp") + first
 
 
 def loss_products(net: Network, lay: Layout) -> list[tuple[float, float]]:
@@ -131,7 +135,8 @@ def passed(net: Network, lay: Layout) -> dict[str, float]:
         layer[BACKWARD] += LAID_ANEW * layer_elements(net, lay)[2] / tokens(net, lay)
     share = turns(net, lay) * tokens(net, lay) * net.itemsize
     logits = lay.end_calls * end_tokens(net, lay) * LOGIT_PASSES * FLOAT32 * net.vocab / cut
-    return {part: share * size for part, size in layer.items()} | {ENDS: logits}
+    own = {part: share * size for part, size in layer.items()} | {ENDS: logits}
+    return with_first(passed, net, lay, own)
 
 
 def kept(net: Network, lay: Layout) -> float:
@@ -149,4 +154,5 @@ def updated(net: Network, lay: Layout) -> float:
     added = ADDED_WHOLE * whole if lay.gathers_once else ADDED_BYTES * layer
     each = UPDATE_BYTES - NARROW_BYTES * net.is_narrow
     ends *= each + ADDED_BYTES * several(lay.end_calls)
-    return layers(net, lay) * (each * layer + several(lay.ticks) * added) + ends
+    first = updated(net.first, outside(lay)) if net.first else 0.0
+    return layers(net, lay) * (each * layer + several(lay.ticks) * added) + ends + first

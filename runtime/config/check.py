@@ -77,6 +77,8 @@ def relations(flat: dict[str, Any], offer: bool = True) -> Iterator[str]:
     yield from _sync_relations(flat, offer)
     if flat["model.experts"]:
         yield from _expert_relations(flat)
+    elif flat["model.dense_layers"]:
+        yield f"model.dense_layers={flat['model.dense_layers']} come before layers with experts: set model.experts"
     if flat["lora.rank"]:
         yield from _lora_relations(flat)
     if flat["profile.steps"]:
