@@ -68,7 +68,9 @@ def get_config() -> Any:
     c.model.dense_dim = 0
 
     c.moe = ConfigDict()  # how experts are trained
-    c.moe.dispatch = "auto"  # grouped (no slot is multiplied in vain), capacity; auto: capacity on GPUs, else grouped
+    # grouped (no slot is multiplied in vain), capacity; mosaic: as grouped, by kernels for H100 and H200 whose values
+    # no chip has checked; auto: capacity on GPUs, else grouped
+    c.moe.dispatch = "auto"
     c.moe.rows = "1.25"  # room for tokens, in multiples of what an even load takes, or worst: none is ever dropped
     c.moe.balance_weight = 0.01  # of the loss of model.balance=loss
     c.moe.balance_rate = 0.001  # of a step of the bias of model.balance=bias

@@ -1,14 +1,15 @@
 """Experts: what config c makes of them, what cannot be, and how tokens come to them (parallel/layout/experts.py)."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from parallel.cost.experts import Routed
 from parallel.layout.axes import EXPERT
-from parallel.layout.experts import WORST
-from parallel.layout.mesh import legal
+from parallel.layout.experts import MOSAIC_STEP, WORST
+from parallel.layout.mesh import cut, legal
 from recipes import pipeline
-from runtime.config import UsageError
+from runtime.config import UsageError, nearest_multiples
 from runtime.console import human_bytes
 
 KEYS = (  # of model.*
@@ -16,6 +17,7 @@ KEYS = (  # of model.*
     *("dense_layers", "dense_dim"),
 )
 
+HOPPER = r"\bH[12]00\b"  # in the kind of a device
 MANY = 0.05  # of what tokens choose, dropped
 
 
@@ -38,6 +40,13 @@ def dispatch(c: Any, device_kind: str) -> tuple[str, str]:
             "moe.dispatch=grouped on a GPU: XLA makes one dense product over all experts of it there: set "
             "moe.dispatch=capacity"
         )
+    if c.moe.dispatch == "mosaic" and not re.search(HOPPER, device_kind):
+        raise UsageError(
+            f"moe.dispatch=mosaic on {device_kind}: its kernels are for Hopper chips (H100, H200): set "
+            "moe.dispatch=auto"
+        )
+    if c.moe.dispatch == "mosaic" and c.compute.dtype == "float32":
+        raise UsageError("moe.dispatch=mosaic with compute.dtype=float32: its kernels take bfloat16, which auto is")
     auto = "capacity" if is_gpu else "grouped"
     return auto if c.moe.dispatch == "auto" else c.moe.dispatch, c.moe.rows
 
@@ -50,8 +59,25 @@ def check(c: Any, sizes: Mapping[str, int]) -> None:
     if c.model.experts % count:
         said = legal(c.model.experts, f"mesh.{EXPERT}", count)
         raise UsageError(f"model.experts={c.model.experts} cannot be cut over mesh.{EXPERT}={count}. {said}")
+    if c.model.experts and c.moe.dispatch == "mosaic":
+        _check_features(c, sizes)
     if c.model.experts and c.pipeline.gather == "step":
         raise UsageError("pipeline.gather=step with model.experts: they are gathered in every tick: leave it out")
+
+
+def _check_features(c: Any, sizes: Mapping[str, int]) -> None:
+    """Of Mosaic's kernels."""
+    key, parts = cut("mlp", sizes)
+    for name, size, unit in (
+        ("model.model_dim", c.model.model_dim, MOSAIC_STEP),
+        ("model.mlp_dim", c.model.mlp_dim, MOSAIC_STEP * parts),
+    ):
+        if size % unit:
+            over = f" over {key}={parts}" * (unit > MOSAIC_STEP)
+            raise UsageError(
+                f"moe.dispatch=mosaic with {name}={size}{over}: its kernels take multiples of {unit}: set "
+                f"{nearest_multiples(size, unit)}, or moe.dispatch=capacity"
+            )
 
 
 def notable(moe: Any, layers: int, rows: str, means: Mapping[str, float]) -> str:
@@ -77,7 +103,8 @@ def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
     shared = f", {c.model.shared_experts} for all" if c.model.shared_experts else ""
     if dense := c.model.dense_layers:
         shared += f", {dense} layer{'s' * (dense > 1)} before without"
-    found = [("experts", f"{own.experts}, {own.chosen} of a token{shared}{kind}; {own.way}")]
+    way = own.way + ", whose values no chip has checked" * (own.way == "mosaic")
+    found = [("experts", f"{own.experts}, {own.chosen} of a token{shared}{kind}; {way}")]
     if own.count > 1:
         over = f"mesh.{EXPERT}={own.count}: {human_bytes(sent(c, parts))} sent for them in a step, predicted"
         found.append(("", over))

@@ -71,6 +71,8 @@ def prepare(chip: Chip) -> None:
         os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+        # Mosaic's kernels make a program for each multiprocessor that the first device has; here that is the CPU.
+        jax.Device.core_count = chip.xla["core_count"]
         given = os.environ.get("XLA_FLAGS", "")
         if "xla_gpu_autotune_level" not in given:  # there is no card to try kernels on
             os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_autotune_level=0".strip()

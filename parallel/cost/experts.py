@@ -66,7 +66,7 @@ class Routed:
     @property
     def _numbers(self) -> int:
         """Of the experts of the rows."""
-        return self._beside(INT32) if self.way == "grouped" else 0
+        return 0 if self.way == "capacity" else self._beside(INT32)
 
     def _beside(self, itemsize: int) -> int:
         if self.goes_to_all:

@@ -31,7 +31,7 @@ PASSES = (10, 2, 3)
 HOP_PASSES = 32  # over queries, of what a ring's products are merged from, in all passes
 # Of experts: over their rows, of D, in all passes, by moe.dispatch, what brings them together and their sums; over
 # their hidden features, in each pass; and over their weights, when they are gathered.
-ROW_PASSES, ROUTED_HIDDEN, LAID_ANEW = {"capacity": 21, "grouped": 75}, 1.6, 2
+ROW_PASSES, ROUTED_HIDDEN, LAID_ANEW = {"capacity": 21, "grouped": 75, "mosaic": 75}, 1.6, 2
 LOGIT_PASSES = 5  # over a chunk of float32 logits
 COPIED = 6  # passes in which XLA lays out anew what `tensor` has gathered, or will scatter, of cotangents
 STACKED = 3  # passes over what the backward pass finds in stacks of all layers: cleared, and copied there

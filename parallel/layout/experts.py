@@ -27,17 +27,22 @@ from parallel.layout.rules import RULES, Constrain, over
 (OVER,) = RULES["experts"]
 SCOPE = "over_expert"  # in the compiled program, of what is sent here
 WORST = "worst"
+MOSAIC_STEP = 64  # what Mosaic's kernels take features in
 WEIGHTS = ("experts", "embed", "mlp")
 ROWS = ("batch", "positions")  # over which tokens are cut
 
 
 class Experts:
-    """On the mesh of `constrain`, of one device, inside of `manual`. dispatch: moe.dispatch (grouped, capacity) and
-    moe.rows."""
+    """On the mesh of `constrain`, of one device, inside of `manual`. dispatch: moe.dispatch (grouped, capacity, mosaic)
+    and moe.rows."""
 
     def __init__(self, constrain: Constrain, dispatch: tuple[str, str]):
         self.constrain, (self.way, self.rows) = constrain, dispatch
-        self.count = constrain.size("experts")
+        self.count, self.product = constrain.size("experts"), _product
+        if self.way == "mosaic":
+            from parallel.layout import mosaic  # which no other way reads
+
+            self.product = mosaic.product
 
     def gathered(self, w: jax.Array, dim: int) -> jax.Array:
         """These experts' weights, whole along the model dimension; its gradient is scattered."""
@@ -91,7 +96,7 @@ class Experts:
     ) -> jax.Array:
         """Slots [n, C] of this device -> the same. numbers_S: of the expert there; E/n: nothing is in this slot."""
         swapped = lambda x: self._swapped(x.reshape(self.count, -1, *x.shape[1:])).reshape(x.shape)
-        return swapped(_grouped(swapped(rows_SD), swapped(gates_S), swapped(numbers_S), network, own))
+        return swapped(self._grouped(swapped(rows_SD), swapped(gates_S), swapped(numbers_S), network, own))
 
     def _all_tokens(
         self, x_ND: jax.Array, ids_Nk: jax.Array, gates_Nk: jax.Array, network: Callable, own: int
@@ -105,12 +110,22 @@ class Experts:
         slot_A = jnp.where(mine_A, jnp.cumsum(mine_A) - 1, rows)
         choice_S = jnp.full((rows,), choices).at[slot_A].set(jnp.arange(choices), mode="drop")
         numbers_S, gates_S = _of_choices(local_A, choice_S, own), _of_choices(gates_Nk, choice_S, 0)
-        y_SD = _grouped(_taken(x_ND, choice_S, k), gates_S, numbers_S, network, own)
+        y_SD = self._grouped(_taken(x_ND, choice_S, k), gates_S, numbers_S, network, own)
         token_S = jnp.where(choice_S < choices, choice_S // k, self.count * N)
         y_ND = jnp.zeros_like(x_ND).at[token_S].add(y_SD, mode="drop")
         with jax.named_scope(SCOPE):
             y_ND = lax.psum_scatter(y_ND, OVER, scatter_dimension=0, tiled=True)
         return y_ND, jnp.sum(mine_A & (slot_A >= rows)).astype(gates_Nk.dtype)
+
+    def _grouped(
+        self, rows_SD: jax.Array, gates_S: jax.Array, numbers_S: jax.Array, network: Callable, own: int
+    ) -> jax.Array:
+        """Rows through the experts of these numbers; zeros for the number E/n."""
+        order_S = jnp.argsort(numbers_S, stable=True)
+        sizes_E = jnp.bincount(numbers_S, length=own + 1)[:own].astype(jnp.int32)
+        y_SD = network(rows_SD[order_S], gates_S[order_S], functools.partial(self.product, sizes_E))
+        y_SD = jnp.where((jnp.arange(y_SD.shape[0]) < jnp.sum(sizes_E))[:, None], y_SD, 0)
+        return jnp.zeros_like(y_SD).at[order_S].set(y_SD)
 
     def _swapped(self, x: jax.Array) -> jax.Array:
         """[n, …] for each device -> [n, …] from each."""
@@ -122,7 +137,7 @@ class Experts:
 
 def goes_to_all(way: str, chosen: int, count: int) -> bool:
     """Whether all tokens go to all devices."""
-    return way == "grouped" and 1 < count <= chosen
+    return way != "capacity" and 1 < count <= chosen
 
 
 def slots_of(way: str, rows: str, tokens: int, chosen: int, experts: int, count: int) -> int:
@@ -163,15 +178,6 @@ def _of_choices(x_A: jax.Array, choice_S: jax.Array, nothing: int) -> jax.Array:
     return jnp.where(choice_S < x_A.shape[0], x_A[jnp.minimum(choice_S, x_A.shape[0] - 1)], nothing)
 
 
-def _grouped(rows_SD: jax.Array, gates_S: jax.Array, numbers_S: jax.Array, network: Callable, own: int) -> jax.Array:
-    """Rows through the experts of these numbers; zeros for the number E/n."""
-    order_S = jnp.argsort(numbers_S, stable=True)
-    sizes_E = jnp.bincount(numbers_S, length=own + 1)[:own].astype(jnp.int32)
-    y_SD = network(rows_SD[order_S], gates_S[order_S], functools.partial(_product, sizes_E))
-    y_SD = jnp.where((jnp.arange(y_SD.shape[0]) < jnp.sum(sizes_E))[:, None], y_SD, 0)
-    return jnp.zeros_like(y_SD).at[order_S].set(y_SD)
-
-
 # ── products of groups of rows with the weights of their expert. JAX has no `vmap` of a weight's gradient: one by one ─
 
 _PAIRS = lax.RaggedDotDimensionNumbers(
@@ -183,27 +189,28 @@ def _in_dtype(f: Callable, x: jax.Array, *more: Any) -> jax.Array:
     return f(x, *more, preferred_element_type=x.dtype)
 
 
-_times = sequential_vmap(lambda *x: _in_dtype(lax.ragged_dot, *x))
-_times_turned = sequential_vmap(lambda x, w, sizes: _in_dtype(lax.ragged_dot, x, w.swapaxes(1, 2), sizes))
-_outer = sequential_vmap(lambda *x: _in_dtype(lax.ragged_dot_general, *x, _PAIRS))
+def with_gradients(times: Callable, times_turned: Callable, outer: Callable) -> Callable:
+    """product(how many rows each expert has [E], rows [S, X], weights [E, X, Y]) -> [S, Y], zeros for the rows of none.
+    Its parts take the sizes last: rows [S, Y] times turned weights are [S, X], outer products of rows [E, X, Y]."""
+    times, times_turned, outer = map(sequential_vmap, (times, times_turned, outer))
+
+    @jax.custom_vjp
+    def product(sizes_E: jax.Array, x_SX: jax.Array, w_EXY: jax.Array) -> jax.Array:
+        return times(x_SX, w_EXY, sizes_E)
+
+    def forward(sizes_E: jax.Array, x_SX: jax.Array, w_EXY: jax.Array) -> tuple:
+        return times(x_SX, w_EXY, sizes_E), (sizes_E, x_SX, w_EXY)
+
+    def backward(kept: tuple, dy_SY: jax.Array) -> tuple:
+        sizes_E, x_SX, w_EXY = kept
+        return None, times_turned(dy_SY, w_EXY, sizes_E), outer(x_SX, dy_SY, sizes_E)
+
+    product.defvjp(forward, backward)
+    return product
 
 
-def _product(sizes_E: jax.Array, x_SX: jax.Array, w_EXY: jax.Array) -> jax.Array:
-    return _grouped_product(x_SX, w_EXY, sizes_E)
-
-
-@jax.custom_vjp
-def _grouped_product(x_SX: jax.Array, w_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return _times(x_SX, w_EXY, sizes_E)
-
-
-def _forward(x_SX: jax.Array, w_EXY: jax.Array, sizes_E: jax.Array) -> tuple:
-    return _times(x_SX, w_EXY, sizes_E), (x_SX, w_EXY, sizes_E)
-
-
-def _backward(kept: tuple, dy_SY: jax.Array) -> tuple:
-    x_SX, w_EXY, sizes_E = kept
-    return _times_turned(dy_SY, w_EXY, sizes_E), _outer(x_SX, dy_SY, sizes_E), None
-
-
-_grouped_product.defvjp(_forward, _backward)
+_product = with_gradients(
+    lambda *x: _in_dtype(lax.ragged_dot, *x),
+    lambda x, w, sizes: _in_dtype(lax.ragged_dot, x, w.swapaxes(1, 2), sizes),
+    lambda *x: _in_dtype(lax.ragged_dot_general, *x, _PAIRS),
+)

@@ -25,7 +25,7 @@ CHOICES = {
     "model.position": ("rope", "learned"),
     "model.router": ("softmax", "sigmoid"),
     "model.balance": ("loss", "bias", "none"),
-    "moe.dispatch": ("auto", "grouped", "capacity"),
+    "moe.dispatch": ("auto", "grouped", "capacity", "mosaic"),
     "compute.dtype": ("auto", "float32", "bfloat16"),
     "compute.attention": ("auto", "reference", "cudnn", "splash"),
     "pipeline.remat": ("layer", "stage"),
