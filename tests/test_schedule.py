@@ -242,6 +242,18 @@ def line(text: str) -> float:
             "bf16[8,2,512,128]{3,2,1,0}, bf16[8,2,256,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={",
             2 * (8 * 2 * 512 * 128) * 256 * 2,
         ),
+        (  # rows in groups, times their own weights
+            "%mpmd_map.3 = bf16[1280,64]{1,0} custom-call(%q, %w), custom_call_target=\"mosaic_gpu_v2\", "
+            "operand_layout_constraints={s32[2]{0}, bf16[1280,128]{1,0}, bf16[2,64,128]{2,1,0}}, "
+            "api_version=API_VERSION_TYPED_FFI, backend_config={module = \"ML\\EFR f32[4]\"}",
+            2 * 1280 * 128 * 64,
+        ),
+        (  # the gradient of weights
+            "%mpmd_map.4 = bf16[2,128,64]{2,1,0} custom-call(%q, %w), custom_call_target=\"mosaic_gpu_v2\", "
+            "operand_layout_constraints={s32[2]{0}, s32[2]{0}, bf16[1280,128]{1,0}, bf16[1280,64]{1,0}}, "
+            "api_version=API_VERSION_TYPED_FFI",
+            2 * 1280 * 128 * 64,
+        ),
         ("%c = bf16[8,512,256]{2,1,0} add(%q, %q)", 0),
     ],
 )  # fmt: skip

@@ -16,6 +16,7 @@ from parallel.cost.wire import KINDS
 
 # Products of T×S×K in a kernel: scores and values forwards; backwards what each of the kernels makes again, too.
 ATTENTION = {"fwd": 2, "dq": 3, "dkv": 4, "bwd": 5}
+MOSAIC = "mosaic_gpu"  # in our programs those of experts' products alone (parallel/layout/mosaic.py)
 # What is another name for an array, or writes into one that is there.
 SAME = set(
     "parameter tuple get-tuple-element bitcast while conditional call optimization-barrier constant after-all "
@@ -265,8 +266,9 @@ def _of_kernel(x: Instruction, left: Array | None) -> float:
         scores = math.prod(int(n) for n in re.findall(r"\d+", shape[1])) if shape else 0
         causal = 0.5 if '"CAUSAL"' in x.rest else 1.0
         return 2.0 * scores * x.arrays[0].shape[-1] * ATTENTION["bwd" if "Backward" in target[1] else "fwd"] * causal
-    part, grouped = re.match(r"splash_mha_(fwd|dq|dkv)", x.name), re.match("ragged-dot-(?!metadata)", x.name)
-    if target[1] != "tpu_custom_call" or not (part or grouped):
+    part = re.match(r"splash_mha_(fwd|dq|dkv)", x.name)
+    grouped = re.match("ragged-dot-(?!metadata)", x.name) or target[1].startswith(MOSAIC)
+    if not target[1].startswith(("tpu_custom_call", MOSAIC)) or not (part or grouped):
         return 0.0
     layouts = re.search(r"operand_layout_constraints=\{(.*?)\}, frontend|operand_layout_constraints=\{(.*)\}", x.rest)
     given = arrays(layouts[0]) if layouts else []
