@@ -6,6 +6,7 @@ Every factoring of eight devices: tests/test_factorings.py.
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import helpers
 import jax
@@ -20,11 +21,14 @@ from test_parity import check
 from model.moe import Moe, route
 from model.transformer import Transformer
 from optim import build as optimizers
-from parallel.cost import wire
+from parallel.cost import compilers, hardware, schedule, targets, wire
+from parallel.cost.hlo import Program
 from parallel.exchange import units
 from parallel.layout import experts, rules
+from parallel.layout import mesh as meshes
 from parallel.strategies.local import Outer
-from recipes import describe
+from recipes import build, describe, programs
+from recipes import experts as recipe
 from recipes.experts import described, notable, sent
 from recipes.programs import compile_steps
 from runtime.config import UsageError
@@ -235,6 +239,102 @@ def test_a_sample_is_what_one_device_writes():
     assert helpers.sampled((1, 1, 1), **routed) == helpers.sampled((1, 1, 1, 4, 1, 1), **routed)
 
 
+# ── by Mosaic's kernels ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """That the kernels ask the first device for: here it is the CPU."""
+    monkeypatch.setattr(jax.Device, "core_count", 132, raising=False)
+
+
+@pytest.fixture
+def interpreted(cores):
+    """Kernels for GPUs, on this machine, instruction by instruction; what nothing has written yet is NaN."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    if not hasattr(mosaic_gpu, "set_gpu_interpret_mode"):
+        pytest.skip(f"JAX {jax.__version__} interprets no kernel that turns an operand")
+    mosaic_gpu.set_gpu_interpret_mode()
+    yield
+    mosaic_gpu.set_gpu_interpret_mode(None)
+
+
+def product_with_gradients(product, sizes_E, x_SX, w_EXY, dy_SY) -> tuple:
+    y_SY, backward = jax.vjp(lambda x, w: product(sizes_E, x, w), x_SX, w_EXY)
+    return y_SY, *backward(dy_SY)
+
+
+# Rows and features, and the rows of each expert. Rows are no multiple of a block, nor of 8, and fewer than a block.
+GROUPS = [(300, 64, 128, (50, 0, 130, 10)), (20, 192, 64, (0, 7, 12)), (256, 128, 128, (0, 128, 0, 128, 0))]
+
+
+@pytest.mark.parametrize("case", [GROUPS[0], *(pytest.param(case, marks=SLOW) for case in GROUPS[1:])], ids=str)
+def test_mosaic_products_and_gradients_are_those_of_xla(interpreted, case):
+    from parallel.layout import mosaic
+
+    S, X, Y, groups = case
+    sizes_E, E = jnp.array(groups, jnp.int32), len(groups)
+    draw, filled = np.random.default_rng(0), (np.arange(S) < sum(groups))[:, None]
+    x_SX, w_EXY, dy_SY = (draw.standard_normal(shape) for shape in ((S, X), (E, X, Y), (S, Y)))
+    given = [jnp.asarray(x, jnp.bfloat16) for x in (x_SX * filled, w_EXY, dy_SY * filled)]
+    found, wanted = (
+        jax.jit(lambda *x, p=p: product_with_gradients(p, *x))(sizes_E, *given)
+        for p in (mosaic.product, experts._product)
+    )
+    for x, y in zip(found, wanted, strict=True):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        assert np.linalg.norm(x - y) <= 1e-3 * np.linalg.norm(y)
+    empty = np.array(groups) == 0
+    assert empty.any() and not np.asarray(found[2], np.float32)[empty].any()
+
+
+@SLOW
+@pytest.mark.parametrize("mesh", [(1, 1, 1, 2, 1, 1), (1, 1, 1, 4, 1, 1)], ids=helpers.name)
+def test_a_mosaic_step_is_that_of_grouped_products(interpreted, monkeypatch, mesh):
+    """All tokens to all devices, and an all-to-all; of rows and slots that nothing is in no NaN may come."""
+    config = helpers.tiny(model__experts=4, compute__dtype="bfloat16", compute__remat="none", data__batch_size=8)
+    found = {}
+    for way in ("grouped", "mosaic"):
+        monkeypatch.setattr(recipe, "dispatch", lambda c, kind, way=way: (way, "1.25"))
+        found[way] = metrics(config, mesh, 1)
+    for row, exact in zip(found["mosaic"], found["grouped"], strict=True):
+        assert all(row[name] == pytest.approx(exact[name], rel=1e-4) for name in ("loss", "grad_norm"))
+
+
+def test_mosaic_kernels_take_any_number_of_rows(cores):
+    """What their lowering for a GPU asks of shapes, which an interpreter does not."""
+    from parallel.layout import mosaic
+
+    for S, X, Y, groups in GROUPS:
+        shapes = ((S, X), (len(groups), X, Y), (S, Y))
+        given = [jax.ShapeDtypeStruct((len(groups),), jnp.int32)]
+        given += [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+        traced = jax.jit(lambda *x: product_with_gradients(mosaic.product, *x)).trace(*given)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@mosaic_gpu") == 3 and "dot_general" not in text
+
+
+@SLOW
+def test_a_mosaic_step_compiles_for_hopper_and_multiplies_no_more_than_its_rows():
+    """As many FLOPs as by slots, which have room for as many: nothing is multiplied with all experts."""
+    pytest.importorskip("jax_cuda13_plugin", reason="see requirements-prove.txt")
+    target = targets.parse("h100:4", hardware.by_name(hardware.CHIPS))
+    compilers.prepare(target.chip)
+    mesh = meshes.build({"replica": 1, "fsdp": 1, "expert": 2, "tensor": 2}, compilers.devices(target))
+    flops, options = {}, {"compute__attention": "reference", "compute__dtype": "bfloat16"}
+    for way in ("capacity", "mosaic"):
+        config = helpers.tiny(model__experts=4, moe__dispatch=way, **options)
+        parts = build.build(config, mesh)
+        text = programs.steps(parts)["step"]().compile(compiler_options=parts.xla_options).as_text()
+        flops[way] = schedule.flops(Program.read(text))
+    assert flops["mosaic"] == pytest.approx(flops["capacity"], rel=0.01)
+    assert text.count('custom_call_target="mosaic_gpu') == 3 * 3  # products, each with two gradients
+    rows = described(config, mesh.shape, parts.task.model.compute).multiplied
+    dots = schedule.flops(Program.read(text.replace('custom_call_target="mosaic_gpu', 'custom_call_target="')))
+    assert flops["mosaic"] - dots == 2 * (3 * 3) * (2 * rows * 64 * 128 / 2)  # two layers; half of the features
+
+
 # ── the load ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -369,10 +469,54 @@ def test_what_cannot_be_is_said_before_anything_is_compiled(mesh, more, said):
 
 
 def test_grouped_products_on_a_gpu_are_refused():
-    from recipes.experts import dispatch
-
     config = helpers.tiny(model__experts=4)
-    assert dispatch(config, "NVIDIA H100") == ("capacity", "1.25") and dispatch(config, "TPU v5p")[0] == "grouped"
+    of = lambda kind: recipe.dispatch(config, kind)
+    assert of("NVIDIA H100") == ("capacity", "1.25") and of("TPU v5p")[0] == "grouped"
     config.moe.dispatch = "grouped"
     with pytest.raises(UsageError, match="moe.dispatch=capacity"):
-        dispatch(config, "NVIDIA H100")
+        of("NVIDIA H100")
+
+
+MOSAIC = ROUTED | {"moe__dispatch": "mosaic"}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v5", "NVIDIA A100-SXM4-80GB", "NVIDIA B200", "NVIDIA GH200 480GB"])
+def test_mosaic_kernels_are_refused_elsewhere_than_on_hopper(kind):
+    with pytest.raises(UsageError) as error:
+        recipe.dispatch(helpers.tiny(**MOSAIC), kind)
+    assert all(part in str(error.value) for part in ("moe.dispatch=mosaic", kind, "H100, H200", "moe.dispatch=auto"))
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H100 PCIe"])
+def test_mosaic_kernels_are_said_to_be_unchecked(kind):
+    config = helpers.tiny(**MOSAIC)
+    compute = dataclasses.replace(F32, dispatch=recipe.dispatch(config, kind))
+    parts = SimpleNamespace(
+        mesh=SimpleNamespace(shape=helpers.sizes((1,) * 6)),
+        task=SimpleNamespace(model=SimpleNamespace(compute=compute)),
+    )
+    assert dict(recipe.rows(config, parts))["experts"].endswith("; mosaic, whose values no chip has checked")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "more", "said"),
+    [
+        ((1, 1, 1, 1, 1, 1), {"model__model_dim": 96}, ["model.model_dim=96", "multiples of 64", "64 or 128"]),
+        ((1, 1, 1, 1, 1, 4), {}, ["model.mlp_dim=128", "mesh.tensor=4", "multiples of 256", "set 256"]),
+    ],
+)
+def test_features_that_mosaic_kernels_cannot_take_are_refused(mesh, more, said):
+    recipe.check(helpers.tiny(**MOSAIC), helpers.sizes((1, 1, 1, 2, 1, 2)))
+    with pytest.raises(UsageError) as error:
+        recipe.check(helpers.tiny(**MOSAIC, **more), helpers.sizes(mesh))
+    assert all(part in str(error.value) for part in ("moe.dispatch=mosaic", "moe.dispatch=capacity", *said))
+
+
+def test_mosaic_kernels_in_float32_are_refused():
+    with pytest.raises(UsageError, match="moe.dispatch=mosaic with compute.dtype=float32: .* bfloat16"):
+        recipe.dispatch(helpers.tiny(**MOSAIC, compute__dtype="float32"), "NVIDIA H100")
+
+
+def test_a_run_with_mosaic_kernels_on_a_cpu_ends_with_a_sentence(tmp_path):
+    done = helpers.run_here(tmp_path / "run", "--config.moe.dispatch=mosaic", check=False, config="tiny_moe")
+    assert done.returncode == 2 and "moe.dispatch=mosaic on cpu" in done.stderr and "Traceback" not in done.stderr
