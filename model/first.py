@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+from jax import lax
 
 from model.config import Compute, ModelConfig
 from model.transformer import FIRST, Params, Transformer
-from parallel.layout.rules import Axes, Constrain
 
 
 class First(Transformer):
@@ -28,12 +28,7 @@ class First(Transformer):
         positions_NT, segments_BT = known
         if stages and segments_BT is not None:
             segments_BT = stages.start(segments_BT, (None,))
-        outside = Outside(constrain.mesh, apart=constrain.apart)
-        return self._run(outside, self._layer(cut, outside, (positions_NT, segments_BT)), x_NTD, blocks)[0]
-
-
-class Outside(Constrain):
-    """Of a pipeline."""
-
-    def _spec(self, axes: Axes) -> Any:
-        return super()._spec(tuple("rows" if axis == "batch" else axis for axis in axes))
+        layer = self._layer(cut, stages.outside if stages else constrain, (positions_NT, segments_BT))
+        if self.compute.unroll:
+            return self._run(constrain, layer, x_NTD, blocks)[0]
+        return lax.scan(layer, x_NTD, self.cast(blocks))[0]  # of these layers' own, whatever the others' may do besides

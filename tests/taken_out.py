@@ -1306,6 +1306,27 @@ CASES = [
         "tests/test_task.py::test_a_run_of_a_task_is_opened_with_it",
     ),
     TakenOut(
+        "layers before experts: documents of a pipeline's rows",
+        "model/first.py",
+        "if stages and segments_BT is not None:",
+        "if False:",
+        "tests/test_first.py::test_every_mesh_trains_like_one_device",
+    ),
+    TakenOut(
+        "layers before experts: theirs are numbered before the others",
+        "model/families.py",
+        '{"layer": before + layer, "expert": expert}',
+        '{"layer": layer, "expert": expert}',
+        "tests/test_weights.py::test_layers_without_experts_come_in_before_the_others_and_go_out",
+    ),
+    TakenOut(
+        "layers before experts: what they send is counted",
+        "parallel/cost/sent.py",
+        "found += _before(net.first, lay, habits) if net.first else []",
+        "found += []",
+        "tests/test_first.py::test_they_are_said_and_counted",
+    ),
+    TakenOut(
         "task: streaming needs layers",
         "parallel/strategies/streaming.py",
         "if not isinstance(blocks, dict) or any(",
@@ -1315,7 +1336,7 @@ CASES = [
     TakenOut(
         "task: muon takes arrays that have no model dimension",
         "optim/muon.py",
-        'return in_blocks and "embed" in names and any(name not in ("embed", *STACKS) for name in names)',
+        'return in_blocks and "embed" in names and any(name not in ("embed", *COUNTS) for name in names)',
         "return in_blocks",
         "tests/test_task.py -k every_codec",
     ),

@@ -83,7 +83,7 @@ STRATEGIES = "stale local streaming eager warmed overlap backward beside".split(
 STRATEGY = {name: f"parallel/strategies/{name}.py" for name in STRATEGIES}
 AXES = {
     "pipeline": "parallel/layout/pipeline.py", "ring": "parallel/layout/ring.py", "products": "model/products.py",
-    "experts": "parallel/layout/experts.py", "moe": "model/moe.py",
+    "experts": "parallel/layout/experts.py", "moe": "model/moe.py", "first": "model/first.py",
 }  # fmt: skip
 OTHERS = {"muon": "optim/muon.py", "messages": "optim/messages.py", "lora": "model/lora.py"}
 FEATURES = CODEC | STRATEGY | OTHERS | AXES
@@ -118,6 +118,12 @@ RECIPES = {
     "stages": ((1, 2, 2, 1, 1), {"optimizer__accumulate": 2}, "", "pipeline"),
     "long sequences": ((1, 1, 2, 2), {"attention__context": "ring"}, "", "ring products"),
     "experts": ((1, 1, 2, 2, 1, 1), {"model__experts": 4}, "", "experts moe"),
+    "layers before experts": (
+        (1, 1, 2, 2, 1, 1),
+        {"model__experts": 4, "model__dense_layers": 1, "model__dense_dim": 64},
+        "",
+        "experts moe first",
+    ),
     "LoRA": ((4, 2, 1), INT4 | {"lora__rank": 2, "init__workdir": "runs/base"}, "int", "lora beside"),
 }
 

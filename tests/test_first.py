@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from model.families import FAMILIES
+from parallel.cost import wire
 from parallel.exchange import units
-from recipes import describe
+from recipes import describe, predicted
 from recipes.programs import compile_steps
 from runtime.config import UsageError
 
@@ -93,13 +94,17 @@ def test_they_count_matrices_and_are_cut_over_stages_by_the_model_dimension():
 
 def test_they_are_said_and_counted():
     config = helpers.tiny(**DENSE)
-    parts = helpers.build(config, ONE)
+    parts = helpers.build(config, (1, 1, 4, 2, 1, 1))
     (program,) = compile_steps(parts, helpers.QUICKLY).values()
     shown = dict(describe.read(config, parts, {"step": program}, {}, {})[0])
     assert shown["experts"].startswith("4, 2 of a token, 2 layers before without, balanced by a loss; ")
     less = helpers.build(helpers.tiny(**DENSE | {"model__dense_layers": 1}), ONE).task.flops()
     attention, mlp = 4 * 64 * 64, 3 * 64 * 96
     assert parts.task.flops() - less == 6 * (attention + mlp) + 12 * 64 * parts.task.units
+    sent = wire.per_axis(program.as_text(), parts.mesh)
+    said = predicted.of(config, parts).wire
+    assert said["expert"] == pytest.approx(sent["expert"], rel=1e-3)
+    assert said["fsdp"] == pytest.approx(sent["fsdp"], rel=0.05)
 
 
 def test_only_families_that_have_some_are_theirs():

@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallel.layout.axes import STAGE
-from parallel.layout.rules import RULES, Constrain, names, spec, without
+from parallel.layout.rules import RULES, Axes, Constrain, names, spec, without
 
 BUFFER = ("layers", "batch", "sequence", None)  # one micro-batch of each stage
 SLOTS = ("layers", None, "batch", "sequence", None)
@@ -39,6 +39,13 @@ SCOPE = "over_stage"  # in the compiled program, of what is handed on
 ENTERED = "entered"  # what a layer begins with
 NONE = -1  # instead of a micro-batch's number
 SHARD = RULES["batch"]
+
+
+class _Outside(Constrain):
+    """Rows are cut over stages, too."""
+
+    def _spec(self, axes: Axes) -> P:
+        return super()._spec(tuple("rows" if axis == "batch" else axis for axis in axes))
 
 
 class Stages:
@@ -57,6 +64,11 @@ class Stages:
         ends += (numbers + self.count - 1) % self.slots
         self._ends, self._order = ends, np.full(size, NONE)
         self._order[ends] = numbers
+
+    @property
+    def outside(self) -> Constrain:
+        """For layers that are no part of the pipeline."""
+        return _Outside(self.constrain.mesh)
 
     # ── rows of a batch ──────────────────────────────────────────────────────────────────────────────────────────
 
