@@ -109,10 +109,17 @@ def logits_and_loss(parts: Parts, whole: Any, tokens_BT: Any) -> tuple[Any, Any]
     return -jnp.sum(picked_BT1), logits_BTV
 
 
+# Beside experts, which have no adapters: attention, and the layers before theirs.
+BEFORE = {"model__dense_layers": 2, "model__dense_dim": 96} | helpers.dropless(4)
+OF_MODELS = {"dense": {}, "layers before experts": BEFORE}
+ADAPTED = {"dense": {}, "layers before experts": BEFORE | {"lora__pattern": "attention|first"}}
+
+
 @functools.cache
-def expected() -> tuple[Any, Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+def expected(model: str) -> tuple[Any, Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """(weights, adapter, tokens; logits of the merged weights, and the adapter's gradient by theirs)."""
-    parts, (_, with_adapter) = helpers.build(helpers.tiny(), (1, 1, 1)), tuned()
+    parts = helpers.build(helpers.tiny(**OF_MODELS[model]), (1, 1, 1))
+    _, with_adapter = tuned(**ADAPTED[model])
     weights, adapter = drawn(parts.param_shapes, 0), drawn(with_adapter.param_shapes, 1)
     tokens_BT = np.random.default_rng(2).integers(0, 256, (4, 33))
     loss = lambda weights: logits_and_loss(parts, weights, tokens_BT)
@@ -130,10 +137,11 @@ def expected() -> tuple[Any, Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", OF_MODELS)
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2), STAGED], ids=helpers.name)
-def test_logits_are_those_of_merged_weights_and_gradients_follow_from_theirs(mesh):
-    weights, adapter, tokens_BT, logits, gradients = expected()
-    _, parts = tuned(mesh)
+def test_logits_are_those_of_merged_weights_and_gradients_follow_from_theirs(mesh, model):
+    weights, adapter, tokens_BT, logits, gradients = expected(model)
+    _, parts = tuned(mesh, **ADAPTED[model])
     base = jax.device_put(weights, shardings_of(parts.frozen[0]))
     adapter = jax.device_put(adapter, shardings_of(parts.state.params))
     loss = lambda adapter, base: logits_and_loss(parts, parts.task.whole(adapter, {}, base), tokens_BT)
@@ -148,7 +156,7 @@ def test_logits_are_those_of_merged_weights_and_gradients_follow_from_theirs(mes
 @pytest.mark.slow
 @pytest.mark.parametrize("remat, unroll", [("none", False), ("dots", False), ("full", True)])
 def test_however_it_is_executed_it_is_the_same(remat, unroll):
-    weights, adapter, tokens_BT, logits, gradients = expected()
+    weights, adapter, tokens_BT, logits, gradients = expected("dense")
     _, parts = tuned(compute__remat=remat, compute__unroll=unroll)
     loss = lambda adapter: logits_and_loss(parts, parts.task.whole(adapter, {}, weights), tokens_BT)
     (_, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter)
