@@ -48,6 +48,7 @@ class Chip:
     bandwidth: float = 0.0  # of that memory, bytes a second
     outside: float = 0.0  # bytes a second that one chip sends out of its host (GPU) or slice (TPU)
     inside: float = 0.0  # GPU: to the others of its host
+    host: float = 0.0  # to its host's memory, and from it
     link: float = 0.0  # TPU: over one of its links; along each side it has two where the side is wrapped, else one
     sides: int = 0  # TPU: dimensions of its slices
     cores: int = 1  # TPU: what the cloud's name counts of one chip
@@ -66,36 +67,38 @@ class Chip:
         return {"fp8": self.fp8, "int8": self.int8}.get(dtype, 0.0) or self.bf16
 
 
-_CLOUD = "cloud.google.com/tpu/docs/system-architecture-tpu-vm; links and DCN: jax-ml.github.io/scaling-book, ch. 2; "
+_BOOK = "jax-ml.github.io/scaling-book, ch. 2"
+_CLOUD = f"cloud.google.com/tpu/docs/system-architecture-tpu-vm; links, DCN and host: {_BOOK}; "
 _LIBTPU = "memory: what libtpu 0.0.52 says is available"
-_NVLINK = "NVLink and one 400 Gbit/s adapter for each GPU; memory: XLA's description"
+_NVLINK = "NVLink and one 400 Gbit/s adapter for each GPU; host: PCIe 5 ×16; memory: XLA's description"
+_AMPERES = "NVIDIA's datasheet; NVLink and a 200 Gbit/s adapter for each; host: PCIe 4 ×16; memory: XLA's"
 # By whole words of device_kind the first match wins: an H100 PCIe is no H100.
 CHIPS = (
     Chip("gb200", "GB200", 2450e12, source="NVIDIA dgxc-benchmarking"),
-    Chip("b200", "NVIDIA B200", 2250e12, 191514411008, 7.67232e12, 50e9, 900e9, largest=8, fp8=4500e12, int8=4500e12,
-         source=f"NVIDIA's datasheet; {_NVLINK}", xla=_BLACKWELL),
+    Chip("b200", "NVIDIA B200", 2250e12, 191514411008, 7.67232e12, 50e9, 900e9, 64e9, largest=8, fp8=4500e12,
+         int8=4500e12, source=f"NVIDIA's datasheet; {_NVLINK}", xla=_BLACKWELL),
     Chip("gh200", "GH200", 989e12, source="NVIDIA's datasheet"),
-    Chip("h200", "NVIDIA H200 141GB HBM3e", 989e12, 151397597184, 4.8e12, 50e9, 450e9, largest=8, fp8=1979e12,
+    Chip("h200", "NVIDIA H200 141GB HBM3e", 989e12, 151397597184, 4.8e12, 50e9, 450e9, 64e9, largest=8, fp8=1979e12,
          int8=1979e12, source=f"NVIDIA's datasheet; {_NVLINK}", xla=_HOPPER),
     Chip("h100-pcie", "H100 PCIe", 756e12, source="NVIDIA's datasheet"),
     Chip("h100-nvl", "H100 NVL", 835e12, source="NVIDIA's datasheet"),
-    Chip("h100", "NVIDIA H100 80GB HBM3", 989e12, 84942979072, 3.35232e12, 50e9, 450e9, largest=8, fp8=1979e12,
+    Chip("h100", "NVIDIA H100 80GB HBM3", 989e12, 84942979072, 3.35232e12, 50e9, 450e9, 64e9, largest=8, fp8=1979e12,
          int8=1979e12, source=f"NVIDIA's datasheet; {_NVLINK}", xla=_HOPPER),
-    Chip("a100-40gb", "NVIDIA A100-SXM4-40GB", 312e12, 42331013120, 1.5552e12, 25e9, 300e9, largest=8, int8=624e12,
-         source="NVIDIA's datasheet; NVLink and a 200 Gbit/s adapter for each; memory: XLA's", xla=_AMPERE),
-    Chip("a100", "NVIDIA A100-SXM4-80GB", 312e12, 85100068864, 2.03904e12, 25e9, 300e9, largest=8, int8=624e12,
-         source="NVIDIA's datasheet; NVLink and a 200 Gbit/s adapter for each; memory: XLA's", xla=_AMPERE),
+    Chip("a100-40gb", "NVIDIA A100-SXM4-40GB", 312e12, 42331013120, 1.5552e12, 25e9, 300e9, 32e9, largest=8,
+         int8=624e12, source=_AMPERES, xla=_AMPERE),
+    Chip("a100", "NVIDIA A100-SXM4-80GB", 312e12, 85100068864, 2.03904e12, 25e9, 300e9, 32e9, largest=8,
+         int8=624e12, source=_AMPERES, xla=_AMPERE),
     Chip("l40s", "L40S", 362e12, source="NVIDIA's datasheet"),
-    Chip("l4", "L4", 121e12, 24 * 10**9, 300e9, 1.5625e9, 25e9, largest=8, fp8=242e12, int8=242e12,
-         source="NVIDIA's datasheet; PCIe 4 ×16, and 100 Gbit/s for a host of 8"),
+    Chip("l4", "L4", 121e12, 24 * 10**9, 300e9, 1.5625e9, 25e9, 32e9, largest=8, fp8=242e12, int8=242e12,
+         source="NVIDIA's datasheet; PCIe 4 ×16, to its host, too, and 100 Gbit/s for a host of 8"),
     Chip("v4-lite", "TPU v4 lite", 138e12, source="cloud.google.com/tpu/docs"),
-    Chip("v4", "TPU v4", 275e12, int(30.75 * GiB), 1.228e12, 6.25e9, link=45e9, sides=3, cores=2, largest=4096,
-         int8=275e12, source=_CLOUD + _LIBTPU),
-    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GiB), 8.19e11, 6.25e9, link=45e9, sides=2, largest=256,
+    Chip("v4", "TPU v4", 275e12, int(30.75 * GiB), 1.228e12, 6.25e9, host=16e9, link=45e9, sides=3, cores=2,
+         largest=4096, int8=275e12, source=_CLOUD + _LIBTPU),
+    Chip("v5e", "TPU v5 lite", 197e12, int(15.75 * GiB), 8.19e11, 6.25e9, host=16e9, link=45e9, sides=2, largest=256,
          int8=394e12, source=_CLOUD + _LIBTPU),
-    Chip("v5p", "TPU v5", 459e12, int(95.73 * GiB), 2.765e12, 6.25e9, link=90e9, sides=3, cores=2, largest=6144,
-         int8=918e12, source=_CLOUD + _LIBTPU),
-    Chip("v6e", "TPU v6 lite", 918e12, int(31.24 * GiB), 1.64e12, 6.25e9, link=90e9, sides=2, largest=256,
+    Chip("v5p", "TPU v5", 459e12, int(95.73 * GiB), 2.765e12, 6.25e9, host=16e9, link=90e9, sides=3, cores=2,
+         largest=6144, int8=918e12, source=_CLOUD + _LIBTPU),
+    Chip("v6e", "TPU v6 lite", 918e12, int(31.24 * GiB), 1.64e12, 6.25e9, host=32e9, link=90e9, sides=2, largest=256,
          int8=1836e12, source=_CLOUD + _LIBTPU),
     Chip("tpu7x", "TPU7x", 1153e12, source="cloud.google.com/tpu/docs; one of a chip's two cores, JAX's devices"),
 )  # fmt: skip
