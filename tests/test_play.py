@@ -29,6 +29,7 @@ def machine(text: str = "h100:2x4", **rates: float) -> targets.Target:
     sent = ARRAY / 2 / 2 / part.links  # bytes a second, nominal
     own = {"bf16": 2 * N**3 / part.products, "bandwidth": 6 * ARRAY / part.memory, "outside": sent}
     own["link" if found.chip.is_tpu else "inside"] = sent
+    own["host"] = 2 * sent  # an array in 2 s
     chip = dataclasses.replace(found.chip, **(own | {"name": "mine"} | rates))
     return dataclasses.replace(found, chip=chip)
 
@@ -177,3 +178,17 @@ def test_copies_into_fast_memory_travel_and_what_lies_there_is_not_read_from_mem
     end = f"  %f = {fast} copy-done(%s)\n"
     close(played(copy + product("c") + end + f"  %d = {T} add(%f, %b)\n"), 1.0 + 2 / 6)
     close(played(copy + end), 1 / 6)
+
+
+@pytest.mark.parametrize(("put", "get"), [("fusion", "fusion"), ("dynamic-update-slice", "dynamic-slice")])
+def test_what_goes_to_the_host_and_what_comes_from_it_travel_beside_each_other(put, get):
+    """A part of what lies there, as a GPU's programs write and read it, and a TPU's."""
+    stack, part = f"bf16[4,{N},{N}]{{2,1,0:S(5)}}", f"bf16[1,{N},{N}]{{2,1,0}}"
+    here = f"  %h = {stack} bitcast(%a)\n  %i = s32[] constant(0)\n"
+    there = f"  %s = (({stack}, {part}, s32[]), {stack}, u32[]) {put}-start(%h, %a, %i)\n"
+    back = f"  %t = (({stack}, s32[]), {part}, u32[]) {get}-start(%h, %i)\n"
+    ends = [f"  %d = {stack} {put}-done(%s)\n", f"  %e = {part} {get}-done(%t)\n"]
+    close(played(here + there + product("c") + ends[0]), 1.0, host=1.0)
+    close(played(here + back + product("c") + ends[1]), 1.0, host=1.0)
+    close(played(here + there + there.replace("%s", "%r") + "".join(ends[:1])), 0.0, host=2.0)
+    close(played(here + there + back + "".join(ends)), 0.0, host=2.0)

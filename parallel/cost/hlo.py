@@ -21,16 +21,18 @@ _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z0-9\-]+)\((?P<rest>.*)$")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\](\{[^{}]*\})?")
 _FAST = "S(1)"  # of a layout: a TPU's own fast memory
+_AWAY = "S(5)"  # the host's
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition|called_computations)=\{?%?([\w.\-]+)")
 
 
 @dataclass(frozen=True)
 class Array:
-    """is_fast: it lies in the chip's own fast memory, and not in its large one."""
+    """is_fast: it lies in the chip's own fast memory, and not in its large one; is_away: in the host's."""
 
     dtype: str
     shape: tuple[int, ...]
     is_fast: bool = field(default=False, compare=False)
+    is_away: bool = field(default=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -79,8 +81,8 @@ class Instruction:
 def arrays(type_: str) -> list[Array]:
     """Those in a type."""
     shape = lambda dims: tuple(int(n) for n in dims.split(",") if n)
-    found = _ARRAY.findall(type_)
-    return [Array(dtype, shape(dims), _FAST in layout) for dtype, dims, layout in found if dtype in BITS]
+    found = [row for row in _ARRAY.findall(type_) if row[0] in BITS]
+    return [Array(dtype, shape(dims), _FAST in layout, _AWAY in layout) for dtype, dims, layout in found]
 
 
 def _end_of_operands(rest: str) -> int:

@@ -4,7 +4,7 @@ One stream computes, in the order of the text. Each axis of the mesh is a stream
 those that do not leave a host are one, for they share its links. What has a start and a done travels while that
 computes which stands between them; for everything else, and at its done, is waited. A matrix product or a kernel takes
 what its FLOPs or its bytes take, whichever is longer; all else its bytes through the chip's memory. Copies into a TPU's
-own fast memory are messages of a stream, too.
+own fast memory are messages of a stream, too, and those to the host's memory and from it of one each.
 
 Loops are played turn by turn, until a turn begins as the one before it did: the others take as long. Of a conditional
 the branch that takes longest is played. What kernels take to start is not in it, nor that streams share a memory.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from parallel.cost import loops, rates, schedule, wire
+from parallel.cost import host, loops, rates, schedule, wire
 from parallel.cost.hlo import Instruction, Program
 from parallel.cost.link import Link
 from parallel.cost.targets import Target
@@ -32,7 +32,8 @@ EVEN = 1e-12  # seconds by which two turns that begin alike may differ
 
 @dataclass(frozen=True)
 class Played:
-    """Seconds of a call: all of them, those of computing, and of each axis those in which nothing else is done."""
+    """Seconds of a call: all of them, those of computing, and of each axis, and the host (host.HOST) where a program
+    keeps arrays there, those in which nothing else is done."""
 
     seconds: float
     compute: float
@@ -46,7 +47,7 @@ def play(program: Program, mesh: Mesh, target: Target, link: Link | None = None)
     _Player(program, mesh, target, link).run(program.entry, clock)
     computed = clock.now - sum(time for axis, time in clock.waited.items() if axis != MEMORY)
     exposed = {axis: time for axis, time in clock.waited.items() if axis != MEMORY}
-    return Played(clock.now, computed, {axis: exposed.get(axis, 0.0) for axis in mesh.axis_names})
+    return Played(clock.now, computed, dict.fromkeys(mesh.axis_names, 0.0) | exposed)
 
 
 class _Message(NamedTuple):
@@ -167,6 +168,8 @@ class _Player:
 
     def _alone(self, computation: str, x: Instruction) -> _Event:
         """What begins a message and leaves it, begins one and waits, or computes."""
+        if x.op.endswith("-start") and any(a.is_away for a in x.arrays):
+            return _Event(x.name, (self._away(x),))
         own = wire.sent_by(self._program, computation, x, self._places)
         for called in x.called if x.op in ("fusion", "async-start") else ():
             own += [c for y in self._program.computations[called] for c in self._sent(called, y)]
@@ -177,6 +180,13 @@ class _Player:
             took = self._through_memory(schedule.moved(self._program, computation, x))
             return _Event(x.name, (_Message(MEMORY, MEMORY, took),))
         return _Event(x.name, begins, self._computing(computation, x), (x.name,) if begins else ())
+
+    def _away(self, x: Instruction) -> _Message:
+        """A copy to the host's memory, or from it. Its type has operands, then the result: all of what lies there, and
+        the part of it that lies here."""
+        arrays = [a for a in x.arrays if a.shape]  # and not where the part begins
+        took = host.seconds(self._target.chip, schedule.in_memory(arrays))
+        return _Message(f"{'to' if arrays[-1].is_away else 'from'} the host", host.HOST, took)
 
     def _sent(self, computation: str, x: Instruction) -> list[wire.Collective]:
         found = wire.sent_by(self._program, computation, x, self._places)

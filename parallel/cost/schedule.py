@@ -97,7 +97,7 @@ def _bytes(x: Instruction | None) -> float:
 
 def in_memory(arrays: Iterable[Array]) -> float:
     """Bytes of those that lie in the chip's large memory."""
-    return sum(a.bytes for a in arrays if not a.is_fast)
+    return sum(a.bytes for a in arrays if not (a.is_fast or a.is_away))
 
 
 class _Inside:

@@ -141,10 +141,14 @@ def passed(net: Network, lay: Layout) -> dict[str, float]:
 
 def kept(net: Network, lay: Layout) -> float:
     """Elements that rematerialisation keeps on the device of a token and layer, besides the layer's input."""
-    if lay.remat != "matmuls":
-        return 0.0
-    queries_keys_values_context = 2 * (net.queries + net.keys)
-    return (queries_keys_values_context + net.hidden * hidden_of_token(net, lay)) / lay.cut("mlp")
+    return sum(of_matmuls(net, lay)) if lay.remat == "matmuls" else 0.0
+
+
+def of_matmuls(net: Network, lay: Layout) -> tuple[float, float]:
+    """Elements of a token and layer that `matmuls` keeps on the device, and `offload` in the host's memory: queries,
+    keys, values and attention's output; and what the feed-forward half begins with."""
+    heads, hidden = 2 * (net.queries + net.keys), net.hidden * hidden_of_token(net, lay)
+    return heads / lay.cut("mlp"), hidden / lay.cut("mlp")
 
 
 def updated(net: Network, lay: Layout) -> float:
