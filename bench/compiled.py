@@ -13,7 +13,7 @@ from bench import common
 
 FOLDER = common.ROOT / "runs" / "compiled"
 SIZES = ("temp_size_in_bytes", "argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes")
-PEAK = "peak_memory_in_bytes"
+PEAK, HOST = "peak_memory_in_bytes", "host_temp_size_in_bytes"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class _Sizes:
     output_size_in_bytes: int
     alias_size_in_bytes: int
     peak_memory_in_bytes: int
+    host_temp_size_in_bytes: int = 0  # which was not kept from the beginning
 
 
 def compiled(lowered: Any, parts: Any, compiler: str) -> tuple[Any, str]:
@@ -56,7 +57,7 @@ def compiled(lowered: Any, parts: Any, compiler: str) -> tuple[Any, str]:
     else:
         _text(digest).write_bytes(gzip.compress(program.as_text().encode(), 4))
         analysis = program.memory_analysis()
-        found = {name: getattr(analysis, name) for name in (*SIZES, PEAK)}
+        found = {name: getattr(analysis, name) for name in (*SIZES, PEAK, HOST)}
     new = about.with_suffix(".new")  # which is there only once the text is
     new.write_text(json.dumps(found))
     new.replace(about)

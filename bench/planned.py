@@ -41,6 +41,7 @@ def mesh(replica: int, fsdp: int, tensor: int, batch: int, **more: Any) -> dict[
 
 
 LIGHT = {"compute__remat": "matmuls"}
+AWAY = {"compute__remat": "offload"}
 INT4 = {"sync__codec": "int4"}
 REPEATED, ONCE = {"pipeline__remat": "stage"}, {"pipeline__gather": "step"}
 TWICE = {"pipeline__interleave": 2}
@@ -108,6 +109,13 @@ ROWS = (
         for config in (MIXTRAL, QWEN3)
         for rows in ("2", "worst")
     ),
+    # What is kept with the host.
+    *(
+        Row(target, config, mesh(1, fsdp, 1, batch, **AWAY))
+        for target, config, fsdp, batch in (
+            ("h100:8", B1, 8, 32), ("h100:8x8", B8, 64, 64), ("v5p-16", B1, 8, 32), ("v5p-64", B8, 32, 64),
+        )
+    ),
     # First compiled after the model was frozen.
     Row("h100:4x8", B8, mesh(1, 32, 1, 64), True),
     Row("h100:4x8", B8, mesh(1, 8, 4, 32, **LIGHT), True),
@@ -124,6 +132,9 @@ ROWS = (
     Row("v5p-64", B1, mesh(1, 32, 1, 64), True),
     Row("v5p-64", B8, mesh(1, 8, 4, 32), True),
     Row("v5e-64", B1, mesh(1, 64, 1, 64), True),
+    # The same, of what is kept with the host.
+    Row("h100:4x8", B8, mesh(1, 8, 4, 32, **AWAY), True),
+    Row("v5p-32", B8, mesh(1, 16, 1, 16, **AWAY), True),
     # The same, after it knew of stages, sequences and experts.
     Row("h100:8x8", B8, mesh(1, 8, 4, 64, mesh__stage=2, optimizer__accumulate=4), True),
     Row("h100:16x8", B70, mesh(1, 4, 8, 64, mesh__stage=4, optimizer__accumulate=8, **REPEATED), True),

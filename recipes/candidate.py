@@ -15,7 +15,7 @@ MARGIN = 1.2  # by which temporaries may be more than predicted, for what is cal
 @dataclass(frozen=True)
 class Candidate:
     """changes: of the config. moments: temporary bytes by moment and array (held.held). delay: so many times the
-    steps of a synchronous run are needed to the same loss."""
+    steps of a synchronous run are needed to the same loss. host_bytes: of the host's memory, that a device takes."""
 
     changes: dict[str, Any]
     layout: Layout
@@ -28,6 +28,7 @@ class Candidate:
     tokens: int  # of a step, of all devices
     memory: int  # bytes that a program may have
     delay: float = 1.0
+    host_bytes: float = 0.0
 
     @property
     def temporary_bytes(self) -> float:

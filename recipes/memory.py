@@ -23,7 +23,7 @@ EXHAUSTED = "RESOURCE_EXHAUSTED: "  # how XLA begins, in exceptions of several t
 SAVES = 0.99  # of what is needed now; less than that is worth a turn
 TRIES = 5  # of a key: each is a compilation
 FSDP = "mesh.fsdp"
-OFFLOAD = "offload"  # of compute.remat: never advised, for how long it takes is not known
+OFFLOAD = "offload"  # of compute.remat: never advised, for what a host's memory holds is not known
 KEYS = ("optimizer.accumulate", "compute.remat", "compute.loss_chunk_mib")  # on the devices there are
 ENDS = "docs/memory.md says what each of them costs"
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from parallel.cost import pace, sent, targets, work
+from parallel.cost import host, pace, sent, targets, work
 from parallel.cost.held import Flight, held
 from parallel.cost.network import Layout
 from parallel.cost.pace import Exchange
 from parallel.layout import mesh as meshes
-from parallel.layout.axes import AXES, COMMON, FAST, SLOW
+from parallel.layout.axes import AXES, COMMON, FAST, SLOW, STAGE
 from recipes import build, exchanged, memory, over_link, pipeline, tried
 from recipes.candidate import Candidate
 from recipes.case import Case
@@ -28,7 +28,7 @@ LARGEST = 12  # doublings of a machine that is too small
 
 class Found(NamedTuple):
     """fitting: candidates that fit, fastest first. pick: of these. others: that do not fit. considered: how many were
-    counted. notes: what was changed, or left out."""
+    counted. notes: what was changed, or left out. offloaded: the fastest that fits with compute.remat=offload."""
 
     fitting: list[Candidate]
     pick: Candidate
@@ -36,6 +36,7 @@ class Found(NamedTuple):
     considered: int
     notes: list[str]
     by_loss: bool = False  # ranked by time to a loss
+    offloaded: Candidate | None = None
 
 
 def method(case: Case, strategy: str, codec: str) -> dict[str, Any]:
@@ -74,7 +75,18 @@ def search(case: Case) -> Found:
         raise UsageError(f"hardware={case.target.text}: no exchange can be planned for: {'; '.join(more)}")
     if not fitting:
         raise UsageError(too_small(case, min(bare, key=lambda c: c.needed_bytes)))
-    return Found(fitting, picked(fitting), others, len(bare) + len(with_one), notes + more, case.gaps is not None)
+    pick, considered = picked(fitting), len(bare) + len(with_one)
+    return Found(fitting, pick, others, considered, notes + more, case.gaps is not None, offloaded(case, pick))
+
+
+def offloaded(case: Case, pick: Candidate) -> Candidate | None:
+    """Of as many replicas as the pick's, without their exchange. It is not picked by itself, for the catalogue does not
+    say how much memory a host has; and where nothing fits it does not either: a device holds what it does by `full`."""
+    if "compute.remat" in case.typed or not case.target.chip.host:
+        return None
+    meshes_ = [x for x in tried.legal(case) if x[STAGE] == 1 and x[SLOW] == pick.layout.sizes[SLOW]]
+    found = [c for sizes in meshes_ for c in without_exchange(case, sizes, (host.OFFLOAD,)) if c.fits]
+    return min(found, key=lambda c: c.bare_seconds, default=None)
 
 
 def _may_be_narrow(case: Case) -> bool:
@@ -90,11 +102,11 @@ def picked(fitting: Sequence[Candidate]) -> Candidate:
     return min(close, key=lambda c: (c.mildness, c.to_loss))
 
 
-def without_exchange(case: Case, sizes: dict[str, int]) -> Iterator[Candidate]:
+def without_exchange(case: Case, sizes: dict[str, int], remats: Sequence[str] = tried.REMAT) -> Iterator[Candidate]:
     """Every layout of a mesh, as if `replica` took no time."""
     rows = case.config.data.batch_size // (sizes[SLOW] * meshes.cut("batch", sizes)[1])
     state = memory.state_bytes(case.base, sizes)
-    for layout in tried.layouts(case, sizes, rows):
+    for layout in tried.layouts(case, sizes, rows, remats):
         yield counted(case, layout, "sync", "none", Exchange(), state, Flight())
 
 
@@ -177,7 +189,8 @@ def counted(
     for row in rows:
         by_axis[row.axis] += row.bytes
     delay = case.gaps.of(strategy, codec).factor if case.gaps and sizes[SLOW] > 1 else 1.0
-    return Candidate(changes, layout, strategy, codec, step, state, moments, by_axis, tokens, target.memory, delay)
+    own = (strategy, codec, step, state, moments, by_axis, tokens, target.memory, delay, host.held(net, layout))
+    return Candidate(changes, layout, *own)
 
 
 def worth(case: Case, sizes: Mapping[str, int]) -> list[str]:

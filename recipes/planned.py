@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel.cost.host import OFFLOAD
 from parallel.cost.targets import Target
 from parallel.layout.axes import SLOW, shown
 from recipes import aot, programs
@@ -107,7 +108,7 @@ def explained(found: Found, case: Case) -> list[str]:
     if case.gaps and pick.layout.sizes[SLOW] > 1:
         row = case.gaps.of(pick.strategy, pick.codec).row
         first += f"; × {pick.delay:.2f} the steps to a loss, by the row {row!r}"
-    return [first, _time(pick), _memory(found)]
+    return [first, _time(pick), _memory(found) + _away(found, target)]
 
 
 def _time(pick: Candidate) -> str:
@@ -133,6 +134,18 @@ def _memory(found: Found) -> str:
     gain, short = pick.bare_seconds / best.bare_seconds - 1, human_bytes(best.needed_bytes)
     how = f"{mesh(best)}, {micro_steps(best)}, remat {remat(best)}"
     return f"{said}; memory binds, too: {how} would be {gain:.0%} faster, and may need {short}"
+
+
+def _away(found: Found, target: Target) -> str:
+    """What offload takes of a host's memory; or, where it is not asked for, what it would gain."""
+    pick, best = found.pick, found.offloaded
+    of_host = lambda c: f"{human_bytes(c.host_bytes * target.chips / target.hosts)} of each host's memory"
+    if pick.host_bytes:
+        return f"; besides, {of_host(pick)}"
+    if best is None or CLOSE * best.bare_seconds >= pick.bare_seconds:
+        return ""
+    gain, how = pick.bare_seconds / best.bare_seconds - 1, f"{mesh(best)}, {micro_steps(best)}, remat {remat(best)}"
+    return f"; {how} would be {gain:.0%} faster, and take {of_host(best)}: --config.compute.remat={OFFLOAD} plans it"
 
 
 # ── compiled ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -103,9 +103,11 @@ def cases(case: Case, targets: Sequence[Target]) -> list[Case]:
     count = len(targets)
     if SLOW_KEY in case.typed and case.config.mesh[SLOW] not in (count, -1):
         raise UsageError(f"{SLOW_KEY}={case.config.mesh[SLOW]}: {count} sites are named, and each is one replica")
-    tried.check_typed(case)
     typed = tuple(key for key in case.typed if key != SLOW_KEY)
-    return [replace(case, target=replace(target, slices=count), typed=typed) for target in targets]
+    found = [replace(case, target=replace(target, slices=count), typed=typed) for target in targets]
+    for site in found:
+        tried.check_typed(site)
+    return found
 
 
 # ── what a site can do ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,9 +3,11 @@ rematerialisation, and form of a pipeline."""
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from parallel.cost.hardware import OWN_FILE
+from parallel.cost.host import OFFLOAD
 from parallel.cost.network import Layout
 from parallel.layout import mesh as meshes
 from parallel.layout.axes import AXES, CONTEXT, EXPERT, SLOW, STAGE
@@ -13,7 +15,7 @@ from recipes import build, context, experts, memory, pipeline
 from recipes.case import Case
 from runtime.config import UNREAD, UsageError, changed
 
-REMAT = ("matmuls", "full")  # how fast a host's memory is reached is not known
+REMAT = ("matmuls", "full")  # how much a host's memory holds is not known: offload is said, or typed
 RUNS = (1, 2, 4)  # of layers of a stage
 # What is read where an axis has several devices.
 READ_BY = {f"mesh.{axis}": UNREAD[f"mesh.{axis}"][1].split() for axis in (STAGE, CONTEXT)}
@@ -27,10 +29,13 @@ def idle(sizes: Mapping[str, int]) -> list[str]:
 
 def check_typed(case: Case) -> None:
     """Raises UsageError for a value that this does not count."""
-    remat = case.config.compute.remat
-    if "compute.remat" in case.typed and remat not in REMAT:
+    (remat,), chip = case.fixed("compute.remat", REMAT[:1]), case.target.chip
+    if remat not in (*REMAT, OFFLOAD):
+        raise UsageError(f"compute.remat={remat} cannot be planned with: {', '.join(REMAT)} and {OFFLOAD} can")
+    if remat == OFFLOAD and not chip.host:
         raise UsageError(
-            f"compute.remat={remat} cannot be planned with: {' and '.join(REMAT)} can, and are what is tried"
+            f"compute.remat={OFFLOAD} cannot be planned with: how fast {chip.name} reaches its host's memory is not in "
+            f"the catalogue: set compute.remat=full, or add `host` by a file of your own ({OWN_FILE}, docs/targets.md)"
         )
     if case.config.compute.attention == context.PLAIN:
         raise UsageError(
@@ -146,12 +151,12 @@ def _why_none(case: Case) -> str:
 # ── on a mesh ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def layouts(case: Case, sizes: dict[str, int], rows: int) -> Iterator[Layout]:
-    """rows: of a device in a step."""
+def layouts(case: Case, sizes: dict[str, int], rows: int, remats: Sequence[str] = REMAT) -> Iterator[Layout]:
+    """rows: of a device in a step. remats: of compute.remat, unless that was typed."""
     chunk, way = memory.chunk_mib(case.base) << 20, context.choose(case.config, sizes, case.network.itemsize)[0]
     micro, known = [2**n for n in range(rows.bit_length()) if not rows % 2**n], {}
     for accumulate, remat, form in itertools.product(
-        case.fixed("optimizer.accumulate", micro), case.fixed("compute.remat", REMAT), _pipelines(case, sizes)
+        case.fixed("optimizer.accumulate", micro), case.fixed("compute.remat", remats), _pipelines(case, sizes)
     ):
         whole = form[2] == 1 or not accumulate % sizes[STAGE] or "pipeline.interleave" in case.typed  # groups
         if whole and not rows % accumulate:

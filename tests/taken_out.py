@@ -1720,6 +1720,20 @@ CASES = [
         "tests/test_play.py::test_a_group_over_several_axes_leaves_a_host_over_all_its_members_adapters_there",
     ),
     TakenOut(
+        "plan: what goes to the host and comes back is waited for",
+        "parallel/cost/pace.py",
+        "exposed[host.HOST] = host.waited(net, lay, target, compute)",
+        "exposed[host.HOST] = 0.0",
+        "tests/test_plan.py -k there_and_back",
+    ),
+    TakenOut(
+        "plan: what goes to the host and comes back has streams of its own in a schedule that is played",
+        "parallel/cost/play.py",
+        "any(a.is_away for a in x.arrays)",
+        "False",
+        "tests/test_play.py -k to_the_host",
+    ),
+    TakenOut(
         "plan: moments are bfloat16 where nothing else fits",
         "recipes/plan.py",
         "and _may_be_narrow(case):",

@@ -630,6 +630,7 @@ def test_a_machine_that_is_too_small_is_refused_with_the_smallest_that_is_not():
     ("typed", "never"),
     [
         ({"compute__unroll": True}, {"stage"}),
+        ({"compute__remat": "offload"}, {"stage"}),
         ({"data__seq_len": 24, "attention__context": "heads", "mesh__context": -1}, set()),
         ({"mesh__stage": 2, "pipeline__gather": "step"}, set()),
         ({"data__document_mask": True, "mesh__context": -1, "attention__context": "ring"}, {"context"}),
@@ -670,6 +671,85 @@ def test_moments_are_bfloat16_where_nothing_else_fits():
     assert all("optimizer.moment_dtype" not in c.changes for c in smaller.fitting)
     with pytest.raises(UsageError, match="is the smallest of these chips"):
         plan.search(case("8b", "h100:2", data__batch_size=4, optimizer__moment_dtype="float32", **WHOLE))
+
+
+# ── the host's memory ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reaching(of: Case, host: float) -> Case:
+    """On chips that reach their hosts' memory at so many bytes a second."""
+    return dataclasses.replace(
+        of, target=dataclasses.replace(of.target, chip=dataclasses.replace(of.target.chip, host=host))
+    )
+
+
+@pytest.mark.parametrize("machine", ["h100:2x8", "v5p-32"])
+def test_what_is_kept_with_the_host_is_planned_where_it_is_typed_and_takes_what_it_takes_there_and_back(machine):
+    of = case("8b", machine, compute__remat="offload", data__batch_size=32)
+    found = plan.search(of)
+    assert {c.layout.remat for c in [*found.fitting, *found.others]} == {"offload"} and found.offloaded is None
+    for c in found.fitting:
+        there_and_back = 2 * c.layout.accumulate * c.host_bytes / of.target.chip.host
+        assert c.step.compute + c.step.exposed["host"] >= there_and_back > 0
+        assert c.step.wire["host"] >= there_and_back
+    said, each = "\n".join(planned.explained(found, of)), of.target.chips // of.target.hosts
+    assert "waiting for host " in said
+    assert f"besides, {found.pick.host_bytes * each / GiB:.2f} GiB of each host's memory" in said
+
+
+def test_what_is_kept_with_the_host_is_what_matmuls_keeps_on_the_device():
+    here, away = (only("8b", "h100:2x8", remat, data__batch_size=16) for remat in ("matmuls", "offload"))
+    kept = 32 * 8192 * (2 * (4096 + 1024) + 2 * 14336) * 2  # layers, tokens; queries, keys, values, context, hidden
+    assert (here.host_bytes, away.host_bytes) == (0, kept)
+    assert here.temporary_bytes - away.temporary_bytes == kept
+    assert here.seconds < away.seconds and "host" not in here.step.exposed
+
+
+# Of `python bench/plan.py --only=offload`: temporaries in GiB, seconds of the schedule, played.
+AWAY = {
+    ("8b", "h100:8x8", 64): (5.52, 1.430),
+    ("8b", "v5p-64", 64): (10.64, 9.434),
+}
+
+
+@pytest.mark.parametrize("row", AWAY)
+def test_what_is_kept_with_the_host_is_counted_as_it_was_compiled(row):
+    (config, machine, batch), (temporary, seconds) = row, AWAY[row]
+    found = only(config, machine, "offload", data__batch_size=batch, compute__loss_chunk_mib=0)
+    assert found.temporary_bytes / GiB == pytest.approx(temporary, rel=0.10)
+    assert found.seconds == pytest.approx(seconds, rel=0.10)
+
+
+@pytest.mark.parametrize("machine", ["h100:8x8", "v5p-128"])
+def test_what_is_kept_with_the_host_lets_nothing_fit_that_does_not_without(machine):
+    """Which is why it is not what is tried there, as narrow moments are."""
+    full, away = (only("8b", machine, remat) for remat in ("full", "offload"))
+    assert away.peak_bytes >= full.peak_bytes
+
+
+def test_a_host_that_is_reached_fast_is_said_to_gain_and_the_plan_stays_as_it_was():
+    of = case("70b", "h100:8x8", **WHOLE)
+    slow, fast = plan.search(of), plan.search(reaching(of, 450e9))
+    assert slow.pick == fast.pick and slow.fitting == fast.fitting
+    texts = ["\n".join(planned.explained(found, of)) for found in (slow, fast)]
+    assert "offload" not in texts[0]
+    best = fast.offloaded
+    assert best and best.fits and best.seconds < fast.pick.seconds
+    assert "remat offload would be" in texts[1] and "--config.compute.remat=offload plans it" in texts[1]
+    typed = plan.search(reaching(case("70b", "h100:8x8", compute__remat="offload", **WHOLE), 450e9))
+    assert typed.pick.seconds == pytest.approx(best.seconds, rel=plan.CLOSE - 1)
+
+
+def test_a_host_that_nobody_knows_how_fast_is_reached_is_not_planned_with():
+    assert plan.search(reaching(case("tiny", "h100:4", **WHOLE), 0.0)).offloaded is None
+    typed = reaching(case("tiny", "h100:4", compute__remat="offload"), 0.0)
+    with pytest.raises(UsageError, match="how fast h100 reaches its host's memory is not in the catalogue"):
+        plan.search(typed)
+    with pytest.raises(UsageError, match="how fast h100 reaches its host's memory"):
+        sites.cases(case("tiny", "l4:4", compute__remat="offload"), [targets.parse("l4:4", CHIPS), typed.target])
+
+
+# ── batches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_batch_that_no_mesh_cuts_is_replaced_by_the_nearest():

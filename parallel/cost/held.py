@@ -3,6 +3,7 @@ hold most. docs/planner.md has the reasons, and how near this comes to compiled 
 
 from typing import NamedTuple
 
+from parallel.cost import host
 from parallel.cost.network import (
     FLOAT32,
     Layout,
@@ -59,6 +60,7 @@ def held(net: Network, lay: Layout, flight: Flight) -> dict[str, dict[str, float
         inputs["of the layers before"] = first.layers * each
     backward = {
         "gradients": layer * net.itemsize,
+        "fetched from the host ahead": host.held(net, lay) / own * lay.is_splash,  # as libtpu does
         "layers' weights, gathered": (GATHERED_EXPERTS if net.experts else GATHERED_LAYERS) * whole,
         "a layer's activations": _activations(net, lay),
     }

@@ -4,7 +4,7 @@ hides (waiting.py)."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from parallel.cost import sent, waiting, work
+from parallel.cost import host, sent, waiting, work
 from parallel.cost.link import Link
 from parallel.cost.network import Layout, Network, tokens
 from parallel.cost.rates import HOP, rate, seconds, share
@@ -43,7 +43,8 @@ def late_seconds(exchange: Exchange, on_wire: float, bare: float) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step: of computing, and of each axis what nothing hides. wire: of each axis all that it sends."""
+    """Seconds of a step: of computing, and of each axis what nothing hides. wire: of each axis all that it sends. What
+    goes to the host's memory and back is as an axis (host.HOST)."""
 
     compute: float
     exposed: dict[str, float]
@@ -56,7 +57,7 @@ class Step:
 
     @property
     def binds(self) -> str:
-        """What takes most of it: compute, or an axis of the mesh."""
+        """What takes most of it: compute, an axis of the mesh, or the host."""
         spent = {"compute": self.compute} | self.exposed
         return max(spent, key=lambda name: spent[name])
 
@@ -86,10 +87,13 @@ def step(
         wire[key] = wire.get(key, 0.0) + row.bytes * byte[row.axes] + row.hops * HOP
     exposed = (waiting.on_tpu if target.chip.is_tpu else waiting.on_gpu)(net, lay, target, wire, compute)
     total = sum(compute.values()) + moved(update_bytes) + moved(exchange.moved / exchange.interval)
+    all_of_it = {axis: sum(time for key, time in wire.items() if key[0] == axis) for axis in FAST}
+    if lay.remat == host.OFFLOAD:
+        exposed[host.HOST] = host.waited(net, lay, target, compute)
+        all_of_it[host.HOST] = 2 * lay.accumulate * host.seconds(target.chip, host.held(net, lay))
     on_wire = exchange_seconds(exchange, target, lay.sizes, link)
     bare = total + sum(exposed.values())
     exposed[SLOW] = late_seconds(exchange, on_wire, bare)
-    all_of_it = {axis: sum(time for key, time in wire.items() if key[0] == axis) for axis in FAST}
     return Step(total, exposed, all_of_it | {SLOW: on_wire / exchange.interval}, sum(products.values()))
 
 
