@@ -4,7 +4,7 @@ waited for of it. That the chip's own memory is read and written for it, many ti
 from collections.abc import Mapping
 
 from parallel.cost.hardware import Chip
-from parallel.cost.network import Layout, Network, layers, tokens, turns
+from parallel.cost.network import Layout, Network, layers, outside, tokens, turns
 from parallel.cost.rates import share
 from parallel.cost.targets import Target
 from parallel.cost.work import BACKWARD, FORWARD, hidden_of_token, of_matmuls
@@ -18,7 +18,8 @@ def held(net: Network, lay: Layout) -> float:
     """Bytes of the host's memory that a device takes."""
     if lay.remat != OFFLOAD:
         return 0.0
-    return layers(net, lay) * tokens(net, lay) * net.itemsize * sum(of_matmuls(net, lay))
+    first = held(net.first, outside(lay)) if net.first else 0.0
+    return layers(net, lay) * tokens(net, lay) * net.itemsize * sum(of_matmuls(net, lay)) + first
 
 
 def seconds(chip: Chip, size: float) -> float:
