@@ -23,7 +23,7 @@ def muon(
     """
 
     def is_matrix(path, names) -> bool:
-        in_blocks = path[0].key in ("first", "blocks") and not is_vector(path)
+        in_blocks = (path[0].key == "blocks" or names[:1] == ("first",)) and not is_vector(path)
         return in_blocks and "embed" in names and any(name not in ("embed", *COUNTS) for name in names)
 
     def to_rms(update: jax.Array, dims: Any) -> jax.Array:

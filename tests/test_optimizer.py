@@ -159,6 +159,19 @@ def test_muon_gives_embedding_biases_and_norms_the_update_of_adamw():
             np.testing.assert_allclose(got, not_matrices(b)[name], atol=1e-6, err_msg=name)
 
 
+def test_what_is_a_block_muon_is_told_by_axes_and_not_by_any_other_name():
+    """Layers before those with experts are; a caller's own matrix that is called as they are is not."""
+    axes = {"first": {"up": ("first", "embed", "mlp"), "w": ("embed", "mlp")}}
+    params = {"first": {"up": np.ones((2, 4, 6), np.float32), "w": np.ones((4, 6), np.float32)}}
+    gradient = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32), params)
+    schedule = build.schedule("constant", 0.1, 0, 10, 0.1)
+    muon, adamw = (
+        optimize(build.optimizer(n, schedule, axes, **DEFAULTS), params, [gradient])[0] for n in ("muon", "adamw")
+    )
+    np.testing.assert_allclose(muon["first"]["w"], adamw["first"]["w"], atol=1e-6)
+    assert np.abs(muon["first"]["up"] - adamw["first"]["up"]).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
 def test_weight_decay_spares_biases_and_scales(name):
     params, zero = random_tree(0), jax.tree.map(np.zeros_like, random_tree(0))
