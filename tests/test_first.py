@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_another_mesh import go_on, owed, same_owed, saved
 
 from model.families import FAMILIES
 from parallel.cost import wire
@@ -82,6 +83,16 @@ def test_it_trains(more):
 @SLOW
 def test_a_sample_is_what_one_device_writes():
     assert helpers.sampled((1, 2, 1, 2, 2, 1), **DENSE) == helpers.sampled(ONE, **DENSE)
+
+
+@SLOW
+def test_a_run_goes_on_on_another_mesh_and_owes_what_it_owed(tmp_path):
+    config = helpers.tiny(sync__codec="int4", **DENSE)
+    old, state, _ = saved(tmp_path, config, (2, 2, 1, 2, 1, 1), 3)
+    parts, restored, step, _ = go_on(tmp_path, config, (2, 1, 2, 1, 1, 2))
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.params), jax.device_get(state.params))
+    same_owed(owed(old, state), owed(parts, restored))
 
 
 def test_they_count_matrices_and_are_cut_over_stages_by_the_model_dimension():
