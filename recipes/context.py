@@ -88,13 +88,15 @@ def rows(c: Any, parts: Any) -> list[tuple[str, str]]:
 def sent(c: Any, parts: Any) -> int:
     """Bytes of a step. A pipeline's stages attend in every tick."""
     sizes, compute = parts.mesh.shape, parts.task.model.compute
-    cut, way = described(c, sizes, compute.dtype.itemsize), compute.context
-    return (cut.sent(way) + cut.forward(way) * pipeline.sends_again(c, sizes)) * pipeline.turns(c, sizes)
+    cut, way = described(c, sizes, compute.dtype.itemsize, compute.attention == "cudnn"), compute.context
+    own = (cut.sent(way) + cut.forward(way) * pipeline.sends_again(c, sizes)) * pipeline.turns(c, sizes)
+    return own + cut.sent(way) * c.model.dense_layers * pipeline.slots(c, sizes)
 
 
-def described(c: Any, sizes: Mapping[str, int], itemsize: int) -> Cut:
-    """A layer's attention on one device, of all its replicas."""
+def described(c: Any, sizes: Mapping[str, int], itemsize: int, as_made: bool = False) -> Cut:
+    """A layer's attention on one device, of all its replicas. as_made: as Cut has it."""
     heads, kv_heads = (c.model[key] // sizes["tensor"] for key in ("num_heads", "num_kv_heads"))
     return Cut(
-        pipeline.tokens(c, sizes), heads, kv_heads, c.model.head_dim, itemsize, sizes["context"], c.compute.remat
-    )
+        pipeline.tokens(c, sizes), heads, kv_heads, c.model.head_dim, itemsize, sizes["context"], c.compute.remat,
+        as_made,
+    )  # fmt: skip

@@ -72,6 +72,11 @@ def turns(c: Any, sizes: Mapping[str, int]) -> int:
     return c.model.num_layers // (count * V) * ticks(c.optimizer.accumulate, count, V)
 
 
+def slots(c: Any, sizes: Mapping[str, int]) -> int:
+    """Micro-batches that a device takes through layers that are no part of a pipeline."""
+    return -(-c.optimizer.accumulate // sizes[STAGE])
+
+
 def sends_again(c: Any, sizes: Mapping[str, int]) -> bool:
     """Whether layers send once more in the backward pass, for their stage is worked out again: XLA leaves that out
     where it has one layer in a tick."""

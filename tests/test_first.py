@@ -14,7 +14,8 @@ from test_another_mesh import go_on, owed, same_owed, saved
 from model.families import FAMILIES
 from parallel.cost import wire
 from parallel.exchange import units
-from recipes import describe, predicted
+from parallel.layout import ring
+from recipes import context, describe, predicted
 from recipes.programs import compile_steps
 from runtime.config import UsageError
 
@@ -83,6 +84,16 @@ def test_it_trains(more):
 @SLOW
 def test_a_sample_is_what_one_device_writes():
     assert helpers.sampled((1, 2, 1, 2, 2, 1), **DENSE) == helpers.sampled(ONE, **DENSE)
+
+
+@SLOW
+@pytest.mark.parametrize("mesh", [(1, 2, 1, 1, 2, 2), (1, 1, 2, 1, 4, 1)], ids=helpers.name)
+def test_what_their_attention_sends_over_context_is_said(mesh):
+    config = helpers.tiny(**DENSE, optimizer__accumulate=2, attention__context="ring", compute__remat="full")
+    parts = helpers.build(config, mesh)
+    (program,) = compile_steps(parts, helpers.QUICKLY).values()
+    found = [c.sent for c in wire.collectives(program.as_text(), parts.mesh) if ring.SCOPE in c.scope]
+    assert sum(found) == context.sent(config, parts)
 
 
 @SLOW

@@ -9,7 +9,8 @@ FLOAT32 = 4
 @dataclass(frozen=True)
 class Cut:
     """Of one layer on one device. tokens: of a micro-step. heads, kv_heads: of this device. itemsize: of the compute
-    dtype. count: C. remat: compute.remat, by which the backward pass works the forward pass out once more, or not."""
+    dtype. count: C. remat: compute.remat, by which the backward pass works the forward pass out once more, or not.
+    as_made: a ring of two sends the only gradients that go on as its kernel has made them (XLA:GPU), not in float32."""
 
     tokens: int
     heads: int
@@ -18,6 +19,7 @@ class Cut:
     itemsize: int
     count: int
     remat: str
+    as_made: bool = False
 
     def sent(self, way: str) -> int:
         """Bytes in a micro-step."""
@@ -35,9 +37,8 @@ class Cut:
     def _ring(self) -> int:
         """Forward each hop's keys and values; backward they, and C times their gradients, all but the last in float32.
         Worked out again, the first hop is the backward pass's own."""
-        keys, gradients = (
-            2 * self._bytes(self.kv_heads, size) for size in (self.itemsize, max(FLOAT32, self.itemsize))
-        )
+        size = self.itemsize if self.as_made and self.count == 2 else max(FLOAT32, self.itemsize)
+        keys, gradients = (2 * self._bytes(self.kv_heads, size) for size in (self.itemsize, size))
         again = self.count - 2 if self.remat in ("full", "dots") else 0
         return (2 * (self.count - 1) + again + 1) * keys + (self.count - 1) * gradients
 

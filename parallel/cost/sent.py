@@ -67,7 +67,8 @@ class Habits(NamedTuple):
     by part while they are multiplied: n + 1 parts for n − 1. in_parts: so are scatters over `tensor` of a layer's
     forward pass, and of what is worked out again: so many. by_hand: chips over which gradients that are scattered by
     hand are; over more they are added up whole, too. sides: of a torus; over more chips than `most` of several axes,
-    one of which takes a part of a side, weights are gathered by adding up, which is twice the bytes, too."""
+    one of which takes a part of a side, weights are gathered by adding up, which is twice the bytes, too. as_made: as
+    Cut has it."""
 
     most: float = math.inf
     heads_most: float = math.inf
@@ -75,13 +76,14 @@ class Habits(NamedTuple):
     by_parts: bool = False
     in_parts: tuple[int, int] = (0, 0)
     by_hand: float = math.inf
+    as_made: bool = False
     sides: tuple[int, ...] = ()
 
 
 def habits(platform: str) -> Habits:
     """Of a platform's compiler. What it makes in parts over `tensor` is not told here."""
     tpu = Habits(MOST, MOST - 1, LANES, True, by_hand=MOST)
-    return {"tpu": tpu, "cpu": Habits(0, 0)}.get(platform, Habits())
+    return {"tpu": tpu, "cpu": Habits(0, 0)}.get(platform, Habits(as_made=True))
 
 
 def in_parts(size: float, n: int) -> float:
@@ -91,7 +93,7 @@ def in_parts(size: float, n: int) -> float:
 
 def sent(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
     found = [*_weights(net, lay, habits), *_ends(net, lay, habits), *_over_tensor(net, lay, habits)]
-    found += [*_over_stages(net, lay), *_over_context(net, lay), *_over_experts(net, lay)]
+    found += [*_over_stages(net, lay), *_over_context(net, lay, habits), *_over_experts(net, lay)]
     found += _before(net.first, lay, habits) if net.first else []
     return [row for row in found if row.axes and row.bytes]
 
@@ -99,7 +101,7 @@ def sent(net: Network, lay: Layout, habits: Habits) -> list[Sent]:
 def _before(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
     """Of layers outside of a pipeline, whose weights are cut over stages, too."""
     out, both = outside(lay), lay.over((STAGE, "fsdp"))
-    for row in (*_weights(net, out, habits), *_over_tensor(net, out, habits), *_over_context(net, out)):
+    for row in (*_weights(net, out, habits), *_over_tensor(net, out, habits), *_over_context(net, out, habits)):
         axes = tuple(axis for name in row.axes for axis in (both if name == "fsdp" else (name,)))
         if row.part != ENDS:
             yield row._replace(axes=axes)
@@ -231,10 +233,10 @@ def _over_stages(net: Network, lay: Layout) -> Iterator[Sent]:
         yield Sent(axes, part, HANDED_ON, half, 2 * lay.ticks)
 
 
-def _over_context(net: Network, lay: Layout) -> Iterator[Sent]:
+def _over_context(net: Network, lay: Layout, habits: Habits) -> Iterator[Sent]:
     if lay.way:
-        t, C = lay.cut("heads"), lay.cut("positions")
-        own = Cut(tokens(net, lay), net.heads // t, net.kv_heads // t, net.head_dim, net.itemsize, C, lay.remat)
+        t, C, how = lay.cut("heads"), lay.cut("positions"), (lay.remat, habits.as_made)
+        own = Cut(tokens(net, lay), net.heads // t, net.kv_heads // t, net.head_dim, net.itemsize, C, *how)
         collectives = {"ring": 1, "gather": 2, "heads": 4}[lay.way]  # a ring's hops one after another
         hops = collectives * (C - 1)
         yield from _both(lay, net, CONTEXT, ATTENTION, own.forward(lay.way), own.sent(lay.way), hops)
