@@ -23,7 +23,9 @@ class First(Transformer):
         is_axes = lambda x: isinstance(x, tuple)
         self.axes["blocks"] = jax.tree.map(stacked, self.axes["blocks"], is_leaf=is_axes)
 
-    def through(self, constrain: Any, stages: Any, cut: Any, known: tuple, x_NTD: jax.Array, blocks: Params) -> Any:
+    def through(
+        self, constrain: Any, stages: Any, cut: Any, known: tuple, x_NTD: jax.Array, blocks: Params
+    ) -> jax.Array:
         """What is embedded, of the same. known: positions of its rows, and segments of the batch's [B, …]."""
         positions_NT, segments_BT = known
         if stages and segments_BT is not None:

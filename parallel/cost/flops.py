@@ -6,8 +6,6 @@ import jax
 
 from parallel.layout.rules import BATCH
 
-STACKS = ("blocks", "first")  # parameters of layers
-
 
 def per_token(shapes: Any, axes: Any, model: Any, seq_len: int, causal: bool) -> float:
     """Training FLOPs per token: 6 per matmul weight (the head counted once, look-ups not, and of experts those that a
@@ -18,12 +16,12 @@ def per_token(shapes: Any, axes: Any, model: Any, seq_len: int, causal: bool) ->
     and moe.
     """
     matmul = model.vocab_size * model.model_dim
-    stacked = lambda tree: {name: tree[name] for name in STACKS if name in tree}
-    flat = jax.tree_util.tree_leaves(stacked(axes), is_leaf=lambda x: isinstance(x, tuple))
-    for (path, x), own in zip(jax.tree_util.tree_leaves_with_path(stacked(shapes)), flat, strict=True):
+    flat = jax.tree_util.tree_leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+    for (path, x), own in zip(jax.tree_util.tree_leaves_with_path(shapes), flat, strict=True):
         share = model.moe.chosen / model.moe.experts if "experts" in own else 1
-        is_matrix = sum(axis not in BATCH for axis in own) > 1 and not path[-1].key.endswith("bias")
-        matmul += share * x.size if is_matrix else 0
+        counts = sum(axis in BATCH for axis in own)  # of layers, which the ends have not
+        is_matrix = len(own) - counts > 1 and not path[-1].key.endswith("bias")
+        matmul += share * x.size if counts and is_matrix else 0
     visible = min(seq_len, model.sliding_window or seq_len)  # keys that a query sees, on average
     visible = visible - visible**2 / (2 * max(seq_len, 1)) if causal else visible
     return 6 * matmul + 12 * model.depth * model.num_heads * model.head_dim * visible

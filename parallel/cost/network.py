@@ -224,7 +224,7 @@ def outside(lay: Layout) -> Layout:
 
 def with_first(
     f: Callable[[Network, Layout], dict[str, float]], net: Network, lay: Layout, own: dict[str, float]
-) -> Any:
+) -> dict[str, float]:
     """What f says of all layers. own: of those of the pipeline."""
     more = f(net.first, outside(lay)) if net.first else {}
     return {part: size + more.get(part, 0.0) for part, size in own.items()}
